@@ -1,0 +1,851 @@
+"""T5 1.0 and 1.1 from scratch: layers, loss, generation, tokenizer, Hugging Face checkpoints, span-corruption pretraining.
+
+Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer", arXiv 1910.10683. Read top to
+bottom: shared helpers, Config, the layers, T5, files, Tokenizer, pretrain.
+
+    model, tokenizer = T5.load("weights/t5-small"), Tokenizer("weights/t5-small/spiece.model")
+    ids = torch.tensor([tokenizer.encode("translate English to German: That is good.")])
+    print(tokenizer.decode(model.generate(ids, ids != 0, max_new_tokens=20)[0].tolist()))
+
+Shapes: B rows of input, S input tokens, R rows of targets, T target tokens, D = d_model, H heads of d_kv, V vocabulary rows.
+All masks are bool, True on real tokens, and padding stands on the right.
+
+Speed comes from three habits. Position-wise work runs on real tokens only, packed to (N, D); attention alone sees padded rows.
+Weights that meet the same input are one matrix. The output layer and its cross-entropy are one function that keeps one tensor.
+"""
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pickle
+import random
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PAD, EOS, UNK = 0, 1, 2
+SENTINELS = 100                 # <extra_id_0> ... <extra_id_99> stand above the SentencePiece pieces, in falling order
+
+
+# ---------------------------------------------------------------- helpers every file of the project shares
+
+
+class InputError(Exception):
+    """A mistake of the user's, not of the program. Its text is one line: what, where, what to do."""
+
+
+@contextlib.contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; it takes `path`'s place only when the block succeeds, complete and on disk."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Progress:
+    """Says on stderr how far `what` is: one live line on a terminal, elsewhere a line every 30 s and nothing for short work."""
+
+    def __init__(self, what: str, total: int):
+        self.what, self.total, self.start, self.live = what, total, time.monotonic(), sys.stderr.isatty()
+        self.shown = self.start if not self.live else 0.0
+
+    def update(self, done: int, note: str = "") -> None:
+        """`done` of `total` are finished; `note` stands at the end of the line."""
+        now = time.monotonic()
+        if now - self.shown < (0.2 if self.live else 30):
+            return
+        self.shown = now
+        left = (now - self.start) / max(done, 1) * (self.total - done)
+        line = f"{self.what}: {done}/{self.total} ({100 * done / max(self.total, 1):.0f} %), {left // 60:.0f} min {left % 60:02.0f} s left  {note}"
+        print("\r" + line[:139] + "\033[K" if self.live else line, end="" if self.live else "\n", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Clears the live line."""
+        if self.live:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class Config:
+    """Shape of a T5, under Hugging Face's names where they exist. The defaults are t5-small's."""
+    vocab_size: int = 32128             # rows of the embedding; 32,100 ids are in use, 32,000 of them are SentencePiece pieces
+    d_model: int = 512
+    d_kv: int = 64                      # per head; heads * d_kv need not be d_model
+    d_ff: int = 2048
+    num_layers: int = 6
+    num_decoder_layers: int = 6
+    num_heads: int = 8
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    dropout_rate: float = 0.1
+    layer_norm_epsilon: float = 1e-6
+    gated: bool = False                 # 1.1: gelu(x W0) * (x W1) in place of relu(x W)
+    tied: bool = True                   # the output layer is the embedding
+    scaled: bool = True                 # the decoder's output is multiplied by d_model^-0.5 before the output layer
+
+    @staticmethod
+    def from_hf(hf: dict, where: str = "config.json") -> "Config":
+        """Reads Hugging Face's config (`where` names it in errors). Whether the head is tied stands in the weights: see T5.from_hf.
+
+        Raises InputError naming what this file does not implement or what is missing.
+        """
+        if not isinstance(hf, dict) or hf.get("model_type") != "t5":
+            kind = hf.get("model_type") if isinstance(hf, dict) else type(hf).__name__
+            raise InputError(f"{where}: model_type is {kind!r}, only 't5' (T5 1.0, 1.1, Flan-T5) is supported, not mT5, UMT5 or others")
+        activation = hf.get("feed_forward_proj", "relu")
+        if activation not in ("relu", "gated-gelu"):
+            raise InputError(f"{where}: feed_forward_proj {activation!r} is not supported, only 'relu' and 'gated-gelu' are")
+        for key, value in (("pad_token_id", PAD), ("eos_token_id", EOS), ("decoder_start_token_id", PAD)):
+            if hf.get(key, value) not in (value, None):
+                raise InputError(f"{where}: {key} is {hf[key]!r}, only {value} is supported")
+        scaled = hf.get("scale_decoder_outputs", hf.get("tie_word_embeddings") is not False)
+        values = {f.name: hf[f.name] for f in dataclasses.fields(Config) if hf.get(f.name) is not None and f.name not in OURS}
+        for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"):
+            if name not in values:
+                raise InputError(f"{where}: {name} is missing")
+        values.setdefault("num_decoder_layers", values["num_layers"])
+        return Config.checked(dict(values, gated=activation == "gated-gelu", scaled=scaled), where)
+
+    @staticmethod
+    def checked(values: dict, where: str) -> "Config":
+        """Config(**values) after checking every name, type and range. Raises InputError."""
+        defaults = {f.name: f.default for f in dataclasses.fields(Config)}
+        if not isinstance(values, dict) or not set(values) <= set(defaults):
+            raise InputError(f"{where}: not a configuration of this program (unknown entries: {sorted(set(values) - set(defaults))[:3]})")
+        for name, value in values.items():
+            kind = type(defaults[name])
+            good = isinstance(value, bool) if kind is bool else isinstance(value, (int, kind)) and not isinstance(value, bool) and value >= 0
+            if not good or (kind is int and value < 1):
+                raise InputError(f"{where}: {name} is {value!r}, which is not a {'positive ' * (kind is int)}{kind.__name__}")
+        config = Config(**values)
+        if config.relative_attention_num_buckets < 4 or config.relative_attention_max_distance <= config.relative_attention_num_buckets // 2:
+            raise InputError(f"{where}: relative attention needs at least 4 buckets and a maximal distance above half their number")
+        return config
+
+
+OURS = ("gated", "tied", "scaled")
+
+
+# ---------------------------------------------------------------- real tokens only
+
+
+class Packing:
+    """Where the real tokens of a padded batch are. Nothing is moved where there is no padding.
+
+    Indices are found on the device that holds the mask: a mask on the CPU spares a wait for the GPU.
+    """
+
+    def __init__(self, mask: Tensor, device: torch.device):
+        self.shape, self.index = tuple(mask.shape), None
+        if not bool(mask.all()):
+            self.index = to_device(mask.flatten().nonzero()[:, 0], device)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(rows, width, ...) -> (N, ...): the real tokens."""
+        x = x.flatten(0, 1)
+        return x if self.index is None else x.index_select(0, self.index)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """(N, ...) -> (rows, width, ...), 0 on padding."""
+        if self.index is not None:
+            rows = self.shape[0] * self.shape[1]
+            x = x.new_zeros(rows, *x.shape[1:]).index_copy(0, self.index, x)
+        return x.unflatten(0, self.shape)
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """x on `device`; from the CPU to a GPU without waiting for the GPU."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and x.device.type == "cpu" else x.to(device)
+
+
+# ---------------------------------------------------------------- layers
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, no mean and no bias, in float32 whatever autocast says."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.weight, self.epsilon = nn.Parameter(torch.ones(config.d_model)), config.layer_norm_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.epsilon) * self.weight
+
+
+class Attention(nn.Module):
+    """Multi-head attention over packed rows; queries are not scaled by 1/sqrt(d_kv): T5's initialisation absorbs it."""
+
+    def __init__(self, config: Config, cross: bool):
+        super().__init__()
+        inner = config.num_heads * config.d_kv
+        self.heads, self.dropout = config.num_heads, config.dropout_rate
+        if cross:
+            self.q = linear(config.d_model, inner, (config.d_model * config.d_kv) ** -0.5)
+            self.kv = linear(config.d_model, 2 * inner, config.d_model**-0.5)
+        else:
+            self.qkv = linear(config.d_model, 3 * inner, config.d_model**-0.5)
+            with torch.no_grad():
+                self.qkv.weight[:inner] *= config.d_kv**-0.5
+        self.out = linear(inner, config.d_model, inner**-0.5)
+
+    def split(self, x: Tensor, parts: int) -> Tensor:
+        """(rows, width, parts * H * d_kv) -> (parts, rows, H, width, d_kv)."""
+        return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        """q (rows, H, T, d), k and v (rows, H, S, d), bias broadcasting to (rows, H, T, S) -> (rows, T, H * d)."""
+        scores = q @ k.transpose(-1, -2) + bias
+        probabilities = F.dropout(scores.softmax(-1, dtype=torch.float32), self.dropout, self.training)
+        return (probabilities.to(v.dtype) @ v).transpose(1, 2).flatten(2)
+
+
+class FeedForward(nn.Module):
+    """relu(x wi) wo, or gelu(x wi0) * (x wi1) wo with wi0 and wi1 stacked in one matrix."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gated, self.dropout = config.gated, config.dropout_rate
+        self.wi = linear(config.d_model, config.d_ff * (2 if config.gated else 1), config.d_model**-0.5)
+        self.wo = linear(config.d_ff, config.d_model, config.d_ff**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.wi(x)
+        # T5's activations pass fp16's 65,504 here, in the product and in wo; under bf16 nothing needs protecting
+        half = x.dtype == torch.float16
+        with torch.autocast(x.device.type, enabled=False) if half else contextlib.nullcontext():
+            x = x.float() if half else x
+            if self.gated:
+                gate, x = x.chunk(2, -1)
+                x = F.gelu(gate, approximate="tanh") * x
+            else:
+                x = x.relu()
+            return self.wo(F.dropout(x, self.dropout, self.training))
+
+
+class Layer(nn.Module):
+    """One block: self-attention, in the decoder cross-attention, feed-forward; each normed before, dropped out and added after."""
+
+    def __init__(self, config: Config, decoder: bool):
+        super().__init__()
+        self.norm1, self.attention = RMSNorm(config), Attention(config, cross=False)
+        if decoder:
+            self.norm2, self.cross = RMSNorm(config), Attention(config, cross=True)
+        self.norm3, self.feed_forward = RMSNorm(config), FeedForward(config)
+
+
+class Stack(nn.Module):
+    """Encoder or decoder. The relative position bias is layer 0's and serves all layers."""
+
+    def __init__(self, config: Config, decoder: bool):
+        super().__init__()
+        self.config, self.decoder = config, decoder
+        self.bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
+        nn.init.normal_(self.bias.weight, std=config.d_model**-0.5)
+        self.layers = nn.ModuleList(Layer(config, decoder) for _ in range(config.num_decoder_layers if decoder else config.num_layers))
+        self.norm = RMSNorm(config)
+
+    def position_bias(self, width: int) -> Tensor:
+        """(1, H, width, width): what query i adds to its score of key j; the decoder's is -inf for j > i."""
+        config = self.config
+        position = torch.arange(width, device=self.bias.weight.device)
+        distance = position[None] - position[:, None]
+        bucket = relative_bucket(distance, not self.decoder, config.relative_attention_num_buckets, config.relative_attention_max_distance)
+        bias = self.bias(bucket).permute(2, 0, 1)
+        if self.decoder:
+            bias = bias.masked_fill(distance > 0, float("-inf"))
+        return bias[None]
+
+    def forward(self, x: Tensor, packing: Packing, bias: Tensor, cross: Sequence[Tensor] = (), cross_bias: Tensor | None = None) -> Tensor:
+        """x (N, D) packed embeddings; cross: for each layer the memory's keys and values (2, rows, H, S, d_kv) -> (N, D)."""
+        drop = nn.Dropout(self.config.dropout_rate).train(self.training)
+        x = drop(x)
+        for i, layer in enumerate(self.layers):
+            self_attention = layer.attention
+            q, k, v = self_attention.split(packing.unpack(self_attention.qkv(layer.norm1(x))), 3)
+            x = x + drop(self_attention.out(packing.pack(self_attention.attend(q, k, v, bias))))
+            if self.decoder:
+                (q,) = layer.cross.split(packing.unpack(layer.cross.q(layer.norm2(x))), 1)
+                x = x + drop(layer.cross.out(packing.pack(layer.cross.attend(q, *cross[i], cross_bias))))
+            x = x + drop(layer.feed_forward(layer.norm3(x)))
+        return drop(self.norm(x))
+
+
+def linear(inputs: int, outputs: int, std: float) -> nn.Linear:
+    """A linear layer without bias, normal weights of this standard deviation (Mesh TensorFlow's initialisation)."""
+    layer = nn.Linear(inputs, outputs, bias=False)
+    nn.init.normal_(layer.weight, std=std)
+    return layer
+
+
+def relative_bucket(distance: Tensor, both_ways: bool, buckets: int, max_distance: int) -> Tensor:
+    """Bucket of each key position - query position: half of the buckets one distance each, the others growing as its logarithm.
+
+    The encoder (both_ways) spends half of its buckets on keys to the right; the decoder has no such keys.
+    """
+    bucket = torch.zeros_like(distance)
+    if both_ways:
+        buckets //= 2
+        bucket = (distance > 0) * buckets
+        distance = distance.abs()
+    else:
+        distance = (-distance).clamp(min=0)
+    exact = buckets // 2
+    # float32 and this order of operations decide on which side a distance on a boundary falls: they are the published models'
+    far = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact) * (buckets - exact)
+    return bucket + torch.where(distance < exact, distance, (exact + far.long()).clamp(max=buckets - 1))
+
+
+class OutputLoss(torch.autograd.Function):
+    """Output layer and cross-entropy of N positions: hidden (N, D), weight (V, D), targets (N,) -> (N,) float32.
+
+    One (N, V) tensor is kept, the softmax p, and backward is two products: with g the gradient of the losses,
+    d hidden = g (p W - W[target]) and d W = p' (g hidden) - the g hidden added up by target.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, keep: bool) -> Tensor:
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):
+            hidden, weight = (x.to(torch.get_autocast_dtype(device)) for x in (hidden, weight))
+        count, step = len(hidden), 128
+        kept = hidden.new_empty(count, len(weight)) if keep else None
+        losses = torch.empty(count, device=hidden.device)
+        for i in range(0, count, step):
+            with torch.autocast(device, enabled=False):
+                logits = (hidden[i:i + step] @ weight.T).float()
+            chosen = logits.gather(1, targets[i:i + step, None])[:, 0]
+            top = logits.amax(1, keepdim=True)
+            p = logits.sub_(top).exp_()
+            total = p.sum(1, keepdim=True)
+            losses[i:i + step] = total[:, 0].log() + top[:, 0] - chosen
+            if keep:
+                torch.div(p, total, out=kept[i:i + step]) if kept.dtype == p.dtype else kept[i:i + step].copy_(p / total)
+        ctx.save_for_backward(hidden, weight, targets, kept)
+        return losses
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        hidden, weight, targets, p = ctx.saved_tensors
+        with torch.autocast(hidden.device.type, enabled=False):
+            g = g[:, None]
+            weighted = (g * hidden).to(hidden.dtype)
+            d_hidden = g * (p @ weight - weight[targets])
+            d_weight = (p.T @ weighted).float().index_add_(0, targets, weighted.float(), alpha=-1)
+        return d_hidden, d_weight, None, None
+
+
+# ---------------------------------------------------------------- the model
+
+
+class T5(nn.Module):
+    """Text-to-text transformer; weights are float32 whatever the file holds, autocast around it chooses the arithmetic."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.encoder, self.decoder = Stack(config, decoder=False), Stack(config, decoder=True)
+        self.head = None if config.tied else linear(config.d_model, config.vocab_size, config.d_model**-0.5)
+
+    def encode(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """input_ids (B, S) long, mask (B, S) bool -> memory (B, S, D), 0 on padding. Uses `shared` and `encoder` alone."""
+        packing = Packing(mask, self.shared.weight.device)
+        return packing.unpack(self._encode(input_ids, mask, packing))
+
+    def decode(self, target_in: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
+        """target_in (B, T) long, starting with 0; memory (B, S, D) and its mask -> hidden (B, T, D) after the last norm."""
+        device = memory.device
+        cross = self._cross(Packing(mask, device).pack(memory), Packing(mask, device))
+        return self._decode(target_in, torch.ones(target_in.shape, dtype=torch.bool), cross, padding_bias(mask, device))
+
+    def forward(self, input_ids: Tensor, mask: Tensor, target_in: Tensor) -> Tensor:
+        """-> logits (B, T, V)."""
+        return self._logits(self.decode(target_in, self.encode(input_ids, mask), mask))
+
+    def loss(self, input_ids: Tensor | None, mask: Tensor, targets: Tensor, target_mask: Tensor, memory: Tensor | None = None,
+             rows: Tensor | None = None) -> Tensor:
+        """Mean token cross-entropy of each target row.
+
+        Args:
+            input_ids: (B, S) long; not looked at where `memory` is given.
+            mask: (B, S) bool. It and target_mask may stay on the CPU of a model on a GPU, which spares a wait.
+            targets: (R, T) long, each row ending in </s> unless it was cut off; target_mask: (R, T) bool, at least one True a row.
+            memory: (B, S, D) from encode(mask); a detached leaf collects the gradient of several calls.
+            rows: (R,) long, the memory row that each target row attends to; None: R = B, row r attends to memory row r.
+        Returns: (R,) float32, nats a token.
+        """
+        device = self.shared.weight.device
+        packing = Packing(mask, device)
+        packed = self._encode(input_ids, mask, packing) if memory is None else packing.pack(memory)
+        cross, cross_bias = self._cross(packed, packing), padding_bias(mask, device)
+        if rows is not None:
+            rows = to_device(rows, device)
+            cross, cross_bias = [kv.index_select(1, rows) for kv in cross], cross_bias[rows]
+        targets = to_device(targets, device)
+        target_in = F.pad(targets[:, :-1], (1, 0), value=PAD)
+        real = Packing(target_mask, device)
+        hidden = real.pack(self._decode(target_in, target_mask, cross, cross_bias))
+        losses = OutputLoss.apply(self._scale(hidden), self._head(), real.pack(targets), torch.is_grad_enabled())
+        return real.unpack(losses).sum(1) / to_device(target_mask.sum(1), device)
+
+    def generate(self, input_ids: Tensor, mask: Tensor, max_new_tokens: int, temperature: float = 0.0,
+                 generator: torch.Generator | None = None, limit: int | None = None) -> Tensor:
+        """Writes one answer for each row, in eval mode and without gradients.
+
+        Args:
+            input_ids: (B, S) long; mask: (B, S) bool.
+            temperature: 0 takes the most likely token; else tokens are drawn from softmax(logits / temperature).
+            generator: of the CPU. One uniform number for each row and position is drawn from it up front, so that a row's tokens
+                depend on its own numbers and not on which rows share its batch.
+            limit: ids at or above it are never chosen (vocabularies have unused rows at their end).
+        Returns: (B, at most max_new_tokens) long, in the caller's order, 0 after </s>.
+        """
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                return self._generate(input_ids, mask, max_new_tokens, temperature, generator, limit)
+        finally:
+            self.train(training)
+
+    def _encode(self, input_ids: Tensor, mask: Tensor, packing: Packing) -> Tensor:
+        device = self.shared.weight.device
+        x = self.shared(packing.pack(to_device(input_ids, device)))
+        bias = self.encoder.position_bias(mask.shape[1])
+        if packing.index is not None:
+            bias = bias + padding_bias(mask, device)
+        return self.encoder(x, packing, bias)
+
+    def _cross(self, memory: Tensor, packing: Packing) -> list[Tensor]:
+        """Keys and values of the packed memory (N, D), for each decoder layer (2, rows, H, S, d_kv)."""
+        return [layer.cross.split(packing.unpack(layer.cross.kv(memory)), 2) for layer in self.decoder.layers]
+
+    def _decode(self, target_in: Tensor, target_mask: Tensor, cross: list[Tensor], cross_bias: Tensor) -> Tensor:
+        # padding needs no mask in self-attention: it stands to the right of every real token, which never looks there
+        packing = Packing(target_mask, self.shared.weight.device)
+        x = self.shared(packing.pack(target_in))
+        return packing.unpack(self.decoder(x, packing, self.decoder.position_bias(target_in.shape[1]), cross, cross_bias))
+
+    def _head(self) -> Tensor:
+        return self.shared.weight if self.head is None else self.head.weight
+
+    def _scale(self, hidden: Tensor) -> Tensor:
+        return hidden * self.config.d_model**-0.5 if self.config.scaled else hidden
+
+    def _logits(self, hidden: Tensor, limit: int | None = None) -> Tensor:
+        return F.linear(self._scale(hidden), self._head()[:limit])
+
+    def _generate(self, input_ids, mask, max_new_tokens, temperature, generator, limit) -> Tensor:
+        device = self.shared.weight.device
+        count = len(input_ids)
+        uniforms = torch.rand(count, max_new_tokens, generator=generator).to(device) if temperature > 0 else None
+        packing = Packing(mask, device)
+        cross, cross_bias = self._cross(self._encode(input_ids, mask, packing), packing), padding_bias(mask, device)
+        cross = [kv.contiguous() for kv in cross]
+        bias = self.decoder.position_bias(max_new_tokens)
+        heads, d_kv = self.config.num_heads, self.config.d_kv
+        caches = [kv.new_empty(2, count, heads, max_new_tokens, d_kv) for kv in cross]
+        written = torch.zeros(count, max_new_tokens, dtype=torch.long, device=device)
+        alive = torch.arange(count, device=device)                  # which of the caller's rows the rows at work are
+        tokens, finished = written.new_full((count,), PAD), torch.zeros(count, dtype=torch.bool, device=device)
+        for t in range(max_new_tokens):
+            x = self.shared(tokens)
+            for layer, cache, kv in zip(self.decoder.layers, caches, cross):
+                q, k, v = layer.attention.split(layer.attention.qkv(layer.norm1(x))[:, None], 3)
+                cache[0, :, :, t], cache[1, :, :, t] = k[:, :, 0], v[:, :, 0]
+                past = cache[:, :, :, :t + 1]
+                x = x + layer.attention.out(layer.attention.attend(q, past[0], past[1], bias[:, :, t:t + 1, :t + 1])[:, 0])
+                (q,) = layer.cross.split(layer.cross.q(layer.norm2(x))[:, None], 1)
+                x = x + layer.cross.out(layer.cross.attend(q, kv[0], kv[1], cross_bias)[:, 0])
+                x = x + layer.feed_forward(layer.norm3(x))
+            logits = self._logits(self.decoder.norm(x), limit).float()
+            tokens = logits.argmax(1) if uniforms is None else draw(logits / temperature, uniforms[alive, t])
+            tokens = tokens.masked_fill(finished, PAD)
+            written[alive, t] = tokens
+            finished = finished | (tokens == EOS)
+            working = len(alive) - int(finished.sum())
+            if working == 0:
+                return written[:, :t + 1]
+            if working <= 0.75 * len(alive):                        # copying the caches is dear: wait until it pays
+                left = (~finished).nonzero()[:, 0]
+                alive, tokens, finished, cross_bias = alive[left], tokens[left], finished[left], cross_bias[left]
+                caches, cross = [[kv.index_select(1, left) for kv in group] for group in (caches, cross)]
+        return written
+
+    # ------------------------------------------------------------ files
+
+    def save(self, folder: str | Path, vocab: str | Path | None = None, dtype: torch.dtype = torch.float32) -> None:
+        """Writes config.json, model.pt (weights stored as `dtype`) and, given `vocab`, a copy of that file as spiece.model."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic(folder / "model.pt") as path:
+            torch.save({name: tensor.detach().to("cpu", dtype) for name, tensor in self.state_dict().items()}, path)
+        write_config(folder, dataclasses.asdict(self.config), vocab)
+
+    @staticmethod
+    def load(folder: str | Path) -> "T5":
+        """Reads what `save` wrote -> T5 in eval mode on the CPU, float32. Raises InputError."""
+        folder = Path(folder)
+        config = Config.checked(read_json(folder / "config.json"), str(folder / "config.json"))
+        return build(config, load_pickle(folder / "model.pt"), str(folder / "model.pt"), {})
+
+    def save_hf(self, folder: str | Path, vocab: str | Path | None = None) -> None:
+        """Writes Hugging Face's format: config.json, model.safetensors (float32) and, given `vocab`, spiece.model."""
+        folder, config, tensors = Path(folder), self.config, {}
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: tensor.detach().float().cpu() for name, tensor in self.state_dict().items()}
+        for name, parts in hf_names(config).items():
+            tensors.update(zip(parts, state[name].chunk(len(parts))))
+        if not config.scaled:
+            tensors.setdefault("lm_head.weight", tensors["shared.weight"])    # transformers 4 makes up a head where unscaled means untied
+        with atomic(folder / "model.safetensors") as path:
+            write_safetensors(path, tensors)
+        values = {name: value for name, value in dataclasses.asdict(config).items() if name not in OURS}
+        write_config(folder, values | {
+            "architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "is_encoder_decoder": True, "pad_token_id": PAD,
+            "eos_token_id": EOS, "decoder_start_token_id": PAD, "feed_forward_proj": "gated-gelu" if config.gated else "relu",
+            "tie_word_embeddings": config.scaled, "scale_decoder_outputs": config.scaled}, vocab)
+
+    @staticmethod
+    def from_hf(folder: str | Path) -> "T5":
+        """Reads a T5 that transformers wrote: model.safetensors, its shards, or pytorch_model.bin -> T5 in eval mode, float32.
+
+        Two things that transformers mixes are told apart: the head is tied exactly when lm_head.weight is absent or equal to the
+        embedding; the output is scaled when scale_decoder_outputs says so, or without that key unless tie_word_embeddings is false.
+        Raises InputError: one line naming the file and what is wrong.
+        """
+        folder = Path(folder)
+        config = Config.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+        tensors, where = read_hf_tensors(folder)
+        aliases = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
+        if "shared.weight" not in tensors:
+            tensors["shared.weight"] = next((tensors[name] for name in aliases if name in tensors), None)
+        shared, head = tensors["shared.weight"], tensors.get("lm_head.weight")
+        if shared is None:
+            raise InputError(f"{where}: shared.weight is missing")
+        for name in aliases:
+            if not torch.equal(tensors.pop(name, shared), shared):
+                raise InputError(f"{where}: {name} differs from shared.weight, such models are not supported")
+        if head is not None and torch.equal(head, shared):
+            del tensors["lm_head.weight"]
+        config = dataclasses.replace(config, tied="lm_head.weight" not in tensors)
+        # the first published checkpoints hold a bias for cross-attention that no version of T5 uses
+        tensors.pop("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight", None)
+        return build(config, tensors, where, hf_names(config))
+
+
+def padding_bias(mask: Tensor, device: torch.device) -> Tensor:
+    """mask (B, S) bool -> (B, 1, 1, S) float32: 0 on real tokens, -inf on padding."""
+    return to_device(torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, float("-inf"))[:, None, None], device)
+
+
+def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Inverse cumulative sum: logits (B, V) float32, uniforms (B,) in [0, 1) -> (B,) long drawn from softmax(logits)."""
+    p = logits.softmax(-1)
+    total = p.cumsum(-1)
+    return torch.searchsorted(total, uniforms[:, None] * total[:, -1:], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+
+
+# ---------------------------------------------------------------- checkpoints on disk
+
+SAFE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def hf_names(config: Config) -> dict[str, list[str]]:
+    """Our parameter -> the Hugging Face tensors that stacked on each other make it."""
+    names = {"shared.weight": ["shared.weight"]}
+    if not config.tied:
+        names["head.weight"] = ["lm_head.weight"]
+    for stack, count in (("encoder", config.num_layers), ("decoder", config.num_decoder_layers)):
+        names[f"{stack}.bias.weight"] = [f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
+        names[f"{stack}.norm.weight"] = [f"{stack}.final_layer_norm.weight"]
+        for i in range(count):
+            ours, theirs = f"{stack}.layers.{i}.", f"{stack}.block.{i}.layer."
+            names[ours + "norm1.weight"] = [theirs + "0.layer_norm.weight"]
+            names[ours + "attention.qkv.weight"] = [f"{theirs}0.SelfAttention.{part}.weight" for part in "qkv"]
+            names[ours + "attention.out.weight"] = [theirs + "0.SelfAttention.o.weight"]
+            last = 1
+            if stack == "decoder":
+                last = 2
+                names[ours + "norm2.weight"] = [theirs + "1.layer_norm.weight"]
+                names[ours + "cross.q.weight"] = [theirs + "1.EncDecAttention.q.weight"]
+                names[ours + "cross.kv.weight"] = [f"{theirs}1.EncDecAttention.{part}.weight" for part in "kv"]
+                names[ours + "cross.out.weight"] = [theirs + "1.EncDecAttention.o.weight"]
+            names[ours + "norm3.weight"] = [f"{theirs}{last}.layer_norm.weight"]
+            wi = ("wi_0", "wi_1") if config.gated else ("wi",)
+            names[ours + "feed_forward.wi.weight"] = [f"{theirs}{last}.DenseReluDense.{part}.weight" for part in wi]
+            names[ours + "feed_forward.wo.weight"] = [f"{theirs}{last}.DenseReluDense.wo.weight"]
+    return names
+
+
+def build(config: Config, tensors: dict[str, Tensor], where: str, names: dict[str, list[str]]) -> T5:
+    """A T5 in eval mode holding `tensors`; names: for each parameter the tensors that make it, its own name where it is absent.
+
+    Raises InputError for missing, extra, misshapen and non-float tensors, by name.
+    """
+    with torch.device("meta"):
+        model = T5(config)
+    state = {}
+    for name, parameter in model.state_dict().items():
+        parts = names.get(name, [name])
+        shape = (parameter.shape[0] // len(parts), *parameter.shape[1:])
+        for part in parts:
+            if part not in tensors:
+                raise InputError(f"{where}: {part} is missing, which config.json asks for")
+            if not tensors[part].is_floating_point():
+                raise InputError(f"{where}: {part} holds {tensors[part].dtype}, not floating-point weights")
+            if tensors[part].shape != shape:
+                raise InputError(f"{where}: {part} has shape {list(tensors[part].shape)}, config.json says {list(shape)}")
+        state[name] = torch.cat([tensors.pop(part).float() for part in parts])
+    if tensors:
+        raise InputError(f"{where}: {len(tensors)} tensors that config.json has no place for: {', '.join(sorted(tensors)[:3])}")
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_().eval()
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file. Raises InputError."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}; is it the folder of a model?") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+
+
+def write_config(folder: Path, values: dict, vocab: str | Path | None) -> None:
+    with atomic(folder / "config.json") as path:
+        path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    if vocab is not None and Path(vocab).resolve() != (folder / "spiece.model").resolve():
+        with atomic(folder / "spiece.model") as path:
+            shutil.copyfile(vocab, path)
+
+
+def load_pickle(path: Path) -> dict[str, Tensor]:
+    """A state dict that torch.save wrote; a pickle that would run code is refused. Raises InputError."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, AttributeError, TypeError):  # torch raises several kinds for damaged and for forbidden contents, with pages of advice to lift the ban
+        raise InputError(f"{path}: not a plain file of weights (damaged, or it holds more than tensors, which is never run)") from None
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise InputError(f"{path}: not a dictionary of tensors")
+    return state
+
+
+def read_hf_tensors(folder: Path) -> tuple[dict[str, Tensor], str]:
+    """All tensors of a Hugging Face folder, and the file that errors should name. Raises InputError."""
+    single, index, pickled = folder / "model.safetensors", folder / "model.safetensors.index.json", folder / "pytorch_model.bin"
+    if single.exists():
+        return read_safetensors(single), str(single)
+    if index.exists():
+        content = read_json(index)
+        places = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(places, dict) or not all(isinstance(f, str) and Path(f).name == f for f in places.values()):
+            raise InputError(f"{index}: its weight_map does not name files of this folder")
+        tensors = {}
+        for name in sorted(set(places.values())):
+            tensors.update(read_safetensors(folder / name))
+        return tensors, str(index)
+    if pickled.exists():
+        return load_pickle(pickled), str(pickled)
+    raise InputError(f"{folder}: neither model.safetensors, nor model.safetensors.index.json, nor pytorch_model.bin in it")
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file: 8 bytes of header length, a JSON header, raw data. Raises InputError.
+
+    https://github.com/huggingface/safetensors#format. Every length is checked before it is used.
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise InputError(f"{path}: the header's length ({length}) is beyond the end of the file ({size} bytes); fetch it again")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: the header is not JSON ({error})") from None
+    start, end, tensors = 8 + length, 0, {}
+    data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+    for name, entry in sorted(header.items(), key=lambda item: offsets(item, path)):
+        if name == "__metadata__":
+            continue
+        begin, stop = offsets((name, entry), path)
+        dtype, shape = SAFE_DTYPES.get(entry.get("dtype")), entry.get("shape")
+        if dtype is None:
+            raise InputError(f"{path}: {name} has dtype {entry.get('dtype')!r}, only {', '.join(SAFE_DTYPES)} are read")
+        if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
+            raise InputError(f"{path}: {name} has shape {shape!r}")
+        if start + stop > size:
+            raise InputError(f"{path}: {name} ends at byte {start + stop}, the file has {size}: truncated, fetch it again")
+        if begin < end:
+            raise InputError(f"{path}: {name} overlaps another tensor")
+        if math.prod(shape) * dtype.itemsize != stop - begin:
+            raise InputError(f"{path}: {name} takes {stop - begin} bytes, its shape {shape} as {entry['dtype']} needs another number")
+        end = stop
+        tensors[name] = data[start + begin:start + stop].clone().view(dtype).view(shape)
+    return tensors
+
+
+def offsets(item: tuple[str, dict], path: Path) -> tuple[int, int]:
+    """First byte and the one after the last of a header's entry; sorts by them. Raises InputError."""
+    name, entry = item
+    if name == "__metadata__":
+        return -1, -1
+    pair = entry.get("data_offsets") if isinstance(entry, dict) else None
+    if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(n, int) for n in pair) or not 0 <= pair[0] <= pair[1]:
+        raise InputError(f"{path}: {name} has data_offsets {pair!r}")
+    return tuple(pair)
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes float32 tensors in the format that `read_safetensors` reads."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(tensor.contiguous().numpy().tobytes())
+
+
+# ---------------------------------------------------------------- tokenizer
+
+
+class Tokenizer:
+    """Text to ids and back with a SentencePiece model whose pad, </s> and <unk> are 0, 1 and 2, as T5's are."""
+
+    def __init__(self, path: str | Path):
+        self.pieces = sentencepiece.SentencePieceProcessor()
+        try:
+            self.pieces.Load(str(path))
+        except (OSError, RuntimeError):
+            raise InputError(f"{path}: not a SentencePiece model that can be read") from None
+        special = self.pieces.pad_id(), self.pieces.eos_id(), self.pieces.unk_id()
+        if special != (PAD, EOS, UNK):
+            raise InputError(f"{path}: pad, </s> and <unk> have ids {special}, T5's are (0, 1, 2)")
+        self.size = self.pieces.get_piece_size()
+        self.special = re.compile(r"(</s>|<pad>|<unk>|<extra_id_\d{1,2}>)")
+
+    def sentinel(self, i: int) -> int:
+        """Id of <extra_id_i>, 0 <= i < 100."""
+        return self.size + SENTINELS - 1 - i
+
+    def encode(self, text: str, max_length: int | None = None) -> list[int]:
+        """Ids of `text` with </s> at the end; at most max_length of them, </s> included."""
+        ids = []
+        for i, part in enumerate(self.special.split(text)):
+            if i % 2 == 0:
+                ids += self.pieces.encode(part)
+            elif part.startswith("<extra_id_"):
+                ids.append(self.sentinel(int(part[10:-1])))
+            else:
+                ids.append({"<pad>": PAD, "</s>": EOS, "<unk>": UNK}[part])
+        return ids[:None if max_length is None else max(max_length - 1, 0)] + [EOS]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`: pad, </s>, sentinels and ids that it does not know are dropped, <unk> shows as SentencePiece shows it."""
+        return self.pieces.decode([int(i) for i in ids if EOS < i < self.size])
+
+
+# ---------------------------------------------------------------- pretraining
+
+
+def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Lists of ids -> (rows, longest) long padded with 0, and its mask."""
+    width = max(map(len, rows))
+    ids = torch.tensor([list(row) + [PAD] * (width - len(row)) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids, torch.arange(width)[None] < lengths[:, None]
+
+
+def corrupt(ids: Sequence[int], tokenizer: Tokenizer, rng: random.Random, density: float = 0.15, mean_span: float = 3.0
+            ) -> tuple[list[int], list[int]]:
+    """Span corruption (section 3.1.4 of the paper): ids without </s> -> input and target, both ending in </s>.
+
+    `density` of the tokens are masked in spans of `mean_span` on average; each span becomes one sentinel in the input, and the target
+    lists the sentinels with what they hide.
+    """
+    noise = min(max(round(len(ids) * density), 1), len(ids) - 1)
+    spans = min(max(round(noise / mean_span), 1), noise, len(ids) - noise, SENTINELS)
+
+    def cut(total: int) -> list[int]:
+        points = sorted(rng.sample(range(1, total), spans - 1))
+        return [b - a for a, b in zip([0] + points, points + [total])]
+
+    source, target, at = [], [], 0
+    for i, (kept, hidden) in enumerate(zip(cut(len(ids) - noise), cut(noise))):
+        source += [*ids[at:at + kept], tokenizer.sentinel(i)]
+        target += [tokenizer.sentinel(i), *ids[at + kept:at + kept + hidden]]
+        at += kept + hidden
+    return source + [EOS], target + [EOS]
+
+
+def pretrain(model: T5, tokenizer: Tokenizer, texts: Sequence[str], steps: int, batch: int = 64, lr: float = 1e-3,
+             max_length: int = 256, pairs: Sequence[tuple[str, str]] | None = None, share: float = 0.5, seed: int = 0,
+             on_step: Callable[[int, float], None] | None = None) -> float:
+    """Trains `model` in place on span corruption of `texts`, with supervised `pairs` (input, target) as `share` of the rows.
+
+    T5 1.0's own pretraining mixture held supervised tasks too (section 3.5.3 of the paper). AdamW without weight decay, the learning
+    rate rising over the first 5 % of the steps and then falling linearly to 0. Same arguments, same machine: same weights.
+    Returns the mean loss (nats a token) of the last 50 steps.
+    """
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    token_rows = [row for row in (tokenizer.encode(text, max_length)[:-1] for text in texts) if len(row) > 1]
+    pair_rows = [(tokenizer.encode(x, max_length), tokenizer.encode(y, max_length)) for x, y in pairs or ()]
+    if not token_rows and not pair_rows:
+        raise InputError("pretraining needs texts of at least two tokens, or pairs")
+    share = share if pair_rows and token_rows else float(bool(pair_rows))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
+    warmup = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / warmup, (steps - i) / max(1, steps - warmup)))
+    progress, recent, waiting = Progress("pretraining", steps), [], []
+    model.train()
+    for step in range(steps):
+        if not waiting:                                              # several batches at once, cut by length: little padding
+            rows = [rng.choice(pair_rows) if rng.random() < share else corrupt(rng.choice(token_rows), tokenizer, rng)
+                    for _ in range(batch * 16)]
+            rows.sort(key=lambda row: (len(row[0]), len(row[1])))
+            waiting = [rows[i:i + batch] for i in range(0, len(rows), batch)]
+            rng.shuffle(waiting)
+        sources, targets = zip(*waiting.pop())
+        loss = model.loss(*pad(sources), *pad(targets)).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        recent = recent[-49:] + [loss.item()]
+        progress.update(step + 1, f"loss {sum(recent) / len(recent):.3f}")
+        if on_step is not None:
+            on_step(step + 1, recent[-1])
+    progress.close()
+    model.eval()
+    return sum(recent) / max(len(recent), 1)

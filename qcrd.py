@@ -1,0 +1,1849 @@
+"""QCRD, Quality-guided Contrastive Rationale Distillation (Wang et al., EMNLP 2025, arXiv 2405.13014), in one file.
+
+A large language model (the teacher) explains its answers; a small T5 (the student) learns to answer and to explain.
+The file follows the paper: 1 settings, 2 tasks, 3 teacher, 4 vote, 5 batches, 6 negatives from snapshots,
+7 discriminator, 8 loss, 9 training and what is done with a trained student. Its marks say where a choice comes from:
+[abstract] the paper's abstract, [overview] published overviews of it, [review] a published third-party review of it,
+[DSS] Distilling Step-by-Step, whose protocol the paper follows, [ours] where the sources are silent or unread.
+
+    python qcrd.py                    the demo: generated word problems, minutes on a CPU, no network
+    python qcrd.py --task svamp       the paper's task
+    python qcrd.py --help             every setting, in the order of the paper
+"""
+from __future__ import annotations
+
+import argparse
+import ast
+import collections
+import contextlib
+import copy
+import dataclasses
+import datetime
+import errno
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import signal
+import sys
+import threading
+import time
+import urllib.parse
+from array import array
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import requests
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fetch_data
+from t5 import T5, InputError, Progress, Tokenizer, atomic
+
+# ------------------------------------------------------------------------------------------------ 1. Settings
+
+
+def option(default: Any, mark: str, help: str, choices: tuple = ()) -> Any:
+    return field(default=default, metadata=dict(help=help, mark=mark, choices=choices))
+
+
+@dataclass
+class Config:
+    """Every setting with its default, the source of that default, and its help text; the command line is made from it."""
+    # Task
+    task: str = option("demo", "DSS", "demo, svamp, cqa, anli1, esnli, or a folder with train.jsonl, valid.jsonl and test.jsonl of {input, "
+                       "label}")
+    answer: str = option("text", "ours", "what a folder's labels are; numbers and equations are compared by value", ("text", "number"))
+    labels: str = option("gold", "review", "labels to learn: the data's, or the teacher's majority answer as it was written", ("gold", "teacher"))
+    fraction: float = option(1.0, "review", "part of the training questions that is used")
+    overfit: int = option(0, "ours", "train on this many questions and evaluate on the same ones: must reach 100 %% (0: off)")
+    archive: str = option("", "ours", "a datasets.zip of Distilling Step-by-Step on disk, instead of downloading it")
+    # Teacher and vote
+    teacher: str = option("", "ours", "URL of a server with OpenAI's API, openai, or palm (published rationales, no requests); default: "
+                          "OPENAI_BASE_URL or OPENAI_API_KEY where set, else palm")
+    teacher_model: str = option("", "overview", "default: gpt-3.5-turbo at OpenAI, else the first model that the server lists")
+    samples: int = option(5, "review", "K, teacher samples a question")
+    teacher_temperature: float = option(0.7, "review", "the teacher's sampling temperature")
+    teacher_tokens: int = option(512, "ours", "longest teacher answer, in its tokens")
+    teacher_budget: int = option(0, "ours", "ask at most this many requests, then go on with what came (0: no limit)")
+    concurrency: int = option(8, "ours", "requests under way at once")
+    prompt: str = option("", "ours", "a file with your own few-shot prompt; the question is put after it")
+    vote: bool = option(True, "abstract", "self-consistency; without it slot 0 is the one positive and only the student makes negatives")
+    # Student
+    method: str = option("qcrd", "review", "qcrd; dss: label and slot 0's rationale; finetune: label only", ("qcrd", "dss", "finetune"))
+    model: str = option("", "review", "demo, t5-small, t5-base, or a folder as in weights/; default: demo for the demo, else t5-base with "
+                        "CUDA, t5-small without")
+    input_tokens: int = option(512, "ours", "longest input")
+    rationale_tokens: int = option(256, "DSS", "longest label or rationale")
+    # Negatives from its own past
+    negatives: bool = option(True, "review", "use S_neg at all")
+    negative_source: str = option("snapshot", "review", "whose negatives join the teacher's: an earlier self, or a fixed student's", ("snapshot", "fixed"))
+    negative_model: str = option("", "ours", "folder of the fixed student (a run's student/)")
+    lag: int = option(5, "review", "iteration t samples from the student after iteration t - lag")
+    student_temperature: str = option("1.5", "review", "the student's sampling temperature; A:B goes from A to B over the iterations")
+    student_samples: int = option(1, "review", "student negatives a question")
+    # Discriminator
+    discriminator: str = option("own", "review", "an encoder of its own, a head on the student's encoder, or none (all weights 1)", ("own", "shared", "none"))
+    discriminator_pretrain: int = option(500, "review", "pretraining steps on the teacher's rationales")
+    discriminator_every: int = option(1, "ours", "update it before every n-th iteration (0: never)")
+    discriminator_steps: int = option(20, "ours", "steps of an update")
+    discriminator_lr: float = option(1e-4, "ours", "its learning rate")
+    discriminator_noise: float = option(0.0, "ours", "part of its training labels that is flipped (a study of its robustness)")
+    corrupt: float = option(0.3, "ours", "part of the words deleted or replaced to make a negative of a positive")
+    # Loss
+    positive: str = option("min", "review", "which of S_pos counts", ("min", "mean", "max"))
+    negative: str = option("max", "review", "which of S_neg counts", ("max", "mean", "min"))
+    delta: float = option(3.0, "review", "δ: a negative with at least this loss adds nothing")
+    beta: float = option(0.2, "review", "β: weight of the negative term")
+    alpha_predict: float = option(0.5, "review", "α1: weight of L_predict")
+    alpha_cl: float = option(0.5, "review", "α2: weight of L_cl")
+    alpha_d: float = option(0.5, "review", "α3: weight of L_D in the first iteration")
+    alpha_d_decay: float = option(0.9, "review", "α3 is multiplied by this after each iteration")
+    # Training
+    steps: int = option(10_000, "DSS", "optimizer steps in all, where --iterations is not given")
+    iterations: int = option(0, "ours", "iterations in all (0: as many as --steps need)")
+    iteration_steps: int = option(0, "ours", "optimizer steps an iteration (0: one pass over the training questions)")
+    batch: int = option(64, "DSS", "questions an optimizer step")
+    micro_batch: int = option(0, "ours", "questions that go through the student at once: less memory, same gradients (0: all on CUDA, 16 "
+                              "on a CPU)")
+    lr: float = option(5e-5, "DSS", "AdamW's learning rate, decaying linearly to 0")
+    seed: int = option(0, "ours", "moves initialisation, order, dropout and sampling; never data, split or teacher samples")
+    precision: str = option("auto", "ours", "auto: bf16 or fp16 on CUDA, float32 on a CPU", ("auto", "float32", "bf16", "fp16"))
+    device: str = option("", "ours", "cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    run: str = option("", "ours", "name of the run's folder (default: runs/<task>-<method>-<seed>)")
+    stage: str = option("all", "ours", "teacher: stop when the teacher's samples are there", ("all", "teacher"))
+
+
+# What differs from the paper's setting, and for whom: a task's share of the work, and what a model of 1M parameters needs.
+TASK_DEFAULTS = {"demo": dict(iterations=15, batch=32, discriminator_pretrain=100, rationale_tokens=96, teacher_tokens=256)}
+MODEL_DEFAULTS = {"demo": dict(lr=1e-3, discriminator_lr=1e-3)}
+FREE_ON_RESUME = {"iterations", "device", "concurrency", "micro_batch"}
+GROUPS = {"task": "Task", "teacher": "Teacher and vote", "method": "Student", "negatives": "Negatives from its own past",
+          "discriminator": "Discriminator", "positive": "Loss", "steps": "Training"}     # first field of each group of flags
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed from what it is for: nothing depends on how many random numbers something else drew. Ours."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(items: list) -> list:
+    """The items of all ranks, in rank order, on every rank."""
+    if world() == 1:
+        return items
+    parts: list = [None] * world()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def say(text: str) -> None:
+    if rank() == 0:
+        print(text, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------ 2. Tasks
+
+KINDS = {"demo": "number", "svamp": "number", "cqa": "choice", "anli1": "nli", "esnli": "nli"}
+NLI = ["entailment", "neutral", "contradiction"]
+
+# Few-shot chain-of-thought prompts [review], in words of ours: (question, reasoning, answer) for each kind of task.
+INSTRUCTION = {
+    "number": "Solve the problem. Think step by step in a few short sentences, then end with 'The answer is (...).', "
+              "where the brackets hold the arithmetic expression that solves it.",
+    "choice": "Answer the question. Give a short reason first, then end with 'So the answer is (x) ...', naming one of the choices.",
+    "nli": "Does the premise entail the hypothesis, contradict it, or neither? Give a short reason first, then end with "
+           "'So the answer is entailment.', 'So the answer is contradiction.' or 'So the answer is neutral.'",
+    "folder": "Think step by step in a few short sentences, then end with 'The answer is ...'.",
+}
+SHOTS = {
+    "number": [
+        ("A bakery had 52 rolls. It sold 17 of them before noon and baked 30 more.\nHow many rolls does it have now?",
+         "The bakery began with 52 rolls. Selling 17 leaves 52 - 17 = 35. Baking 30 more gives 35 + 30 = 65.", "The answer is ((52 - 17) + 30)."),
+        ("Each of 6 shelves holds 14 jars. There are also 9 empty boxes in the room.\nHow many jars are there?",
+         "The boxes do not matter. There are 6 shelves with 14 jars each, so 6 * 14 = 84 jars.", "The answer is (6 * 14)."),
+        ("Nadia read 45 pages in 3 evenings, the same number each evening.\nHow many pages did she read in one evening?",
+         "The 45 pages are split evenly over 3 evenings. 45 / 3 = 15 pages.", "The answer is (45 / 3).")],
+    "choice": [
+        ("Where would you leave a wet umbrella when visiting someone?\nAnswer Choices:\n(a) bed\n(b) stand by the door\n(c) oven\n(d) bookcase\n(e) sofa",
+         "A wet umbrella should stay near the entrance so that it does not wet the furniture.", "So the answer is (b) stand by the door."),
+        ("What do people want when they set an alarm clock?\nAnswer Choices:\n(a) noise\n(b) to dream\n(c) to wake on time\n(d) music\n(e) a battery",
+         "An alarm rings at a chosen hour, which gets a sleeper up at that hour.", "So the answer is (c) to wake on time.")],
+    "nli": [
+        ("Premise: The choir sang outdoors until the rain began.\nHypothesis: The choir sang outside.",
+         "Singing outdoors is singing outside.", "So the answer is entailment."),
+        ("Premise: A man is repairing a bicycle in a garage.\nHypothesis: The man is asleep.",
+         "Somebody who repairs a bicycle is awake.", "So the answer is contradiction."),
+        ("Premise: Two girls are carrying a ladder.\nHypothesis: The girls are sisters.",
+         "Nothing tells how the girls are related.", "So the answer is neutral.")],
+}
+
+
+class Split(NamedTuple):
+    """Questions and labels of one file, as text."""
+    inputs: list[str]
+    labels: list[str]
+
+
+class Task(NamedTuple):
+    name: str
+    kind: str                     # "number", "choice", "nli", "text"
+    folder: Path                  # where the teacher's samples are kept
+    train: Split
+    valid: Split
+    test: Split
+    options: list[str]            # the labels, where they are few and the same for all questions; else empty
+
+
+def read_split(path: Path, kind: str) -> Split:
+    """A JSONL file of {"input", "label"}. Errors: InputError with file, line and remedy."""
+    inputs, labels, seen, twice = [], [], set(), []
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as e:
+        raise InputError(f"{path}: {e.strerror}; a task is a folder with train.jsonl, valid.jsonl and test.jsonl") from None
+    for number, raw in enumerate(lines, 1):
+        if not raw.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            item = json.loads(raw.decode("utf-8"))
+        except UnicodeDecodeError:
+            raise InputError(f"{where}: not UTF-8; save the file as UTF-8") from None
+        except (ValueError, RecursionError):
+            raise InputError(f'{where}: not JSON; each line must be an object like {{"input": "...", "label": "..."}}') from None
+        for name in ("input", "label"):
+            if not isinstance(item, dict) or name not in item:
+                raise InputError(f'{where}: no "{name}"; each line must be an object like {{"input": "...", "label": "..."}}')
+            if isinstance(item[name], (int, float)) and not isinstance(item[name], bool) and name == "label":
+                item[name] = str(item[name])
+            if not isinstance(item[name], str) or not item[name].strip():
+                raise InputError(f'{where}: "{name}" must be text that is not empty')
+        if kind == "nli" and item["label"] not in NLI:
+            raise InputError(f'{where}: label {item["label"][:40]!r} is none of {", ".join(NLI)}')
+        if kind == "number" and value(item["label"]) is None:
+            raise InputError(f"{where}: label {item['label'][:40]!r} is neither a number nor an equation; --answer text compares text")
+        if item["input"] in seen:
+            twice.append(number)
+        seen.add(item["input"])
+        inputs.append(item["input"])
+        labels.append(item["label"])
+    if not inputs:
+        raise InputError(f"{path}: holds no question; each line must be an object like {{\"input\": \"...\", \"label\": \"...\"}}")
+    if twice:
+        say(f"note: {path}:{twice[0]}: {len(twice)} questions stand there twice or more; remove them if that was not meant")
+    return Split(inputs, labels)
+
+
+def load_task(config: Config) -> Task:
+    """A built-in task (fetched where it is missing) or the user's folder; --fraction and --overfit applied."""
+    name = config.task
+    if name in KINDS:
+        kind, folder = KINDS[name], fetch_data.ensure(name, archive=config.archive or None)
+        keep = folder
+    else:
+        folder, kind = Path(name), config.answer
+        if not folder.is_dir():
+            raise InputError(f"--task {name}: neither one of {', '.join(KINDS)} nor a folder with train.jsonl, valid.jsonl and test.jsonl")
+        name = folder.resolve().name
+        keep = fetch_data.root() / "data" / name
+    train, test = (read_split(folder / f"{part}.jsonl", kind) for part in ("train", "test"))
+    if (folder / "valid.jsonl").exists():
+        valid = read_split(folder / "valid.jsonl", kind)
+    else:                         # the last tenth, as the built-in tasks hold out their last questions [ours]
+        n = max(1, len(train.inputs) // 10)
+        if len(train.inputs) < 2:
+            raise InputError(f"{folder}: no valid.jsonl, and train.jsonl has too few questions to hold any out")
+        valid, train = (Split(train.inputs[a:b], train.labels[a:b]) for a, b in ((-n, None), (None, -n)))
+        say(f"note: {folder} has no valid.jsonl; the last {n} training questions are held out for validation")
+    leaked = len(set(train.inputs) & set(test.inputs))
+    if leaked:
+        say(f"warning: {leaked} training questions of {folder} are also test questions: the test accuracy will flatter")
+    n = max(1, round(len(train.inputs) * config.fraction))
+    train = Split(train.inputs[:n], train.labels[:n])
+    if config.overfit:
+        train = Split(train.inputs[:config.overfit], train.labels[:config.overfit])
+        valid = test = train
+    few = sorted(set(train.labels))
+    options = NLI if kind == "nli" else few if kind == "text" and len(few) <= 20 < len(train.labels) else []
+    return Task(name, kind, keep, train, valid, test, options)
+
+
+def prompt_for(task: Task, question: str, own: str = "") -> list[dict]:
+    """The chat messages for one question: instruction, examples, question [review: few-shot chain of thought]. `own`: the user's prompt."""
+    if task.kind == "nli":
+        question = "Premise: " + question.replace("</s>", "\nHypothesis: ", 1)
+    shots = "".join(f"Q: {q}\nA: {why} {answer}\n\n" for q, why, answer in SHOTS.get(task.kind if task.name in KINDS else "", []))
+    head = own.rstrip() if own else INSTRUCTION[task.kind if task.name in KINDS else "folder"]
+    return [{"role": "user", "content": f"{head}\n\n{shots}Q: {question}\nA:"}]
+
+
+def value(expression: str) -> float | None:
+    """The value of a number or of an equation in + - * / and brackets; None for anything else. Never evaluates code. Ours.
+
+    At most 200 characters and 15 digits a number, so that no answer costs anything."""
+    text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", expression[:201].replace("÷", "/").replace("×", "*").replace("−", "-"))
+    text = re.sub(r"(?<![0-9.])0+(?=[0-9])", "", text.strip())
+    if len(text) > 200 or not re.fullmatch(r"[-+*/(). 0-9]+", text) or re.search(r"[0-9]{16}", text) or "**" in text or "//" in text:
+        return None
+
+    def walk(node: ast.expr) -> float:
+        if isinstance(node, ast.Constant):
+            return float(node.value)
+        if isinstance(node, ast.UnaryOp):
+            return -walk(node.operand) if isinstance(node.op, ast.USub) else walk(node.operand)
+        if not isinstance(node, ast.BinOp):          # (1)(2) is a call, () a tuple
+            raise ValueError
+        a, b = walk(node.left), walk(node.right)
+        return a + b if isinstance(node.op, ast.Add) else a - b if isinstance(node.op, ast.Sub) else a * b if isinstance(node.op, ast.Mult) else a / b
+
+    try:
+        result = walk(ast.parse(text, mode="eval").body)
+    except (SyntaxError, ValueError, ZeroDivisionError, OverflowError, MemoryError, RecursionError):
+        return None
+    return result if math.isfinite(result) else None
+
+
+def answer_key(answer: str | None, kind: str) -> str | None:
+    """What two answers must share to be the same answer: the value rounded to 1e-4, or the normalised text."""
+    if answer is None:
+        return None
+    if kind != "number":
+        return " ".join(re.sub(r"[^\w\s]", " ", answer[:1000].lower()).split()) or None
+    v = value(answer)
+    return None if v is None else f"{round(v, 4) + 0.0:.4f}"
+
+
+def is_right(answer: str, label: str, kind: str) -> bool:
+    """The task's metric: value of the equation, or exact match of the label's text [DSS]."""
+    return (key := answer_key(answer, kind)) is not None and key == answer_key(label, kind)
+
+
+ANSWER = re.compile(r"(?:\b(?:so|thus|hence|therefore)\b,?\s+)?(?:\b(?:the|my|our)\s+)?(?:\b(?:final|correct|right|best)\s+)?\banswer"
+                    r"(?:\s+(?:choice|option))?(?:\s+to the (?:question|problem))?\**\s*(?:is|would be|should be|must be|=|:)(?:\s*:)?\**[ \t]*|#{4}[ \t]*", re.I)
+RUN_ON = re.compile(r"\n\s*(?:Q|Question|Premise|Problem)\s*:", re.I)
+NUMBER = re.compile(r"-?\s?[0-9][0-9,]*(?:\.[0-9]+)?|-?\.[0-9]+")
+
+
+def plain_math(text: str) -> str:
+    """LaTeX, currency, units of power and bold type taken off, so that `value` can read what is left."""
+    text = re.sub(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))", text)
+    text = text.replace("\\times", "*").replace("\\cdot", "*").replace("\\div", "/").replace("÷", "/").replace("×", "*").replace("−", "-")
+    text = re.sub(r"\\(?:text|mathrm|left|right|boxed)\b|\\[,;!() \[\]]|[\\${}€£%`\"']", "", text)
+    text = re.sub(r"(?<![0-9)])\*\*+|\*\*+(?![0-9(])|_+", "", text)
+    text = re.sub(r"(?<=[0-9)])\s*[xX]\s*(?=[0-9(])", " * ", text)
+    return re.sub(r"\b[0-9]+(?:\.[0-9]+)?[eE][-+]?[0-9]{1,2}\b", lambda m: f"{float(m[0]):.6f}".rstrip("0").rstrip("."), text)
+
+
+def read_number(text: str) -> str | None:
+    """The first number or equation of a short text, after its last '=' where there is one that can be read."""
+    text = plain_math(text[:300])
+    for part in ([text.rsplit("=", 1)[1]] if "=" in text else []) + [text]:
+        run = re.search(r"[-+(. ]*[0-9][-+*/()., 0-9]*", part)
+        if run is None:
+            continue
+        found = re.split(r",(?![0-9])", run[0])[0].strip().rstrip("+-*/(., ").lstrip("+).,* ")
+        while found.count(")") > found.count("(") and found.endswith(")"):
+            found = found[:-1].rstrip()
+        while found.count("(") > found.count(")") and found.startswith("("):
+            found = found[1:].lstrip()
+        if value(found) is not None:
+            return found
+    return None
+
+
+def read_option(text: str, options: list[str], lettered: bool) -> str | None:
+    """The option that a short text names by letter or by its words; of several the first."""
+    if lettered and (m := re.match(r"\W*(?:\(([a-h])\)|([a-h])\)|([a-h])\W*$)", text, re.I)):
+        i = ord((m[1] or m[2] or m[3]).lower()) - ord("a")
+        return options[i] if i < len(options) else None
+    folded = f" {answer_key(text, 'text') or ''} "
+    places = [(at, -len(key), o) for o in options if (key := answer_key(o, "text")) and (at := folded.find(f" {key} ")) >= 0]
+    return min(places)[2] if places else None
+
+
+def read_sample(text: str, question: str, kind: str, options: list[str] = ()) -> tuple[str, str | None]:
+    """-> (rationale, answer as it was written or None) of what a model said.
+
+    Taken off the rationale: thoughts in <think> tags, a repeated question, the run-on into a next question, the answer sentence. Ours."""
+    text = text[text.rfind("</think>") + 8:] if "</think>" in text else "" if "<think>" in text[:200] else text
+    text = text[:20_000].strip()                        # nothing that a person would call a rationale is longer
+    text = re.sub(r"^(?:Q|Question)\s*:\s*", "", text)
+    if (m := re.match(r"\s+".join(map(re.escape, question.split()[:400])), text)) and m.end() < len(text):
+        text = text[m.end():].lstrip()
+    text = re.sub(r"^(?:A|Rationale|Reasoning|Explanation)\s*:\s*", "", text, flags=re.I)
+    text = text[:cut.start()] if (cut := RUN_ON.search(text)) else text
+    if kind == "choice":
+        options = re.findall(r"^\([a-h]\) (.*)$", question, re.M)
+    lettered = kind == "choice"
+    boxed = text.rfind("\\boxed{")
+    marks = list(ANSWER.finditer(text))
+    if boxed >= 0 and (not marks or boxed > marks[-1].start()):
+        depth, end = 0, boxed + 6
+        for end in range(boxed + 6, min(len(text), boxed + 300)):
+            depth += (text[end] == "{") - (text[end] == "}")
+            if depth == 0:
+                break
+        tail, start = text[boxed + 7:end], text.rfind("\n", 0, marks[-1].start() if marks else boxed) + 1
+        start = max(start, *(m.end() for m in re.finditer(r"[.!?]\s+", text[:boxed])), 0) if "." in text[:boxed] else start
+    elif marks:
+        line = text.rfind("\n", 0, marks[-1].start())   # "hence the answer is Answer: 3": the sentence starts at the first mark of its line
+        first = next(m for m in marks if m.start() > line)
+        start = first.start() if marks[-1].start() - first.start() < 60 else marks[-1].start()
+        tail = text[marks[-1].end():].lstrip("\n :")
+        tail = tail.split("\n", 1)[0]
+        if kind != "text" or options:
+            tail = re.split(r"(?<![A-Z])[.;!?](?:\s|$)", tail)[0]
+    else:                                               # no form at all: the last line that can be read, unless it breaks off
+        start, tail = len(text), next((line for line in reversed(text.split("\n")[-20:]) if line.strip()), "")
+        if kind == "number":
+            found = NUMBER.findall(plain_math(tail[-300:]))
+            tail = found[-1] if found else ""
+        elif options:
+            named = {o for o in options if f" {answer_key(o, 'text')} " in f" {answer_key(tail, 'text')} "}
+            tail = named.pop() if len(named) == 1 else ""
+        else:
+            tail = ""
+    if kind == "number":
+        answer = read_number(tail)
+    elif options or lettered:
+        answer = read_option(tail[:300], options, lettered)
+    else:
+        answer = tail.strip().strip("*\"'`_ ").rstrip(".").strip("*\"'`_ ")[:200] or None
+    return text[:start].strip(), answer
+
+
+# ------------------------------------------------------------------------------------------------ 3. Teacher
+
+
+class Teacher:
+    """A server with OpenAI's chat-completions API, and the file that keeps every usable choice it ever gave."""
+
+    def __init__(self, url: str, key: str, model: str, cache: Path, config: Config):
+        self.url, self.key, self.model, self.cache, self.config = url.rstrip("/"), key, model, cache, config
+        self.lock, self.local, self.stop = threading.Lock(), threading.local(), threading.Event()
+        self.dropped: set[str] = set()          # optional fields that this server refused
+        self.requests = self.tokens = self.filled = self.failures = 0
+        self.error: InputError | None = None
+
+    def hide(self, text: object) -> str:
+        """One short line of a server's or library's message, the key taken out."""
+        text = " ".join(str(text).split())
+        return (text.replace(self.key, "***") if self.key else text)[:200]
+
+    def call(self, method: str, path: str, body: dict | None = None) -> tuple[int, Any, Any]:
+        """-> (status, JSON or None, headers). At most 32 MB are read. Errors: requests.RequestException."""
+        if not hasattr(self.local, "session"):
+            self.local.session = requests.Session()
+
+        def bearer(r: requests.PreparedRequest) -> requests.PreparedRequest:   # as auth, so that no .netrc takes its place
+            if self.key:
+                r.headers["Authorization"] = f"Bearer {self.key}"
+            return r
+        with self.local.session.request(method, self.url + path, json=body, auth=bearer, timeout=(10, 180), stream=True) as r:
+            raw = b""
+            for chunk in r.iter_content(1 << 16):
+                raw += chunk
+                if len(raw) > 32 << 20:
+                    raise requests.RequestException("an answer of more than 32 MB")
+            try:
+                return r.status_code, json.loads(raw), r.headers
+            except (ValueError, RecursionError):
+                return r.status_code, None, r.headers
+
+    def connect(self) -> None:
+        """Find out who answers and, where no model was named, what it serves. Errors: InputError."""
+        for attempt in range(3):
+            try:
+                status, body, _ = self.call("GET", "/models")
+                break
+            except requests.RequestException as e:
+                if attempt == 2:
+                    raise InputError(f"teacher {self.url}: no connection ({self.hide(type(e).__name__)}); is the server running, "
+                                     "and does --teacher end in /v1?") from None
+                time.sleep(0.5)
+        self.refuse(status, body)
+        if not self.model:
+            try:
+                self.model = str(body["data"][0]["id"])
+            except (TypeError, KeyError, IndexError):
+                raise InputError(f"teacher {self.url}: lists no model at /models; name one with --teacher-model") from None
+
+    def refuse(self, status: int, body: Any) -> None:
+        if status in (401, 403):
+            raise InputError(f"teacher {self.url}: {status}, {'the key in OPENAI_API_KEY is not accepted' if self.key else 'a key is needed in OPENAI_API_KEY'}")
+        if status == 404 and body is not None and "data" not in body and self.model:
+            raise InputError(f"teacher {self.url}: 404 for model {self.model!r}: {self.message(body)}; see --teacher-model, and does --teacher end in /v1?")
+
+    def message(self, body: Any) -> str:
+        error = body.get("error", body) if isinstance(body, dict) else body
+        return self.hide(error.get("message", error) if isinstance(error, dict) else error)
+
+    def body(self, messages: list[dict], n: int, seed: int) -> dict:
+        fields = dict(n=n, seed=seed, temperature=self.config.teacher_temperature, max_tokens=self.config.teacher_tokens)
+        if "max_tokens" in self.dropped:
+            fields["max_completion_tokens"] = fields["max_tokens"]
+        return dict(model=self.model, messages=messages) | {k: v for k, v in fields.items() if k not in self.dropped}
+
+    def drop_field(self, sent: dict, body: Any) -> bool:
+        """After a 400: remember not to send the optional field it complains of; False where there is nothing left to drop."""
+        text = self.message(body).lower()
+        names = [f for f in ("max_tokens", "temperature", "seed") if f in text and f in sent] or [f for f in ("n",) if sent.get("n", 1) > 1]
+        if names:
+            with self.lock:
+                self.dropped.add(names[0])
+        return bool(names) or any(f in self.dropped and f in sent for f in sent)    # another thread was first
+
+    def key_of(self, messages: list[dict]) -> str:
+        """What decides a sample, the slot apart: prompt with question, model, temperature, length."""
+        text = json.dumps([messages, self.model, self.config.teacher_temperature, self.config.teacher_tokens])
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def fill(self, question: str, messages: list[dict], slots: list[int]) -> None:
+        """Ask until the slots are full: one request after the other, lowest slot first; a slot is filled once and kept."""
+        key, base, failed, reason = self.key_of(messages), derive_seed("teacher", question) % (1 << 30), 0, ""
+        while slots and not self.stop.is_set():
+            with self.lock:
+                if self.config.teacher_budget and self.requests >= self.config.teacher_budget:
+                    return
+                self.requests += 1
+            sent, wait = self.body(messages, len(slots), base + slots[0]), None
+            try:
+                status, body, headers = self.call("POST", "/chat/completions", sent)
+            except requests.RequestException as e:
+                status, body, headers, reason = 0, None, {}, type(e).__name__
+            if status == 200 and (texts := self.usable(body)):
+                failed = 0
+                self.keep(key, question, slots, texts)
+                continue
+            if status in (401, 403, 404):
+                self.refuse(status, body)
+                raise InputError(f"teacher {self.url}: {status}: {self.message(body)}; does --teacher end in /v1, and is --teacher-model right?")
+            if status == 400 and self.drop_field(sent, body):
+                continue
+            if status in (400, 413, 422):
+                raise InputError(f"teacher {self.url}: {status}: {self.message(body)}")
+            reason = reason if not status else f"status {status}" if status != 200 else "no usable choice in the answer"
+            failed += 1
+            with self.lock:
+                self.failures += 1
+            if failed == 10:
+                raise InputError(f"teacher {self.url}: ten failures in a row ({reason}); what came is kept, the same command goes on from there")
+            wait = retry_after(headers)
+            self.stop.wait(min(30.0, 0.25 * 2 ** failed) * (0.5 + random.random()) if wait is None else wait)   # jitter: no seed wanted
+
+    def usable(self, body: Any) -> list[tuple[str, str]]:
+        """The choices that hold text, with the reason why each ended; counts the answer's tokens."""
+        if not isinstance(body, dict) or not isinstance(body.get("choices"), list):
+            return []
+        out = []
+        for c in body["choices"]:
+            message = c.get("message") if isinstance(c, dict) else None
+            text = message.get("content") if isinstance(message, dict) else None
+            if isinstance(text, str) and text.strip():
+                out.append((text[:200_000], str(c.get("finish_reason"))))
+        usage = body.get("usage")
+        with self.lock:
+            used = usage.get("total_tokens", 0) or usage.get("prompt_tokens", 0) + usage.get("completion_tokens", 0) if isinstance(usage, dict) else 0
+            self.tokens += used if isinstance(used, int) else 0
+        return out
+
+    def keep(self, key: str, question: str, slots: list[int], texts: list[tuple[str, str]]) -> None:
+        for text, finish in texts[:len(slots)]:
+            line = dict(key=key, slot=slots.pop(0), question=question, model=self.model, temperature=self.config.teacher_temperature,
+                        max_tokens=self.config.teacher_tokens, finish=finish, text=text)
+            with self.lock, open(self.cache, "ab", buffering=0) as f:      # one write a line: nothing to lose, several ranks may append
+                f.write(json.dumps(line).encode() + b"\n")
+                self.filled += 1
+
+    def work(self, todo: collections.deque) -> None:
+        try:
+            while not self.stop.is_set():
+                self.fill(*todo.popleft())
+        except IndexError:
+            pass
+        except (InputError, OSError) as e:
+            self.error = self.error or (e if isinstance(e, InputError) else InputError(f"{self.cache}: {e.strerror}; what came is kept"))
+            self.stop.set()
+
+
+def retry_after(headers: Any) -> float | None:
+    """Seconds that a server's Retry-After asks for (a number or a date), at most ten minutes; None where it says nothing."""
+    text = headers.get("Retry-After")
+    if not text:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        try:
+            seconds = (parsedate_to_datetime(text) - datetime.datetime.now(datetime.timezone.utc)).total_seconds()
+        except (TypeError, ValueError):
+            return None
+    return min(600.0, max(0.0, seconds)) if math.isfinite(seconds) else None
+
+
+def read_cache(path: Path, wanted: str = "key") -> dict[str, dict[int, tuple[str, str]]]:
+    """-> {key: {slot: (text, finish)}}. A line that a crash tore is passed over; the first sample of a slot stays."""
+    out: dict[str, dict[int, tuple[str, str]]] = {}
+    torn = 0
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as f:
+        for line in f:
+            try:
+                item = json.loads(line)
+                out.setdefault(item[wanted], {}).setdefault(int(item["slot"]), (str(item["text"]), str(item.get("finish"))))
+            except (ValueError, KeyError, TypeError, RecursionError):
+                torn += bool(line.strip())
+    if torn:
+        say(f"note: {path}: {torn} line{'s' * (torn > 1)} cut off by a crash, passed over")
+    return out
+
+
+def collect(task: Task, config: Config) -> tuple[list[list], list[list]]:
+    """-> for the training and the validation questions, K slots each: (text, finish) or None. Asks only for what is not on disk."""
+    url, key, model, server = config.teacher, os.environ.get("OPENAI_API_KEY", ""), config.teacher_model, None
+    questions = task.train.inputs + ([] if config.overfit else task.valid.inputs)
+    if not url and task.name == "demo" and config.task == "demo":
+        url, server = fetch_data.demo_teacher()
+        key = ""
+    elif not url:
+        url = os.environ.get("OPENAI_BASE_URL") or ("openai" if key else "palm")
+    if url == "palm":
+        by_question, k = read_cache(fetch_data.ensure_palm(config.task, archive=config.archive or None), "question"), 1
+        say(f"teacher: PaLM-540B's published rationales, ONE a question: no vote and no teacher negatives.\n"
+            f"  For the paper's {config.samples} samples name a teacher: --teacher http://localhost:11434/v1 (Ollama, vLLM, llama.cpp), or set OPENAI_API_KEY.")
+        slots = [[by_question.get(q, {}).get(s) for s in range(k)] for q in questions]
+    else:
+        if url == "openai":
+            url, model = "https://api.openai.com/v1", model or "gpt-3.5-turbo"
+        if not url.startswith(("http://", "https://")) or urllib.parse.urlsplit(url).username:
+            raise InputError(f"--teacher {urllib.parse.urlsplit(url).hostname or url}: must be palm, openai or a URL like http://localhost:11434/v1; "
+                             "a key belongs into OPENAI_API_KEY, not into the URL")
+        teacher = Teacher(url, key, model, Path(), config)
+        teacher.connect()
+        teacher.cache = task.folder / f"teacher-{re.sub(r'[^A-Za-z0-9.-]+', '_', teacher.model)[:80]}.jsonl"
+        slots = ask(teacher, task, config, questions)
+    if server:
+        server.shutdown()
+    n = len(task.train.inputs)
+    return slots[:n], slots[n:]
+
+
+def ask(teacher: Teacher, task: Task, config: Config, questions: list[str]) -> list[list]:
+    """Fill the empty slots of all questions through `concurrency` threads, this rank's share; then read what all ranks have."""
+    try:
+        own = Path(config.prompt).read_text("utf-8") if config.prompt else ""
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"--prompt {config.prompt}: {e}") from None
+    prompts = [prompt_for(task, q, own) for q in questions]
+    keys, have = [teacher.key_of(p) for p in prompts], read_cache(teacher.cache)
+    empty = {k: (q, p, [s for s in range(config.samples) if s not in have.get(k, {})]) for q, p, k in zip(questions, prompts, keys)}
+    todo = [job for job in empty.values() if job[2]]
+    total = sum(len(job[2]) for job in todo)
+    say(f"teacher: {teacher.model} at {teacher.url}, {config.samples} samples a question at temperature {config.teacher_temperature}, kept in {teacher.cache}")
+    if todo:
+        tokens = sum(len(p[0]["content"]) for _, p, _ in todo) // 4 + total * 120
+        say(f"  {len(questions)} questions, {total} samples to ask for: {len(todo)} to {total} requests, roughly {tokens / 1000:,.0f} k tokens")
+        todo = collections.deque(todo[rank()::world()])
+        teacher.cache.parent.mkdir(parents=True, exist_ok=True)
+        if teacher.cache.exists() and teacher.cache.read_bytes()[-1:] not in (b"", b"\n"):
+            with open(teacher.cache, "ab") as f:          # a torn last line ends here, so that the next one starts afresh
+                f.write(b"\n")
+        threads = [threading.Thread(target=teacher.work, args=(todo,), daemon=True) for _ in range(config.concurrency)]
+        mine, progress = sum(len(job[2]) for job in todo), Progress("  teacher", total // world())
+        try:
+            for t in threads:
+                t.start()
+            while any(t.is_alive() for t in threads):
+                progress.update(min(teacher.filled, mine), f"{teacher.requests} requests, {teacher.tokens} tokens, {teacher.failures} failures")
+                threads[0].join(0.05) if threads[0].is_alive() else time.sleep(0.05)
+        except KeyboardInterrupt:
+            teacher.stop.set()
+            raise InputError(f"stopped; {teacher.filled} samples of this run are kept in {teacher.cache}, the same command goes on from there") from None
+        finally:
+            progress.close()
+        if teacher.error:
+            raise teacher.error
+        say(f"  {teacher.filled} samples from {teacher.requests} requests, {teacher.tokens:,} tokens, {teacher.failures} failures"
+            + (f"; without {', '.join(sorted(teacher.dropped))}, which this server refuses" if teacher.dropped else ""))
+        gather([])                                        # wait for the other ranks' files
+        have = read_cache(teacher.cache)
+    slots = [[have.get(k, {}).get(s) for s in range(config.samples)] for k in keys]
+    unfilled = sum(s is None for row in slots for s in row)
+    if unfilled:
+        say(f"warning: {unfilled} samples are missing (--teacher-budget {config.teacher_budget}); the vote goes on without them")
+    return slots
+
+
+# ------------------------------------------------------------------------------------------------ 4. Vote
+
+
+def majority(keys: list[str | None]) -> tuple[str | None, list[int], list[int]]:
+    """Self-consistency: -> (majority answer's key, slots of S_pos, slots of S_neg); None: no readable answer, no vote, neither set.
+
+    S_pos = {r_k : a_k = â}, S_neg = {r_k : a_k ≠ â} [review]; a tie goes to the answer of the lowest slot [ours]."""
+    counts = collections.Counter(k for k in keys if k is not None)      # in order of first slot, and max takes the first of equals
+    if not counts:
+        return None, [], []
+    best = max(counts, key=counts.__getitem__)
+    return best, [i for i, k in enumerate(keys) if k == best], [i for i, k in enumerate(keys) if k not in (best, None)]
+
+
+class Voted(NamedTuple):
+    """One question after the vote."""
+    answer: str | None            # the majority's answer as its lowest slot wrote it
+    positives: list[str]          # rationales, repetitions dropped
+    negatives: list[str]
+
+
+def vote(task: Task, config: Config, questions: list[str], slots: list[list], gold: list[str], name: str) -> list[Voted]:
+    """Read, clean and vote on every question's samples; prints the vote's statistics beside the paper's."""
+    out, c, progress = [], collections.Counter(), Progress("  vote", len(questions))
+    for number, (question, row, label) in enumerate(zip(questions, slots, gold)):
+        read = [read_sample(s[0], question, task.kind, task.options) if s else ("", None) for s in row]
+        read = [(r, None if s and s[1] == "length" and not ANSWER.search(s[0]) else a) for s, (r, a) in zip(row, read)]  # broke off before its answer
+        best, pos, neg = majority([answer_key(a, task.kind) for _, a in read])
+        c.update(samples=sum(map(bool, row)), truncated=sum(s is not None and s[1] == "length" for s in row), positives=len(pos),
+                 negatives=len(neg), only=bool(pos) and not neg, right=best is not None and best == answer_key(label, task.kind))
+        if not config.vote or config.method == "dss":     # slot 0 is the one positive, right or wrong
+            pos, neg = [0], []
+        positives = dict.fromkeys(to_student(read[k][0]) for k in pos if read[k][0])
+        negatives = dict.fromkeys(to_student(read[k][0]) for k in neg if read[k][0])
+        out.append(Voted(read[pos[0]][1] if pos else None, list(positives), [r for r in negatives if r not in positives]))
+        progress.update(number + 1)
+    progress.close()
+    n = len(questions)
+    say(f"vote, {name}: {c['positives'] / n:.2f} positives and {c['negatives'] / n:.2f} negatives a question (paper: 3.87 positives of 5), "
+        f"{c['only'] / n:.0%} of questions with positives only (paper: more than half)\n"
+        f"  majority right on {c['right'] / n:.1%} of {n} questions; {c['samples'] - c['positives'] - c['negatives']} of {c['samples']} samples "
+        f"without a readable answer, {c['truncated']} cut off by the length limit")
+    return out
+
+
+def to_student(text: str) -> str:
+    """÷ and × are not in T5's vocabulary [ours]."""
+    return text.replace("÷", "/").replace("×", "*")
+
+
+# ------------------------------------------------------------------------------------------------ 5. Batches
+
+
+class Ragged:
+    """Rows of token ids in one flat array with offsets: half a million questions are no Python lists."""
+
+    def __init__(self) -> None:
+        self.ids, self.ends = array("i"), array("q", [0])
+
+    def append(self, row: list[int]) -> None:
+        self.ids.extend(row)
+        self.ends.append(len(self.ids))
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, i: int) -> array:
+        return self.ids[self.ends[i]:self.ends[i + 1]]
+
+
+class Data:
+    """One split as token ids: questions (without prefix), labels, and for each question its positives and the teacher's negatives."""
+
+    def __init__(self, tokenizer: Tokenizer, config: Config, questions: list[str], labels: list[str], voted: list[Voted] | None = None):
+        self.questions, self.labels, self.positives, self.negatives = Ragged(), Ragged(), Ragged(), Ragged()
+        self.first_positive, self.first_negative = array("q", [0]), array("q", [0])
+        progress = Progress("  tokens", len(questions))
+        for i, (question, label) in enumerate(zip(questions, labels)):
+            self.questions.append(tokenizer.encode(to_student(question), config.input_tokens))
+            self.labels.append(tokenizer.encode(to_student(label), config.rationale_tokens))
+            for texts, rows, first in ((voted[i].positives, self.positives, self.first_positive),
+                                       (voted[i].negatives, self.negatives, self.first_negative)) if voted else ():
+                for text in texts:
+                    rows.append(tokenizer.encode(text, config.rationale_tokens))
+                first.append(len(rows))
+            progress.update(i + 1)
+        progress.close()
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def positives_of(self, q: int) -> list[array]:
+        return [self.positives[i] for i in range(self.first_positive[q], self.first_positive[q + 1])]
+
+    def negatives_of(self, q: int) -> list[array]:
+        return [self.negatives[i] for i in range(self.first_negative[q], self.first_negative[q + 1])]
+
+    def digest(self) -> str:
+        h = hashlib.sha256()
+        for rows in (self.questions, self.labels, self.positives, self.negatives):
+            h.update(rows.ids.tobytes() + rows.ends.tobytes())
+        return h.hexdigest()[:16]
+
+
+def collate(rows: list, device: torch.device) -> tuple[Tensor, Tensor]:
+    """-> ids (B, W) int64 on the device, 0-padded; mask (B, W) bool, left on the CPU: T5 reads lengths there without waiting for CUDA."""
+    lengths = torch.tensor([len(r) for r in rows])
+    mask = torch.arange(max(int(lengths.max()), 1))[None] < lengths[:, None]
+    ids = torch.zeros(mask.shape, dtype=torch.long)
+    ids[mask] = torch.from_numpy(np.concatenate([np.asarray(r, dtype=np.int64) for r in rows]))
+    return (ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ids), mask
+
+
+def by_length(rows: list, tokens: int) -> list[list[int]]:
+    """Indices of the rows in groups of like length, each of at most `tokens` ids with padding (one row at least). Longest first."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i)):
+        if groups and (len(groups[-1]) + 1) * len(rows[groups[-1][0]]) <= tokens:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def visits(config: Config, n: int, iteration: int) -> list[int]:
+    """The questions of an iteration in training order: one pass, or --iteration-steps full batches of the endless passes. Ours."""
+    def one_pass(number: int) -> list[int]:
+        return np.random.default_rng(derive_seed(config.seed, "order", number)).permutation(n).tolist()
+    if not config.iteration_steps:
+        return one_pass(iteration - 1)
+    count = config.iteration_steps * config.batch
+    start = (iteration - 1) * count
+    stream = [q for number in range(start // n, (start + count - 1) // n + 1) for q in one_pass(number)]
+    return stream[start % n:start % n + count]
+
+
+# ------------------------------------------------------------------------------------------------ 6. Negatives from snapshots
+
+
+class Student:
+    """A T5 with its tokenizer, prefixes and precision: what training, sampling and asking share."""
+
+    def __init__(self, model: T5, vocab: Path, config: Config, device: torch.device):
+        self.model, self.vocab, self.tokenizer, self.config, self.device = model.to(device), vocab, Tokenizer(vocab), config, device
+        self.predict, self.explain = (self.tokenizer.encode(prefix)[:-1] for prefix in ("predict:", "explain:"))
+        precision = config.precision
+        if precision == "auto":
+            precision = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if device.type == "cuda" else "float32"
+        self.dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.tokens = 4096 if device.type == "cpu" else 32768      # target ids in one group: bounds the (ids, vocabulary) logits
+
+    def amp(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def prefixed(self, prefix: list[int], questions: Iterable) -> list[list[int]]:
+        return [(prefix + list(x))[:self.config.input_tokens - 1] + [1] if len(prefix) + len(x) > self.config.input_tokens
+                else prefix + list(x) for x in questions]
+
+    def write(self, prefix: list[int], questions: list, longest: int, temperature: float, purpose: tuple, title: str = "") -> list[array]:
+        """What the student writes for each question: id rows, </s> kept where it was written. Fixed batches of questions sorted by
+        length, each with random numbers of its own, shared out among the ranks: the same rows whatever the number of ranks."""
+        order = sorted(range(len(questions)), key=lambda i: (len(questions[i]), i))
+        batches = [order[i:i + 128] for i in range(0, len(order), 128)]
+        out, progress, limit = [], Progress(title, len(batches)) if title else None, self.tokenizer.size
+        for number in range(rank(), len(batches), world()):
+            ids, mask = collate(self.prefixed(prefix, [questions[i] for i in batches[number]]), self.device)
+            generator = torch.Generator().manual_seed(derive_seed(*purpose, number))
+            with self.amp():
+                rows = self.model.generate(ids, mask, longest, temperature, generator, limit=limit).tolist()
+            out += [(i, array("i", row[:row.index(1) + 1] if 1 in row else row)) for i, row in zip(batches[number], rows)]
+            if progress:
+                progress.update(number + 1)
+        if progress:
+            progress.close()
+        return [row for _, row in sorted(gather(out), key=lambda pair: pair[0])]
+
+    def read(self, rows: Iterable[array]) -> list[str]:
+        return [self.tokenizer.decode(list(row)) for row in rows]
+
+
+def student_temperature(config: Config, iteration: int) -> float:
+    """τ = 1.5 [review], or A:B, a straight line over the iterations [ours]."""
+    try:
+        ends = [float(t) for t in config.student_temperature.split(":")]
+    except ValueError:
+        ends = []
+    if len(ends) not in (1, 2) or min(ends) <= 0:
+        raise InputError(f"--student-temperature {config.student_temperature}: must be a number above 0, or two as in 2.0:1.0")
+    return ends[0] + (ends[-1] - ends[0]) * (iteration - 1) / max(1, config.iterations - 1)
+
+
+def sample_negatives(past: Student, data: Data, config: Config, iteration: int, questions: list[int]) -> tuple[dict[int, list[array]], dict]:
+    """`--student-samples` rationales of an earlier student for each question of the iteration -> ({question: rows}, counts).
+
+    Trained on as sampled; empty ones and ones equal to a positive are dropped [ours]."""
+    start, unique = time.perf_counter(), sorted(set(questions))
+    purpose = (config.seed, "negatives", iteration if config.negative_source == "snapshot" else 0)      # fixed: static negatives
+    rows = past.write(past.explain, [data.questions[q] for q in unique for _ in range(config.student_samples)], config.rationale_tokens,
+                      student_temperature(config, iteration), purpose, "  negatives")
+    kept, tokens = {}, sum(map(len, rows))
+    for i, row in enumerate(rows):
+        q = unique[i // config.student_samples]
+        if len(row) > (row[-1:] == array("i", [1])) and row not in data.positives_of(q) and row not in kept.get(q, []):
+            kept.setdefault(q, []).append(row)
+    return kept, dict(sampled=len(rows), dropped=len(rows) - sum(map(len, kept.values())), tokens=tokens, seconds=time.perf_counter() - start)
+
+
+# ------------------------------------------------------------------------------------------------ 7. Discriminator
+
+
+class Discriminator(nn.Module):
+    """T5 encoder over the ids of x then r -> max-pool over the real tokens -> Linear -> ReLU -> Linear -> logit [review].
+
+    `encoder` None: the head sits on the student's own encoder (--discriminator shared, the other reading [ours])."""
+
+    def __init__(self, width: int, encoder: T5 | None):
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
+
+    def forward(self, ids: Tensor, mask: Tensor, student: T5 | None = None) -> Tensor:
+        """ids (B, S), mask (B, S) bool -> logits (B,) float32; s(x, r) is their sigmoid."""
+        memory = (self.encoder or student).encode(ids, mask)
+        pooled = memory.masked_fill(~mask.to(memory.device)[..., None], -torch.inf).amax(1)
+        return self.head(pooled).squeeze(-1).float()
+
+
+def make_discriminator(student: Student, config: Config) -> Discriminator:
+    torch.manual_seed(derive_seed(config.seed, "head") % (1 << 63))
+    encoder = None
+    if config.discriminator == "own":
+        encoder = copy.deepcopy(student.model)
+        del encoder.decoder
+    return Discriminator(student.model.config.d_model, encoder).to(student.device)
+
+
+def discriminator_logits(d: Discriminator, student: Student, questions: list, rationales: list) -> Tensor:
+    """Logits (R,) of pairs of id rows: x, its </s> as the border [ours], r right-truncated to the input limit."""
+    pairs = [list(x) + list(r) for x, r in zip(questions, rationales)]
+    parts, order = [], []
+    for group in by_length(pairs, 4 * student.tokens):
+        ids, mask = collate([pairs[i][:student.config.input_tokens] for i in group], student.device)
+        with student.amp():
+            parts.append(d(ids, mask, student.model))
+        order += group
+    back = torch.empty(len(order), dtype=torch.long)
+    back[torch.tensor(order)] = torch.arange(len(order))
+    return torch.cat(parts)[back.to(student.device)]
+
+
+@torch.no_grad()
+def quality(d: Discriminator | None, student: Student, questions: list, rationales: list) -> Tensor:
+    """s(x, r) in [0, 1], eval mode, no gradient: (R,) float32; 1 everywhere without a discriminator [review]."""
+    if d is None or not rationales:
+        return torch.ones(len(rationales), device=student.device)
+    modes = d.training, student.model.training
+    d.eval(), student.model.eval()
+    scores = torch.sigmoid(discriminator_logits(d, student, questions, rationales))
+    d.train(modes[0]), student.model.train(modes[1])
+    return scores
+
+
+def corrupt(text: str, words: list[str], part: float, rng: np.random.Generator) -> str:
+    """A negative made of a positive: a part of the words deleted or replaced by other rationales' words [review: masking and replacement].
+
+    No mask symbol, which would give the class away [ours]."""
+    old = text.split()
+    hit = rng.random(len(old)) < part
+    if len(old) and not hit.any():
+        hit[rng.integers(len(old))] = True
+    new = [words[rng.integers(len(words))] if rng.random() < 0.5 else "" for _ in old]
+    return " ".join(w for w in (n if h else o for o, n, h in zip(old, new, hit)) if w)
+
+
+def pairs_for_discriminator(data: Data, student: Student, config: Config, rng: np.random.Generator, questions: list[int],
+                            negatives: dict, count: int) -> tuple[list, list, Tensor]:
+    """A balanced batch: count/2 positives and count/2 negatives -> (questions, rationales, targets). Negatives are S_neg's, and positives
+    with corrupted words for as many as S_neg is smaller than S_pos [review, ours]."""
+    good = [(q, i) for q in questions for i in range(data.first_positive[q], data.first_positive[q + 1])]
+    bad = [(q, row) for q in questions for row in data.negatives_of(q) + negatives.get(q, [])]
+    if not good:
+        return [], [], torch.zeros(0)
+    half, out = max(1, count // 2), []
+    for k in rng.integers(len(good), size=half):
+        out.append((good[k][0], data.positives[good[k][1]], 1.0))
+    for k in rng.integers(max(len(good), len(bad)), size=half):
+        if k < len(bad):
+            out.append((*bad[k], 0.0))
+            continue
+        (q, i), others = good[rng.integers(len(good))], [good[k] for k in rng.integers(len(good), size=4)]
+        words = " ".join(student.read(data.positives[j] for _, j in others)).split() or ["the"]
+        wrong = corrupt(student.read([data.positives[i]])[0], words, config.corrupt, rng)
+        out.append((q, student.tokenizer.encode(wrong, config.rationale_tokens), 0.0))
+    targets = torch.tensor([t for _, _, t in out])
+    flip = torch.from_numpy(rng.random(len(out)) < config.discriminator_noise)
+    return [data.questions[q] for q, _, _ in out], [r for _, r, _ in out], torch.where(flip, 1 - targets, targets)
+
+
+def train_discriminator(d: Discriminator, student: Student, optimizer: torch.optim.Optimizer, data: Data, config: Config, iteration: int,
+                        questions: list[int], negatives: dict, steps: int, lr: float) -> float:
+    """`steps` steps of L_D = binary cross-entropy [review]; every rank takes the same ones -> mean L_D."""
+    seed = derive_seed(config.seed, "discriminator", iteration)
+    rng, total = np.random.default_rng(seed), torch.zeros((), device=student.device)
+    torch.manual_seed(seed)
+    d.train(), student.model.train(d.encoder is not None)
+    scaler, progress = torch.amp.GradScaler(student.device.type, enabled=student.dtype == torch.float16), Progress("  discriminator", steps)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    for step in range(steps):
+        some = [questions[i] for i in rng.integers(len(questions), size=4 * config.batch)]     # a step costs the same however many there are
+        xs, rs, targets = pairs_for_discriminator(data, student, config, rng, some, negatives, config.batch)
+        if not rs:
+            continue
+        with torch.set_grad_enabled(True):
+            loss = F.binary_cross_entropy_with_logits(discriminator_logits(d, student, xs, rs), targets.to(student.device))
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(d.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        total += loss.detach()
+        progress.update(step + 1)
+    progress.close()
+    if world() > 1:                       # on CUDA the last digits of the ranks' same steps may have parted
+        for p in d.parameters():
+            dist.broadcast(p.data, 0)
+    return (total / max(1, steps)).item()
+
+
+def discriminator_accuracy(d: Discriminator, student: Student, data: Data, config: Config) -> dict[str, float]:
+    """On the validation questions' teacher samples: recall of S_pos, of S_neg, of corrupted positives (NaN: none there); their balance."""
+    rng = np.random.default_rng(derive_seed("accuracy"))
+    good = [(q, r) for q in range(len(data)) for r in data.positives_of(q)][:1000]
+    bad = [(q, r) for q in range(len(data)) for r in data.negatives_of(q)][:1000]
+    texts = student.read(r for _, r in good)
+    words = " ".join(texts).split()
+    fake = [(q, student.tokenizer.encode(corrupt(t, words, config.corrupt, rng), config.rationale_tokens)) for (q, _), t in zip(good, texts)]
+    scores = [quality(d, student, [data.questions[q] for q, _ in pairs], [r for _, r in pairs]).cpu() for pairs in (good, bad, fake)]
+    recall = [(s > 0.5).float().mean().item() for s in scores]
+    recall = [recall[0], 1 - recall[1], 1 - recall[2]]
+    return dict(positives=recall[0], negatives=recall[1], corrupted=recall[2],
+                balanced=(recall[0] + recall[1]) / 2 if bad else (recall[0] + recall[2]) / 2)
+
+
+# ------------------------------------------------------------------------------------------------ 8. Loss
+
+
+class Candidates(NamedTuple):
+    """S_pos and S_neg of a batch of questions, a row a rationale."""
+    rows: list                    # id rows
+    owner: list[int]              # which question of the batch
+    positive: list[bool]
+
+
+def candidates(data: Data, config: Config, batch: list[int], negatives: dict) -> Candidates:
+    out = Candidates([], [], [])
+    for i, q in enumerate(batch):
+        for positive, rows in ((True, data.positives_of(q)), (False, data.negatives_of(q) + negatives.get(q, []) if config.negatives else [])):
+            for row in rows:
+                out.rows.append(row), out.owner.append(i), out.positive.append(positive)
+    return out
+
+
+def pick(losses: list[float], c: Candidates, config: Config) -> tuple[list[int], list[float], int]:
+    """Which rationales count: -> (their rows, the share of each in its question's term, how many negatives were left out).
+
+    ℓ_pos = min over S_pos of ℓ, ℓ_neg = max over S_neg of min(ℓ - δ, 0) [review]: r⁺ the argmin, r⁻ the argmax of the unclamped ℓ, the
+    first on a tie [ours]. A mean counts every candidate with share 1/n. A negative whose ℓ here is already δ adds 0 and is left out.
+    losses (R,) come from eval mode, without gradient [ours]; only `needs_losses` of them are read."""
+    sets: dict[tuple[int, bool], list[int]] = {}
+    for r, key in enumerate(zip(c.owner, c.positive)):
+        sets.setdefault(key, []).append(r)
+    rows, shares, left_out = [], [], 0
+    for (_, is_positive), members in sorted(sets.items(), key=lambda kv: (kv[0][0], not kv[0][1])):
+        how = config.positive if is_positive else config.negative
+        if how != "mean" and len(members) > 1:
+            best = (min if how == "min" else max)(losses[r] for r in members)
+            members, share = [next(r for r in members if losses[r] == best or best != best)], 1.0
+        else:
+            share = 1.0 / len(members)
+        for r in members:
+            if not is_positive and losses[r] >= config.delta:
+                left_out += 1
+            else:
+                rows.append(r), shares.append(share)
+    return rows, shares, left_out
+
+
+def needs_losses(c: Candidates, config: Config) -> list[int]:
+    """The candidates whose ℓ decides something: among several positives, and of every negative, whether it is beyond δ."""
+    positives = collections.Counter(owner for owner, positive in zip(c.owner, c.positive) if positive)
+    return [r for r, (owner, positive) in enumerate(zip(c.owner, c.positive))
+            if not positive or (positives[owner] > 1 and config.positive != "mean")]
+
+
+def contrastive_terms(losses: Tensor, scores: Tensor, share: Tensor, positive: Tensor, beta: float, delta: float) -> Tensor:
+    """L_cl = s(x, r⁺) · ℓ_pos - β · (1 - s(x, r⁻)) · ℓ_neg, a row a picked rationale: (R,) terms whose sum over a question's rows is its L_cl.
+
+    ℓ_neg = min(ℓ - δ, 0) [review]. Weights s and 1 - s carry no gradient [ours]. losses, scores, share (R,) float32, positive (R,) bool.
+    Without a discriminator both weights are 1: scores 1 for positives, 0 for negatives."""
+    weight = torch.where(positive, scores, 1 - scores).detach() * share
+    return weight * torch.where(positive, losses, -beta * (losses - delta).clamp(max=0))
+
+
+def total_loss(predict: Tensor, contrastive: Tensor, discriminator: Tensor | float, alphas: tuple[float, float, float]) -> Tensor:
+    """L = α1 · L_predict + α2 · L_cl + α3 · L_D [review]."""
+    return alphas[0] * predict + alphas[1] * contrastive + alphas[2] * discriminator
+
+
+def alphas_of(config: Config, iteration: int) -> tuple[float, float, float]:
+    """(α1, α2, α3) of an iteration: 0.5 each, α3 ← 0.9 · α3 after each [review]; the fine-tuned baseline has L_predict alone."""
+    if config.method == "finetune":
+        return 1.0, 0.0, 0.0
+    return config.alpha_predict, config.alpha_cl, config.alpha_d * config.alpha_d_decay ** (iteration - 1)
+
+
+@torch.no_grad()
+def candidate_losses(student: Student, data: Data, batch: list[int], c: Candidates, needed: list[int]) -> Tensor:
+    """ℓ(x, r) of the needed candidates in eval mode without gradient: (len(needed),); one encoding serves all rationales of a question."""
+    asked = sorted({c.owner[r] for r in needed})
+    place = {i: at for at, i in enumerate(asked)}
+    training = student.model.training
+    student.model.eval()
+    out = torch.empty(len(needed), device=student.device)
+    with student.amp():
+        x, mask = collate(student.prefixed(student.explain, [data.questions[batch[i]] for i in asked]), student.device)
+        memory = student.model.encode(x, mask)
+        for group in by_length([c.rows[r] for r in needed], student.tokens):
+            y, y_mask = collate([c.rows[needed[k]] for k in group], student.device)
+            rows = torch.tensor([place[c.owner[needed[k]]] for k in group])
+            out[torch.tensor(group, device=student.device)] = student.model.loss(x, mask, y, y_mask, memory, rows).float()
+    student.model.train(training)
+    return out
+
+
+def backward(student: Student, data: Data, config: Config, batch: list[int], c: Candidates, picked: list[int], share: list[float],
+             scores: Tensor, alphas: tuple, questions: int, scale: Callable = lambda loss: loss) -> tuple[Tensor, Tensor]:
+    """Add the gradient of the batch's part of α1 · L_predict + α2 · L_cl, every term a sum over questions divided by `questions`, those
+    of the global batch. -> ℓ of the labels (n,) and of the picked rationales (len(picked),), float32, detached.
+
+    One encoding of `predict: x` and one of `explain: x` serve all targets; targets run in groups of like length whose gradients meet in
+    one detached memory, so that the encoder runs backward once and no logits of a whole batch ever exist."""
+    device, n = student.device, len(batch)
+    size = config.micro_batch or (n if device.type == "cuda" else 16)
+    label_losses, pick_losses = torch.zeros(n, device=device), torch.zeros(len(picked), device=device)
+    shares, positive = torch.tensor(share, device=device), torch.tensor([c.positive[r] for r in picked], dtype=torch.bool, device=device)
+    for start in range(0, n, size):
+        part = range(start, min(n, start + size))
+        mine = [k for k, r in enumerate(picked) if c.owner[r] in part]
+        xs = [data.questions[batch[i]] for i in part]
+        targets = [data.labels[batch[i]] for i in part] + [c.rows[picked[k]] for k in mine]
+        memory_row = torch.tensor([*range(len(part)), *(len(part) + c.owner[picked[k]] - start for k in mine)])
+        with student.amp():
+            x, mask = collate(student.prefixed(student.predict, xs) + (student.prefixed(student.explain, xs) if mine else []), device)
+            memory = student.model.encode(x, mask)
+            leaf = memory.detach().requires_grad_()
+            for group in by_length(targets, student.tokens):
+                labels, others = [i for i in group if i < len(part)], [i for i in group if i >= len(part)]
+                y, y_mask = collate([targets[i] for i in labels + others], device)
+                loss = student.model.loss(x, mask, y, y_mask, leaf, memory_row[labels + others])
+                at_label = torch.tensor([part[i] for i in labels], dtype=torch.long, device=device)
+                at_pick = torch.tensor([mine[i - len(part)] for i in others], dtype=torch.long, device=device)
+                of_label, of_pick = loss[:len(labels)], loss[len(labels):]
+                terms = contrastive_terms(of_pick, scores[at_pick], shares[at_pick], positive[at_pick], config.beta, config.delta)
+                scale(total_loss(of_label.sum(), terms.sum(), 0.0, alphas) / questions).backward()
+                label_losses[at_label], pick_losses[at_pick] = of_label.detach(), of_pick.detach()
+            memory.backward(leaf.grad)
+    return label_losses, pick_losses
+
+
+STATS = ["L_predict", "l_pos", "l_neg", "L_cl", "s_pos", "w_neg", "L_D", "zero_neg", "with_pos", "with_neg", "stop"]
+
+
+def step_stats(labels: Tensor, losses: Tensor, scores: Tensor, share: Tensor, positive: Tensor, left_out: int, l_d: Tensor,
+               config: Config) -> Tensor:
+    """Sums over a batch's questions of what the iteration's line shows: (len(STATS),) on the device, so that nothing waits for it."""
+    clamped, pos, neg = (losses - config.delta).clamp(max=0), share * positive, share * ~positive
+    terms = contrastive_terms(losses, scores, share, positive, config.beta, config.delta)
+    sums = [labels.sum(), (pos * losses).sum(), (neg * clamped).sum(), terms.sum(), (pos * scores).sum(), (neg * (1 - scores)).sum(),
+            l_d * len(labels), (neg * (clamped == 0)).sum() + left_out, pos.sum(), neg.sum() + left_out]
+    return torch.stack([s.float() for s in sums] + [torch.full_like(sums[0], float(STOP.is_set()))])
+
+
+# ------------------------------------------------------------------------------------------------ 9. Training
+
+STOP = threading.Event()                  # set by SIGINT and SIGTERM: finish the step, write, say how to go on
+
+
+class Stopped(Exception):
+    """Training was asked to stop and has written its checkpoint."""
+
+
+@dataclass
+class State:
+    """What training counts; with weights, optimizers and random state it is all that a checkpoint holds."""
+    iteration: int = 0                    # completed iterations
+    step: int = 0                         # completed steps of the next one
+    best: float = -1.0                    # validation accuracy
+    best_iteration: int = 0
+    l_d: float = 0.0                      # mean L_D of the iteration's discriminator update
+    sums: list = field(default_factory=lambda: [0.0] * len(STATS))
+
+
+class Trainer:
+    """Student, discriminator, their optimizers, and the run folder."""
+
+    def __init__(self, config: Config, student: Student, folder: Path, task: Task, train: Data, valid: Data):
+        self.config, self.student, self.folder, self.task, self.train, self.valid = config, student, folder, task, train, valid
+        self.state, self.past, self.d, self.rng = State(), None, None, None
+        self.optimizer = torch.optim.AdamW(student.model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
+        self.scaler = torch.amp.GradScaler(student.device.type, enabled=student.dtype == torch.float16)
+        if config.method == "qcrd" and config.discriminator != "none":
+            self.d = make_discriminator(student, config)
+            self.d_optimizer = torch.optim.AdamW(self.d.parameters(), lr=config.discriminator_lr, weight_decay=0.0, fused=True)
+            if self.d.encoder is None:                             # shared: L_D is a term of the student's loss
+                self.optimizer.add_param_group(dict(params=list(self.d.parameters())))
+        self.per_iteration = config.iteration_steps or math.ceil(len(train) / config.batch)
+
+    def digest(self) -> dict[str, str]:
+        return {"training data or teacher samples": self.train.digest(), "validation data": self.valid.digest(),
+                "model": json.dumps(dataclasses.asdict(self.student.model.config))}
+
+    def save(self) -> None:
+        """checkpoint.pt: everything but the snapshots, which are files of their own, each written once."""
+        if rank() == 0:
+            keep = dict(state=dataclasses.asdict(self.state), student=self.student.model.state_dict(), optimizer=self.optimizer.state_dict(),
+                        scaler=self.scaler.state_dict(), rng=torch.get_rng_state(), digest=self.digest())
+            if self.student.device.type == "cuda":
+                keep["cuda_rng"] = torch.cuda.get_rng_state()
+            if self.d:
+                keep |= dict(d=self.d.state_dict(), d_optimizer=self.d_optimizer.state_dict())
+            with atomic(self.folder / "checkpoint.pt") as path:
+                torch.save(keep, path)
+
+    def load(self) -> None:
+        keep = load_pt(self.folder / "checkpoint.pt", self.student.device)
+        different = [name for name, d in self.digest().items() if keep["digest"].get(name) != d]
+        if different:
+            raise InputError(f"{self.folder}/checkpoint.pt: was made with other {' and other '.join(different)}; start a new run")
+        self.state, self.rng = State(**keep["state"]), (keep["rng"].cpu(), keep.get("cuda_rng"))
+        self.student.model.load_state_dict(keep["student"])
+        self.optimizer.load_state_dict(keep["optimizer"])
+        self.scaler.load_state_dict(keep["scaler"])
+        if self.d:
+            self.d.load_state_dict(keep["d"])
+            self.d_optimizer.load_state_dict(keep["d_optimizer"])
+
+    def snapshot_file(self, iteration: int) -> Path:
+        return self.folder / "snapshots" / f"{iteration}.pt"
+
+    def negatives_for(self, iteration: int, questions: list[int]) -> tuple[dict, dict]:
+        """Iteration t samples from snapshot t - lag [abstract]; none while t - lag < 1: the untrained student never counts [ours]."""
+        fixed = self.config.negative_source == "fixed"
+        if self.config.method != "qcrd" or not self.config.negatives or (not fixed and iteration - self.config.lag < 1):
+            return {}, dict(source="", sampled=0, dropped=0, tokens=0, seconds=0.0)
+        if fixed and not self.past:
+            self.past = Student(T5.load(self.config.negative_model), self.student.vocab, self.config, self.student.device)
+        past = self.past
+        if not fixed:                             # in memory for the sampling only
+            model = T5(self.student.model.config)
+            model.load_state_dict(load_pt(self.snapshot_file(iteration - self.config.lag), "cpu"))
+            past = Student(model, self.student.vocab, self.config, self.student.device)
+        negatives, counts = sample_negatives(past, self.train, self.config, iteration, questions)
+        return negatives, counts | dict(source="fixed student" if fixed else f"snapshot {iteration - self.config.lag}")
+
+    def train_discriminator(self, iteration: int, questions: list[int], negatives: dict, steps: int, alpha_d: float) -> float:
+        """Pretraining (iteration 0) [review] and online update [abstract] -> mean L_D. An encoder of its own: a factor on L_D would cancel in
+        Adam, so α3 / 0.5 scales its learning rate. Shared: the head alone is pretrained, L_D joins the training steps [ours]."""
+        due = self.config.discriminator_every and iteration % self.config.discriminator_every == 0
+        if not self.d or (iteration and (self.d.encoder is None or not due)):
+            return 0.0
+        return train_discriminator(self.d, self.student, self.d_optimizer, self.train, self.config, iteration, questions, negatives, steps,
+                                   self.config.discriminator_lr * alpha_d / 0.5)
+
+    def step(self, batch: list[int], negatives: dict, alphas: tuple, number: int, pending: Tensor) -> Tensor:
+        """One optimizer step on the global batch -> its sums of STATS. `pending`: those of the step before, which come to the host together
+        with the losses that the picks are made from: one transfer a step. Errors: Stopped, before anything has changed."""
+        config, student, train = self.config, self.student, self.train
+        mine = batch[rank()::world()]
+        c = candidates(train, config, mine, negatives) if alphas[1] else Candidates([], [], [])
+        needed = needs_losses(c, config)
+        known = candidate_losses(student, train, mine, c, needed) if needed else torch.zeros(0, device=student.device)
+        host = torch.cat([known, pending]).tolist()
+        self.account(host[len(needed):], number - 1)
+        losses = [math.nan] * len(c.rows)
+        for r, loss in zip(needed, host):
+            losses[r] = loss
+        picked, share, left_out = pick(losses, c, config)
+        positive = torch.tensor([c.positive[r] for r in picked], dtype=torch.bool, device=student.device)
+        scores = positive.float()
+        if self.d:
+            scores = quality(self.d, student, [train.questions[mine[c.owner[r]]] for r in picked], [c.rows[r] for r in picked])
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr * (1 - number / (config.iterations * self.per_iteration))
+        for p in params:                                             # zeros, not None: a rank without rationales joins the all-reduce too
+            p.grad = torch.zeros_like(p)
+        student.model.train()
+        labels, picks = backward(student, train, config, mine, c, picked, share, scores, alphas, len(batch), self.scaler.scale)
+        l_d = torch.zeros((), device=student.device)
+        if self.d and self.d.encoder is None:
+            rng = np.random.default_rng(derive_seed(config.seed, "L_D", number, rank()))
+            xs, rs, targets = pairs_for_discriminator(train, student, config, rng, mine, negatives, 2 * len(mine))
+            if rs:
+                l_d = F.binary_cross_entropy_with_logits(discriminator_logits(self.d.train(), student, xs, rs), targets.to(student.device))
+                self.scaler.scale(total_loss(0.0, 0.0, l_d, alphas) * len(mine) / len(batch)).backward()
+        stats = step_stats(labels, picks, scores, torch.tensor(share, device=student.device), positive, left_out, l_d.detach(), config)
+        if world() > 1:                                              # one all-reduce after the local backward passes
+            flat = torch.cat([p.grad.flatten() for p in params] + [stats])
+            dist.all_reduce(flat)
+            *grads, stats = flat.split([p.numel() for p in params] + [len(STATS)])
+            for p, g in zip(params, grads):
+                p.grad.copy_(g.view_as(p))
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(params, 1.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return stats
+
+    def account(self, stats: list[float], number: int) -> None:
+        """Add up a step's sums. Errors: InputError at the first that is not a number; Stopped when a rank was asked to stop."""
+        for name, amount in zip(STATS, stats):
+            if not math.isfinite(amount):
+                t, k = number // self.per_iteration + 1, number % self.per_iteration
+                batch = visits(self.config, len(self.train), t)[k * self.config.batch:(k + 1) * self.config.batch]
+                raise InputError(f"iteration {t}, step {k + 1}: {name} became {amount} on questions {batch}; try a lower --lr or --precision float32")
+        if stats:
+            self.state.sums = [a + b for a, b in zip(self.state.sums, stats)]
+            if stats[-1]:
+                raise Stopped
+
+    def run(self) -> None:
+        """All iterations: negatives, discriminator, optimizer steps, validation, snapshot, checkpoint."""
+        config, state = self.config, self.state
+        if self.d and not self.rng:
+            state.l_d = self.train_discriminator(0, list(range(len(self.train))), {}, config.discriminator_pretrain, 0.5)
+            a = discriminator_accuracy(self.d, self.student, self.valid, config)
+            say(f"discriminator: L_D {state.l_d:.3f} after {config.discriminator_pretrain} steps; on validation rationales it recognises "
+                f"{a['positives']:.0%} of the positives, {a['negatives']:.0%} of the negatives, {a['corrupted']:.0%} of corrupted positives")
+        while state.iteration < config.iterations:
+            t, begin = state.iteration + 1, time.perf_counter()
+            alphas, order = alphas_of(config, t), visits(config, len(self.train), t)
+            negatives, counts = self.negatives_for(t, order)
+            seconds, then = dict(negatives=counts.pop("seconds")), time.perf_counter()
+            if self.rng and state.step:                              # goes on in mid-iteration
+                torch.set_rng_state(self.rng[0])
+                if self.rng[1] is not None:
+                    torch.cuda.set_rng_state(self.rng[1].cpu())
+            else:
+                state.sums, state.l_d = [0.0] * len(STATS), self.train_discriminator(t, order, negatives, config.discriminator_steps, alphas[2])
+                torch.manual_seed(derive_seed(config.seed, "dropout", t, rank()))
+            seconds["discriminator"], then, first = time.perf_counter() - then, time.perf_counter(), state.step
+            pending, progress = torch.zeros(0, device=self.student.device), Progress(f"  iteration {t}", self.per_iteration)
+            try:
+                for k in range(state.step, self.per_iteration):
+                    pending = self.step(order[k * config.batch:(k + 1) * config.batch], negatives, alphas, (t - 1) * self.per_iteration + k, pending)
+                    state.step = k + 1
+                    progress.update(k + 1)
+                    if t == 1 and k == 3:
+                        self.foretell((time.perf_counter() - then) / (k + 1 - first))
+                self.account(pending.tolist(), (t - 1) * self.per_iteration + state.step - 1)
+            except Stopped:
+                if state.step < self.per_iteration:
+                    self.save()
+                    raise
+            finally:
+                progress.close()
+            seconds["steps"], then = time.perf_counter() - then, time.perf_counter()
+            accuracy, _ = evaluate(self.student, config, self.valid, self.task.valid.labels, self.task.kind, "  validation")
+            m = self.metrics(t, order, negatives, counts, alphas, accuracy)
+            state.iteration, state.step = t, 0
+            if accuracy > state.best:
+                state.best, state.best_iteration = accuracy, t
+                save_student(self.student, self.d, self.folder / "student")
+            if rank() == 0 and config.method == "qcrd" and config.negatives and config.negative_source == "snapshot":
+                with atomic(self.snapshot_file(t)) as path:
+                    torch.save(self.student.model.state_dict(), path)
+            self.save()
+            seconds["rest"] = time.perf_counter() - then
+            m["seconds"] = {k: round(v, 2) for k, v in seconds.items()} | dict(all=round(time.perf_counter() - begin, 2))
+            self.report(m)
+            if STOP.is_set():
+                raise Stopped
+
+    def foretell(self, seconds: float) -> None:
+        steps = self.config.iterations * self.per_iteration
+        if seconds * steps > 600:
+            say(f"this will take long: {steps} steps at {seconds:.1f} s are about {datetime.timedelta(seconds=round(seconds * steps))} "
+                "(and negatives and validation besides); cheaper: --iterations, --fraction, --model t5-small, --batch, --device cuda")
+
+    def metrics(self, t: int, order: list[int], negatives: dict, counts: dict, alphas: tuple, accuracy: float) -> dict:
+        """The iteration's line of metrics.jsonl: means over the questions of every loss term, weights, scores, counts."""
+        config, n, s = self.config, len(order), dict(zip(STATS, self.state.sums))
+        l_d = s["L_D"] / n if self.d and self.d.encoder is None else self.state.l_d
+        mean = {k: s[k] / n for k in ("L_predict", "L_cl")} | dict(L_D=l_d)
+        m = dict(iteration=t, loss=total_loss(*mean.values(), alphas), **mean, alphas=alphas, l_pos=s["l_pos"] / max(1, s["with_pos"]),
+                 l_neg=s["l_neg"] / max(1, s["with_neg"]), s_pos=s["s_pos"] / max(1, s["with_pos"]),
+                 w_neg=s["w_neg"] / max(1, s["with_neg"] - s["zero_neg"]), zero_negative_terms=s["zero_neg"] / max(1, s["with_neg"]),
+                 valid_accuracy=accuracy, negatives=counts | dict(student=sum(map(len, negatives.values())) / max(1, len(set(order)))))
+        if config.method != "finetune":
+            some = sorted(set(order))[:256]
+            sets = dict(positives=[(q, r) for q in some for r in self.train.positives_of(q)],
+                        teacher_negatives=[(q, r) for q in some for r in self.train.negatives_of(q)],
+                        student_negatives=[(q, r) for q in some for r in negatives.get(q, [])])
+            m |= {f"{name}_a_question": len(pairs) / len(some) for name, pairs in sets.items()}
+            if self.d:
+                m["discriminator_accuracy"] = discriminator_accuracy(self.d, self.student, self.valid, config)
+                scores = {name: quality(self.d, self.student, [self.train.questions[q] for q, _ in pairs[:256]], [r for _, r in pairs[:256]]).cpu()
+                          for name, pairs in sets.items()}
+                m["scores"] = {name: dict(mean=x.mean().item(), histogram=torch.histc(x, 10, 0, 1).tolist()) for name, x in scores.items() if len(x)}
+        if self.student.dtype == torch.float16:
+            m["fp16_scale"] = self.scaler.get_scale()
+        return m
+
+    def report(self, m: dict) -> None:
+        if rank() != 0:
+            return
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps(rounded(m)) + "\n")
+        a, source = m["alphas"], m["negatives"]["source"]
+        line = f"iteration {m['iteration']}/{self.config.iterations}  loss {m['loss']:.3f}"
+        if self.config.method != "finetune":
+            line += f" = {a[0]:g}·predict {m['L_predict']:.3f} + {a[1]:g}·contrastive {m['L_cl']:.3f} (pos {m['l_pos']:.2f}, neg {m['l_neg']:.2f}, " \
+                    f"{m['zero_negative_terms']:.0%} beyond δ)"
+        if self.d:
+            line += f" + {a[2]:.3f}·discriminator {m['L_D']:.3f}  s⁺ {m['s_pos']:.2f} 1-s⁻ {m['w_neg']:.2f}"
+        if self.config.method == "qcrd" and self.config.negatives:
+            line += f"  negatives: teacher {m['teacher_negatives_a_question']:.2f}" \
+                    + (f" + {source} {m['negatives']['student']:.2f} a question" if source else " a question, student none yet")
+        best = " (best)" if self.state.best_iteration == m["iteration"] else ""
+        say(f"{line}  valid {m['valid_accuracy']:.1%}{best}  {m['seconds']['all']:.1f} s")
+        for path in (self.folder / "snapshots").glob("*.pt"):        # the oldest goes when no later iteration needs it
+            if int(path.stem) <= self.state.iteration - self.config.lag:
+                path.unlink()
+
+
+def rounded(x: Any) -> Any:
+    """Floats to six digits, and null for NaN, which JSON has not."""
+    if isinstance(x, dict):
+        return {k: rounded(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [rounded(v) for v in x]
+    return (float(f"{x:.6g}") if math.isfinite(x) else None) if isinstance(x, float) else x
+
+
+def load_pt(path: Path, device: torch.device | str) -> dict:
+    """A dictionary of tensors and plain values, never code. Errors: InputError for a broken file."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: not there") from None
+    except Exception as e:                                           # torch raises many kinds for a broken file
+        raise InputError(f"{path}: cannot be read ({type(e).__name__}: broken or cut off); start a new run") from None
+
+
+def save_student(student: Student, d: Discriminator | None, folder: Path) -> None:
+    if rank() == 0:
+        student.model.save(folder, vocab=student.vocab)
+        if d:
+            with atomic(folder / "discriminator.pt") as path:
+                torch.save(d.state_dict(), path)
+
+
+def evaluate(student: Student, config: Config, data: Data, labels: list[str], kind: str, title: str = "") -> tuple[float, list[str]]:
+    """Greedy labels for all questions -> (accuracy, the labels)."""
+    longest = min(config.rationale_tokens, 8 + 2 * max(len(data.labels[i]) for i in range(len(data))))
+    answers = student.read(student.write(student.predict, [data.questions[i] for i in range(len(data))], longest, 0.0, ("greedy",), title))
+    return sum(is_right(a, label, kind) for a, label in zip(answers, labels)) / len(labels), answers
+
+
+def interval(accuracy: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of an accuracy on n questions."""
+    z = 1.96
+    middle, half = accuracy + z * z / (2 * n), z * math.sqrt(accuracy * (1 - accuracy) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+def explain(student: Student, d: Discriminator | None, config: Config, questions: list, title: str) -> tuple[list[str], list[float]]:
+    """The student's greedy rationale for each question's ids, and its quality s(x, r)."""
+    rows = student.write(student.explain, questions, config.rationale_tokens, 0.0, ("greedy",), title)
+    scores: list[float] = []
+    for at in range(0, len(rows), 256):
+        scores += quality(d, student, questions[at:at + 256], rows[at:at + 256]).tolist() if d else [math.nan] * len(rows[at:at + 256])
+    return student.read(rows), scores
+
+
+def load_student(folder: Path | str, config: Config, device: torch.device) -> Student:
+    folder = Path(folder)
+    if not (folder / "model.pt").exists():
+        hint = (f"python fetch_data.py --from-hf {folder} converts it" if (folder / "config.json").exists()
+                else "see --model: demo, t5-small, t5-base, or a folder as in weights/")
+        raise InputError(f"{folder}: no weights (model.pt) there; {hint}")
+    return Student(T5.load(folder), folder / "spiece.model", config, device)
+
+
+def load_trained(run: Path) -> tuple[Config, dict, Student, Discriminator | None]:
+    """The best student of a run with its discriminator."""
+    config, extra = read_config(run)
+    student = load_student(run / "student", config, pick_device(config))
+    d = None
+    if (run / "student" / "discriminator.pt").exists():
+        d = make_discriminator(student, config)
+        d.load_state_dict(load_pt(run / "student" / "discriminator.pt", student.device))
+    return config, extra, student, d
+
+
+def read_config(run: Path) -> tuple[Config, dict]:
+    try:
+        saved = json.loads((run / "config.json").read_text("utf-8"))
+        return Config(**saved["config"]), saved
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise InputError(f"{run}/config.json: no run there ({type(e).__name__}); runs are folders like runs/demo-qcrd-0") from None
+
+
+def pick_device(config: Config) -> torch.device:
+    try:
+        device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+            torch.cuda.set_device(device)
+            torch.set_float32_matmul_precision("high")               # TF32 for what autocast leaves in float32
+        elif device.type != "cpu":
+            raise RuntimeError
+        return device
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device {config.device}: not a device of this machine; cpu or cuda") from None
+
+
+def prepare(config: Config, device: torch.device) -> tuple[Student, Task, Data, Data]:
+    """Everything before training: task, student, teacher's samples, vote, token ids."""
+    task = load_task(config)
+    if not config.model:
+        config.model = "demo" if config.task == "demo" else "t5-base" if device.type == "cuda" else "t5-small"
+    config_model = fetch_data.ensure(config.model) if config.model in ("t5-small", "t5-base") else config.model
+    student = load_student(Path(__file__).parent / "weights" / "demo" if config.model == "demo" else config_model, config, device)
+    voted, voted_valid, labels = None, None, task.train.labels
+    if config.method != "finetune" or config.labels == "teacher" or config.stage == "teacher":
+        slots, slots_valid = collect(task, config)
+        voted = vote(task, config, task.train.inputs, slots, task.train.labels, "training questions")
+        voted_valid = vote(task, config, task.valid.inputs, slots_valid, task.valid.labels, "validation questions") if slots_valid else None
+        if config.labels == "teacher":
+            labels = [v.answer or "" for v in voted]
+            keep = [i for i, label in enumerate(labels) if label]
+            say(f"labels: the teacher's; {len(labels) - len(keep)} questions without a majority answer are left out")
+            task = task._replace(train=Split([task.train.inputs[i] for i in keep], [labels[i] for i in keep]))
+            voted, labels = [voted[i] for i in keep], task.train.labels
+    train = Data(student.tokenizer, config, task.train.inputs, labels, voted)
+    valid = train if config.overfit else Data(student.tokenizer, config, task.valid.inputs, task.valid.labels, voted_valid)
+    return student, task, train, valid
+
+
+def new_run(config: Config) -> Path:
+    """Make and name the run's folder. Errors: InputError where --run names one that exists."""
+    if config.run:
+        folder = Path(config.run) if os.sep in config.run else Path("runs") / config.run
+        if folder.exists():
+            raise InputError(f"--run {config.run}: {folder} exists; take another name, or go on with --resume {folder}")
+    else:
+        base = f"{Path(config.task).resolve().name if config.task not in KINDS else config.task}-{config.method}-{config.seed}"
+        folder = next(f for k in range(1, 10_000) if not (f := Path("runs") / (base + (f"-{k}" if k > 1 else ""))).exists())
+    if rank() == 0:
+        (folder / "snapshots").mkdir(parents=True)
+    return folder
+
+
+def train(config: Config, folder: Path | None = None) -> Path:
+    """A whole run, new or (folder given) resumed -> its folder."""
+    device = pick_device(config)
+    if not folder and config.run and config.stage == "all":
+        new = Path(config.run) if os.sep in config.run else Path("runs") / config.run
+        if new.exists():                                             # say so before the teacher is asked anything
+            raise InputError(f"--run {config.run}: {new} exists; take another name, or go on with --resume {new}")
+    student, task, data, valid = prepare(config, device)
+    if config.stage == "teacher":
+        say("the teacher's samples are there; the same command without --stage teacher trains on them")
+        return task.folder
+    per = config.iteration_steps or math.ceil(len(data) / config.batch)
+    config.iterations = config.iterations or math.ceil(config.steps / per)
+    student_temperature(config, 1)
+    resumed = folder is not None
+    folder = gather([str(folder or (new_run(config) if rank() == 0 else ""))])[0]
+    folder = Path(folder)
+    trainer = Trainer(config, student, folder, task, data, valid)
+    if rank() == 0:
+        for path in [*folder.glob("*.tmp"), *folder.glob("*/*.tmp")]:    # of a killed run
+            path.unlink()
+    if resumed and (folder / "checkpoint.pt").exists():
+        trainer.load()
+        truncate_metrics(folder, trainer.state.iteration)
+    if rank() == 0:
+        with atomic(folder / "config.json") as path:
+            path.write_text(json.dumps(dict(config=dataclasses.asdict(config), kind=task.kind, options=task.options), indent=1), "utf-8")
+    parameters = sum(p.numel() for p in student.model.parameters())
+    say(f"student: {config.model}, {parameters / 1e6:.1f}M parameters, {student.dtype} on {device}; {len(data)} questions, "
+        f"{config.iterations} iterations of {per} steps of {config.batch}; run folder {folder}" + (f", from iteration {trainer.state.iteration}" if resumed else ""))
+    for s in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(ValueError):                        # tests train in a thread
+            signal.signal(s, lambda *_: signal.default_int_handler(*_) if STOP.is_set() else STOP.set())
+    trainer.run()
+    test(folder, trainer, task)
+    return folder
+
+
+def truncate_metrics(folder: Path, iterations: int) -> None:
+    """Iterations after the checkpoint will be done again: their lines go."""
+    path = folder / "metrics.jsonl"
+    if rank() == 0 and path.exists():
+        lines = path.read_text("utf-8").splitlines()[:iterations]
+        with atomic(path) as new:
+            new.write_text("".join(line + "\n" for line in lines), "utf-8")
+
+
+def test(folder: Path, trainer: Trainer, task: Task) -> None:
+    """The best student on the test questions, once -> predictions.jsonl."""
+    gather([])                                                       # rank 0 has written student/
+    config, _, student, d = load_trained(folder)
+    data = Data(student.tokenizer, config, task.test.inputs, task.test.labels)
+    accuracy, answers = evaluate(student, config, data, task.test.labels, task.kind, "  test")
+    rationales, scores = [""] * len(answers), [math.nan] * len(answers)
+    if config.method != "finetune":
+        rationales, scores = explain(student, d, config, [data.questions[i] for i in range(len(data))], "  rationales")
+    if rank() == 0:
+        with atomic(folder / "predictions.jsonl") as path, open(path, "w", encoding="utf-8") as f:
+            for x, gold, a, r, s in zip(task.test.inputs, task.test.labels, answers, rationales, scores):
+                f.write(json.dumps(rounded(dict(input=x, gold=gold, answer=a, right=is_right(a, gold, task.kind), rationale=r, quality=s)), ensure_ascii=False) + "\n")
+        with atomic(folder / "result.json") as path:
+            path.write_text(json.dumps(dict(test_accuracy=accuracy, questions=len(answers), best_iteration=trainer.state.best_iteration,
+                                            valid_accuracy=trainer.state.best)), "utf-8")
+    low, high = interval(accuracy, len(answers))
+    say(f"test accuracy {accuracy:.1%} on {len(answers)} questions (95 % interval {low:.1%} to {high:.1%}), student of iteration "
+        f"{trainer.state.best_iteration}, best on validation\nrun folder: {folder}\n"
+        f"  python qcrd.py --ask {folder} \"a question\"    python qcrd.py --audit {folder} 1    python qcrd.py --export {folder} out/")
+
+
+# ------------------------------------------------------------------------------------------------ 10. Using a trained student
+
+
+def audit(run: Path, count: int, as_json: bool) -> None:
+    """`count` training questions as the next iteration's step would see them, dropout off, with the very functions of training."""
+    config, _ = read_config(run)
+    device = pick_device(config)
+    config.micro_batch = 1
+    student, task, data, valid = prepare(config, device)
+    trainer = Trainer(config, student, run, task, data, valid)
+    trainer.load()
+    d, t = trainer.d, trainer.state.iteration + 1
+    alphas, order = alphas_of(config, t), visits(config, len(data), t)[:count]
+    slots = collect(task, config)[0] if config.method != "finetune" else [[] for _ in range(len(data))]
+    negatives, counts = trainer.negatives_for(t, order)
+    student.model.eval()
+    out = []
+    for q in order:
+        c = candidates(data, config, [q], negatives) if alphas[1] else Candidates([], [], [])
+        x = data.questions[q]
+        losses = candidate_losses(student, data, [q], c, list(range(len(c.rows)))).tolist() if c.rows else []
+        scores = quality(d, student, [x] * len(c.rows), c.rows).tolist() if d else [float(p) for p in c.positive]
+        picked, share, left_out = pick(losses, c, config)
+        with torch.enable_grad():
+            label_loss, picked_losses = backward(student, data, config, [q], c, picked, share, torch.tensor([scores[r] for r in picked], device=device), alphas, 1)
+        chosen = torch.tensor([c.positive[r] for r in picked], dtype=torch.bool, device=device)
+        at = torch.tensor([scores[r] for r in picked], device=device)
+        terms = contrastive_terms(picked_losses, at, torch.tensor(share, device=device), chosen, config.beta, config.delta)
+        predict, cl = label_loss[0].item(), terms.sum().item()
+        l_d = 0.0
+        if d and any(c.positive) and not all(c.positive):            # both classes with half the weight each
+            s = torch.tensor(scores)
+            p = torch.tensor(c.positive)
+            l_d = (-s[p].log().mean() / 2 - (1 - s[~p]).log().mean() / 2).item()
+        teacher = []
+        for k, slot in enumerate(slots[q] if q < len(slots) else []):
+            rationale, answer = read_sample(slot[0], task.train.inputs[q], task.kind, task.options) if slot else ("", None)
+            teacher.append(dict(slot=k, answer=answer, value=answer_key(answer, task.kind), rationale=rationale, finish=slot[1] if slot else None))
+        best = majority([s["value"] for s in teacher])[0]
+        for s in teacher:
+            s["vote"] = "no vote" if s["value"] is None else "positive" if s["value"] == best else "negative"
+        rows = [dict(set="positive" if p else "negative", source="student" if row in negatives.get(q, []) else "teacher",
+                     rationale=student.read([row])[0], loss=loss, score=s, picked=r in picked,
+                     share=share[picked.index(r)] if r in picked else 0.0, weight=s if p else 1 - s,
+                     clamped=None if p else min(loss - config.delta, 0.0))
+                for r, (row, p, loss, s) in enumerate(zip(c.rows, c.positive, losses, scores))]
+        for r, row in zip(picked, picked_losses.tolist()):
+            rows[r]["loss"] = row                                    # the value that the sum below is made of
+        out.append(dict(question=task.train.inputs[q], label=task.train.labels[q], iteration=t, majority=best, teacher=teacher, candidates=rows,
+                        negatives_from=counts["source"], positive=config.positive, negative=config.negative, delta=config.delta, beta=config.beta,
+                        alphas=alphas, L_predict=predict, L_cl=cl, L_D=l_d, total=total_loss(predict, cl, l_d, alphas)))
+    if as_json:
+        print(json.dumps(out, ensure_ascii=False, indent=1))
+        return
+    print(f"{run}: the weights after iteration {t - 1}, as iteration {t} would use them; dropout off: the formula on a checkpoint, no logged step")
+    for item in out:
+        print("\n".join(audit_text(item)))
+
+
+def audit_text(a: dict) -> list[str]:
+    """One audited question, and its sum done out loud."""
+    lines = ["", f"question: {a['question']}", f"label: {a['label']}    majority of the teacher: {a['majority']}"]
+    lines += [f"  slot {s['slot']}: answer {s['answer']} = {s['value']}, {s['vote']}: {s['rationale']!r}" for s in a["teacher"]]
+    for name in ("positive", "negative"):
+        lines.append(f"S_{name[:3]}, {a[name]} counts" + (f"; the student's come from {a['negatives_from']}" if name == "negative" and a["negatives_from"] else ""))
+        members = [r for r in a["candidates"] if r["set"] == name]
+        for r in sorted(members, key=lambda r: r["loss"], reverse=a[name] == "max"):
+            lines.append(f"  {'->' if r['picked'] else '  '} ℓ {r['loss']:.6f}  s {r['score']:.6f}  {r['source']}: {r['rationale']!r}")
+    total = []
+    for r in (r for r in a["candidates"] if r["picked"]):
+        if r["set"] == "positive":
+            total.append(f"{r['share']:g} · {r['score']:.6f} · {r['loss']:.6f}")
+        else:
+            total.append(f"- {a['beta']:g} · {r['share']:g} · (1 - {r['score']:.6f}) · min({r['loss']:.6f} - {a['delta']:g}, 0)")
+    one, two, three = a["alphas"]
+    return [*lines, f"L_cl = {' '.join(total) or 0} = {a['L_cl']:.6f}",
+            f"L = {one:g} · L_predict {a['L_predict']:.6f} + {two:g} · L_cl {a['L_cl']:.6f} + {three:.6f} · L_D {a['L_D']:.6f} = {a['total']:.6f}"]
+
+
+def ask_student(run: Path, questions: list[str], as_json: bool) -> None:
+    """Label, rationale and quality score of each question."""
+    config, _, student, d = load_trained(run)
+    data = Data(student.tokenizer, config, questions, [""] * len(questions))
+    rows = [data.questions[i] for i in range(len(data))]
+    labels = student.read(student.write(student.predict, rows, min(config.rationale_tokens, 64), 0.0, ("greedy",), "  labels"))
+    rationales, scores = explain(student, d, config, rows, "  rationales")
+    for x, label, rationale, score in zip(questions, labels, rationales, scores):
+        if as_json:
+            print(json.dumps(rounded(dict(input=x, label=label, rationale=rationale, quality=score)), ensure_ascii=False))
+        else:
+            v = value(label)
+            print(f"label:     {label}" + (f" = {v:g}" if v is not None else "") + f"\nrationale: {rationale}\nquality:   {score:.3f}")
+
+
+def evaluate_run(run: Path, file: str) -> None:
+    """Accuracy with its interval on a JSONL file, the task's test questions without one."""
+    config, extra, student, _ = load_trained(run)
+    split = read_split(Path(file), extra["kind"]) if file else load_task(config).test
+    accuracy, answers = evaluate(student, config, Data(student.tokenizer, config, *split), split.labels, extra["kind"], "  evaluate")
+    for x, gold, a in zip(*split, answers):
+        print(json.dumps(dict(input=x, gold=gold, answer=a, right=is_right(a, gold, extra["kind"])), ensure_ascii=False))
+    low, high = interval(accuracy, len(answers))
+    print(f"accuracy {accuracy:.1%} on {len(answers)} questions (95 % interval {low:.1%} to {high:.1%})", file=sys.stderr)
+
+
+def export(run: Path, folder: Path) -> None:
+    """A Hugging Face folder with a model card."""
+    config, _, student, _ = load_trained(run)
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"--export {folder}: is not empty; name a new folder")
+    student.model.save_hf(folder, vocab=student.vocab)
+    result = json.loads((run / "result.json").read_text()) if (run / "result.json").exists() else {}
+    card = (f"---\nlibrary_name: transformers\npipeline_tag: text2text-generation\ntags: [t5, qcrd, rationale-distillation]\n---\n"
+            f"# {config.task}, distilled with {config.method}\n\nA T5 trained by QCRD's reference implementation (arXiv 2405.13014).\n"
+            f"`predict: ` + question gives the label, `explain: ` + question a rationale.\n\n"
+            f"| | |\n|---|---|\n| task | {config.task} |\n| method | {config.method} |\n| started from | {config.model} |\n"
+            f"| teacher | {config.teacher_model or config.teacher or 'none'}, {config.samples} samples at temperature {config.teacher_temperature} |\n"
+            f"| labels | {config.labels} |\n| seed | {config.seed} |\n| iterations | {config.iterations} |\n"
+            f"| test accuracy | {result.get('test_accuracy', 'not measured')} on {result.get('questions', 0)} questions |\n")
+    (folder / "README.md").write_text(card, "utf-8")
+    print(f"{folder}: a Hugging Face folder; in Python: transformers.AutoModelForSeq2SeqLM.from_pretrained({str(folder)!r})")
+
+
+# ------------------------------------------------------------------------------------------------ Command line
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__.split("\n\n    python")[0],
+                                epilog="Environment: OPENAI_API_KEY, OPENAI_BASE_URL (teacher), QCRD_MIRROR (a folder or URL instead of https://).")
+    use = p.add_argument_group("Use a run (a folder under runs/)")
+    use.add_argument("--resume", metavar="RUN", help="go on after a crash or Ctrl-C; bit for bit what it would have been on a CPU")
+    use.add_argument("--ask", nargs="+", metavar=("RUN", "QUESTION"), help="label, rationale and quality; without a question: one a line from stdin, JSONL out")
+    use.add_argument("--audit", nargs=2, metavar=("RUN", "N"), help="N questions with every sample, score, loss, pick and weight, and the sum done out loud")
+    use.add_argument("--eval", nargs="+", metavar=("RUN", "FILE"), help="accuracy on a JSONL file (default: the task's test questions), predictions on stdout")
+    use.add_argument("--export", nargs=2, metavar=("RUN", "FOLDER"), help="write a Hugging Face folder")
+    use.add_argument("--json", action="store_true", help="with --audit and --ask: data instead of text")
+    use.add_argument("--show-prompt", action="store_true", help="print what the teacher would be asked for the first training question")
+    group = p
+    for f in dataclasses.fields(Config):
+        if f.name in GROUPS:
+            group = p.add_argument_group(GROUPS[f.name])
+        m = f.metadata
+        text = f"{m['help']} (default: {str(f.default).replace('%', '%%') or 'see text'}) [{m['mark']}]"
+        flag = "--" + f.name.replace("_", "-")
+        if isinstance(f.default, bool):
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        else:
+            group.add_argument(flag, type=type(f.default), default=argparse.SUPPRESS, choices=m["choices"] or None, metavar=None if m["choices"] else f.name.upper(), help=text)
+        if f.name == "discriminator":
+            group.add_argument("--no-discriminator", dest="discriminator", action="store_const", const="none", default=argparse.SUPPRESS, help="the same as --discriminator none")
+    return p
+
+
+def check(config: Config) -> Config:
+    """Errors: InputError for a number that makes no sense, naming its flag."""
+    for f in dataclasses.fields(Config):
+        v, flag = getattr(config, f.name), "--" + f.name.replace("_", "-")
+        if isinstance(v, (int, float)) and not isinstance(v, bool):
+            if not math.isfinite(v) or v < 0:
+                raise InputError(f"{flag} {v}: must not be negative")
+            if v == 0 and f.name in ("samples", "batch", "lr", "steps", "concurrency", "fraction", "input_tokens", "rationale_tokens", "lag", "teacher_tokens"):
+                raise InputError(f"{flag} 0: must be above 0")
+    if config.fraction > 1 or config.corrupt > 1 or config.discriminator_noise > 1:
+        raise InputError("--fraction, --corrupt and --discriminator-noise are parts of a whole: at most 1")
+    if config.negative_source == "fixed" and not (Path(config.negative_model) / "model.pt").exists():
+        raise InputError("--negative-source fixed: name the fixed student's folder with --negative-model (a run's student/)")
+    student_temperature(config, 1)
+    return config
+
+
+def main() -> None:
+    args = vars(parser().parse_args())
+    use = {name: args.pop(name) for name in ("resume", "ask", "audit", "eval", "export", "json", "show_prompt")}
+    if use["ask"]:
+        questions = use["ask"][1:] or [line.strip() for line in sys.stdin if line.strip()]
+        return ask_student(Path(use["ask"][0]), questions, use["json"] or len(use["ask"]) == 1)
+    if use["audit"]:
+        if not use["audit"][1].isdigit():
+            raise InputError(f"--audit RUN N: N is {use['audit'][1]!r}; must be a number of questions")
+        return audit(Path(use["audit"][0]), int(use["audit"][1]), use["json"])
+    if use["eval"]:
+        return evaluate_run(Path(use["eval"][0]), (use["eval"] + [""])[1])
+    if use["export"]:
+        return export(*map(Path, use["export"]))
+    if use["resume"]:
+        config, saved = read_config(Path(use["resume"]))
+        differs = {k: v for k, v in args.items() if v != getattr(config, k) and k not in FREE_ON_RESUME}
+        if differs:
+            raise InputError(f"--resume {use['resume']}: was started with " + ", ".join(f"--{k.replace('_', '-')} {getattr(config, k)}" for k in differs)
+                             + "; only --iterations, --device, --concurrency and --micro-batch may change")
+        train(check(dataclasses.replace(config, **args)), Path(use["resume"]))
+        return None
+    task = args.get("task", Config.task)
+    model = args.get("model") or ("demo" if task == "demo" else "")
+    config = check(Config(**{**MODEL_DEFAULTS.get(model, {}), **TASK_DEFAULTS.get(task, {}), **args}))
+    if use["show_prompt"]:
+        task = load_task(config)
+        return print(prompt_for(task, task.train.inputs[0], Path(config.prompt).read_text("utf-8") if config.prompt else "")[0]["content"])
+    train(config)
+
+
+if __name__ == "__main__":
+    if "LOCAL_RANK" in os.environ:                                   # torchrun
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(hours=12))
+    try:
+        main()
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        print("error: out of GPU memory; a smaller --micro-batch needs less and computes the same", file=sys.stderr)
+        sys.exit(2)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        print(f"error: {e.filename or 'writing'}: {e.strerror}; what was finished is kept, go on with --resume", file=sys.stderr)
+        sys.exit(2)
+    except Stopped:
+        print("stopped after a finished step; go on with --resume and the run's folder", file=sys.stderr)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)

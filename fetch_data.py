@@ -11,7 +11,6 @@ Without internet: QCRD_MIRROR=<folder or base URL> replaces "https://" (folder/h
 Proxies are those of the environment (HTTPS_PROXY). A download that was cut goes on where it stopped when the command is run again.
 """
 import argparse
-import contextlib
 import fcntl
 import functools
 import hashlib
@@ -30,7 +29,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import requests
@@ -43,6 +42,7 @@ from t5 import InputError, Progress, atomic
 HERE = Path(__file__).resolve().parent
 TASKS = ("svamp", "cqa", "anli1", "esnli", "demo")
 SPLITS = ("train", "valid", "test")
+T = TypeVar("T")
 OURS = ("demo", "golden")              # the folders of weights/ that come with the code
 
 
@@ -53,66 +53,41 @@ def root() -> Path:
 
 # ---------------------------------------------------------------- downloads
 
-class Source(NamedTuple):
-    """A pinned file. Where neither digest is set, the server's X-Linked-ETag names the sha256 (Hugging Face does)."""
-    url: str
-    size: int | None = None
-    sha256: str | None = None
-    git_blob: str | None = None        # git's id of a content: sha1 of "blob <size>\0" + bytes
-
-
-RAW, HUB = "https://raw.githubusercontent.com/arkilpatel/SVAMP/", "https://huggingface.co/google-t5/"
-DSS = "https://github.com/google-research/distilling-step-by-step/raw/"
+HUB, GITHUB = "https://huggingface.co/google-t5/", "https://github.com/google-research/"
 SMALL, BASE = "t5-small/resolve/df1b051c49625cf57a3d0d8d3863ed4d13564fe4/", "t5-base/resolve/a9723ea7f1b39c1eae772870f3b547bf6ef7e6c1/"
-VOCABULARY = "d60acb128cf7b7f2536e8f38a5b18a05535c9e14c7a355904270e15b0945ea86"
+VOCABULARY = "sha256:d60acb128cf7b7f2536e8f38a5b18a05535c9e14c7a355904270e15b0945ea86"
+# Each pinned by what `measure` finds. t5-small's weights have no published digest: the server names it, as Hugging Face does.
 SOURCES = {
-    "SVAMP.json": Source(RAW + "689d7ccac74b9983a2ac7cc3b264f441b99e7c53/SVAMP.json",
-                         sha256="5be77703a6d891ae476d7c082787ad361392aa02453b132516cdd5f4e7934e3e"),
+    "SVAMP.json": ("https://raw.githubusercontent.com/arkilpatel/SVAMP/689d7ccac74b9983a2ac7cc3b264f441b99e7c53/SVAMP.json",
+                   "sha256:5be77703a6d891ae476d7c082787ad361392aa02453b132516cdd5f4e7934e3e"),
     # Distilling Step-by-Step's archive (Hsieh et al., 2023): the other datasets, and PaLM-540B's rationales for all four.
-    "datasets.zip": Source(DSS + "ef944263c9ddfd40a9888557f3e7d17513fd1a7e/datasets.zip", git_blob="fb9d88a0b44c2daac1ec1639f0bdae993e7e5bcd"),
-    "t5-small/model.safetensors": Source(HUB + SMALL + "model.safetensors", size=242_043_056),
-    "t5-small/spiece.model": Source(HUB + SMALL + "spiece.model", sha256=VOCABULARY),
-    "t5-base/model.safetensors": Source(HUB + BASE + "model.safetensors",
-                                        sha256="a90903540cc02cbeb7ff9f823f1a80eb778c7e22426a0e620b01c77a5ec8f5b4"),
-    "t5-base/spiece.model": Source(HUB + BASE + "spiece.model", sha256=VOCABULARY),
+    "datasets.zip": (GITHUB + "distilling-step-by-step/raw/ef944263c9ddfd40a9888557f3e7d17513fd1a7e/datasets.zip",
+                     "blob:fb9d88a0b44c2daac1ec1639f0bdae993e7e5bcd"),
+    "t5-small/model.safetensors": (HUB + SMALL + "model.safetensors", "size:242043056"),
+    "t5-small/spiece.model": (HUB + SMALL + "spiece.model", VOCABULARY),
+    "t5-base/model.safetensors": (HUB + BASE + "model.safetensors",
+                                  "sha256:a90903540cc02cbeb7ff9f823f1a80eb778c7e22426a0e620b01c77a5ec8f5b4"),
+    "t5-base/spiece.model": (HUB + BASE + "spiece.model", VOCABULARY),
 }
 
 
-def digest(path: Path, git_blob: bool = False) -> str:
-    """Hexadecimal sha256 of a file, or git's id of it."""
-    h = hashlib.sha1(b"blob %d\0" % path.stat().st_size) if git_blob else hashlib.sha256()
+def measure(path: Path, kind: str) -> str:
+    """A file's size in bytes, sha256, or blob: git's id of a content, the sha1 of "blob <size>\0" and the bytes."""
+    size = path.stat().st_size
+    if kind == "size":
+        return str(size)
+    h = hashlib.sha256() if kind == "sha256" else hashlib.sha1(b"blob %d\0" % size)
     with open(path, "rb") as f:
         while block := f.read(1 << 20):
             h.update(block)
     return h.hexdigest()
 
 
-def mismatch(path: Path, source: Source) -> str | None:
-    """What is wrong with a downloaded file, in words; None where it is what `source` pins."""
-    if source.size and path.stat().st_size != source.size:
-        return f"expected {source.size:,} bytes, got {path.stat().st_size:,}"
-    expected, got = source.git_blob or source.sha256, digest(path, bool(source.git_blob))
-    if expected is None:
-        print(f"{path}: no digest was named, checked by size only; sha256 {got} (unverified)", file=sys.stderr)
-    return f"expected digest {expected}, got {got}" if expected not in (None, got) else None
-
-
-@contextlib.contextmanager
-def locked_part(target: Path) -> Iterator[io.BufferedRandom | None]:
-    """Open `target`.part to append, held by this process alone; None once `target` is there, perhaps by another process.
-
-    The lock is the kernel's, so that a killed process leaves none behind.
-    """
-    part = Path(f"{target}.part")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    while not target.exists():
-        with open(part, "a+b") as f:
-            fcntl.flock(f, fcntl.LOCK_EX)
-            # The process that this one waited for may have renamed the very file that is open here: then look again.
-            if part.exists() and os.path.samestat(os.fstat(f.fileno()), part.stat()):
-                yield f
-                return
-    yield None
+def check(path: Path, pins: Iterable[str], remedy: str) -> None:
+    """Raise InputError where the file is not what "kind:value" says."""
+    for kind, expected in (pin.split(":") for pin in pins):
+        if (got := measure(path, kind)) != expected:
+            raise InputError(f"{path}: expected {kind} {expected}, got {got}; {remedy}")
 
 
 def download(name: str) -> Path:
@@ -120,68 +95,66 @@ def download(name: str) -> Path:
 
     Raises InputError (no connection, refused, cut, wrong digest) that names the remedy. Deletes no finished file.
     """
-    source, target = SOURCES[name], root() / "data" / "downloads" / name
-    with locked_part(target) as part:
-        if part is None:
-            if wrong := mismatch(target, source):
-                raise InputError(f"{target}: {wrong}; move this file away and run again")
+    (url, pin), target = SOURCES[name], root() / "data" / "downloads" / name
+    if mirror := os.environ.get("QCRD_MIRROR"):
+        url = mirror.rstrip("/") + "/" + url.removeprefix("https://")
+    part, linked = Path(f"{target}.part"), None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{target}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)       # one process at a time; the kernel's, so that a killed one leaves no lock behind
+        if target.exists():
+            check(target, [pin], "move this file away and run again")
             return target
-        mirror, url = os.environ.get("QCRD_MIRROR", "").rstrip("/"), source.url
-        if mirror:
-            url = f"{mirror}/{url.removeprefix('https://')}"
         if url.startswith(("http://", "https://")):
-            source = source._replace(sha256=stream(url, part, source, target))
+            linked = stream(url, part, target)
         elif Path(url).is_file():
-            part.truncate(0)
-            with open(url, "rb") as f:
-                shutil.copyfileobj(f, part)
+            shutil.copyfile(url, part)
         else:
             raise InputError(f"{url}: no such file in the mirror that QCRD_MIRROR names; put it there, or unset QCRD_MIRROR")
-        part.flush()
-        os.fsync(part.fileno())
-        if wrong := mismatch(Path(part.name), source):
-            part.truncate(0)           # nothing can be resumed from it
-            raise InputError(f"{url}: {wrong}; the download was dropped: run again, or get the file elsewhere and put it at {target}")
-        os.replace(part.name, target)
+        try:
+            check(part, [pin, f"sha256:{linked}"] if linked else [pin], f"{url} brought something else: run again, or put it at {target}")
+        except InputError:
+            part.unlink()                      # nothing can be resumed from it
+            raise
+        if pin.startswith("size:") and not linked:
+            print(f"{url}: its server named no digest, only the size was checked", file=sys.stderr)
+        os.replace(part, target)
     return target
 
 
-def stream(url: str, part: io.BufferedRandom, source: Source, target: Path) -> str | None:
-    """Append to `part` what it lacks of `url`; return the sha256 to expect of the whole, pinned or named by the server.
+def stream(url: str, part: Path, target: Path) -> str | None:
+    """Append to `part` what it lacks of `url`; return the sha256 that the server's X-Linked-ETag names, if any.
 
     A broken connection is taken up where it broke: any number of times while bytes come, else five times.
     """
-    failures, sha256 = 0, source.sha256
+    failures, linked = 0, None
     while True:
-        done = part.seek(0, os.SEEK_END)
-        # Identity: the bytes of a range are otherwise those of the compressed file.
-        headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={done}-"} if done else {})}
+        done = part.stat().st_size if part.exists() else 0
+        # Identity: the bytes of a range would otherwise be those of a compressed file.
+        headers = {"Accept-Encoding": "identity", "Range": f"bytes={done}-"}
         try:
             with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as r:
-                if r.status_code in (408, 416, 429) or r.status_code >= 500:
-                    if r.status_code == 416:
-                        part.truncate(0)       # there is no more than that: a part of something else, or killed before the rename
-                    raise requests.ConnectionError(f"HTTP {r.status_code} {r.reason}")
-                if r.status_code not in (200, 206):
+                resumed = r.status_code == 206 and r.headers.get("Content-Range", "").startswith(f"bytes {done}-")
+                if r.status_code == 416:       # the part is longer than the file, or whole but not renamed
+                    part.unlink(missing_ok=True)
+                elif r.status_code in (400, 401, 403, 404, 410):
                     raise InputError(f"{url}: HTTP {r.status_code} {r.reason}; get the file elsewhere and put it at {target}")
-                if r.status_code == 200:       # the whole file, whatever was asked for
-                    part.truncate(0)
-                    done = 0
-                elif not r.headers.get("Content-Range", "").startswith(f"bytes {done}-"):
-                    part.truncate(0)
-                    raise requests.ConnectionError("the server sent another range than the one asked for")
-                if not source.git_blob and not sha256:
-                    # Hugging Face names it on the redirect, before the storage answers.
-                    tags = [hop.headers.get("X-Linked-ETag", "").strip('W/"') for hop in (*r.history, r)]
-                    sha256 = next((tag for tag in tags if re.fullmatch("[0-9a-f]{64}", tag)), None)
+                if r.status_code != 200 and not resumed:
+                    raise requests.ConnectionError(f"HTTP {r.status_code} {r.reason}")
+                # Hugging Face names the digest on the redirect, before its storage answers.
+                for hop in (*r.history, r):
+                    if found := re.fullmatch('"?([0-9a-f]{64})"?', hop.headers.get("X-Linked-ETag", "")):
+                        linked = found[1]
+                done = done if resumed else 0
                 total = done + int(r.headers.get("Content-Length") or 0)
                 progress = Progress(f"download {target.name}", total)
-                for block in r.iter_content(1 << 18):
-                    done, failures = done + part.write(block), 0
-                    progress.update(min(done, total))
+                with open(part, "ab" if resumed else "wb") as f:
+                    for block in r.iter_content(1 << 18):
+                        done, failures = done + f.write(block), 0
+                        progress.update(min(done, total))
                 progress.close()
                 if done >= total:
-                    return sha256
+                    return linked
                 raise requests.ConnectionError(f"cut after {done:,} of {total:,} bytes")
         except requests.RequestException as why:
             failures += 1
@@ -212,17 +185,8 @@ def open_archive(archive: str | Path | None) -> zipfile.ZipFile:
     except (OSError, zipfile.BadZipFile) as why:
         raise InputError(f"{path}: not a zip file that can be read ({why}); give a copy of datasets.zip") from None
     if archive:
-        print(f"{path}: sha256 {digest(path)} (unverified; contents are checked instead)", file=sys.stderr)
+        print(f"{path}: sha256 {measure(path, 'sha256')} (unverified; contents are checked instead)", file=sys.stderr)
     return opened
-
-
-def member(archive: zipfile.ZipFile, name: str) -> io.TextIOWrapper:
-    """Open a member, by exact name and of bounded size, as UTF-8 text."""
-    if name not in archive.NameToInfo:
-        raise InputError(f"{archive.filename}: {name} is missing; get the whole datasets.zip")
-    if archive.getinfo(name).file_size > MEMBER_LIMIT:
-        raise InputError(f"{archive.filename}: {name} unpacks to more than {MEMBER_LIMIT >> 20} MiB; this is not datasets.zip")
-    return io.TextIOWrapper(archive.open(name), encoding="utf-8")
 
 
 def record(task: str, r: dict) -> dict[str, str]:
@@ -240,32 +204,40 @@ def record(task: str, r: dict) -> dict[str, str]:
     return made
 
 
-def questions(archive: zipfile.ZipFile, task: str, split: str) -> Iterator[dict[str, str]]:
-    """The records of one split in the archive's order, streamed. Raises InputError naming member and line."""
-    name, number = f"datasets/{task}/{task}_{split}.json", 0
+def parsed(archive: zipfile.ZipFile, name: str, parse: Callable[[str], T], whole: bool = False) -> Iterator[T]:
+    """parse(line) of a member's lines, or of its whole text; the member by exact name, of bounded size, streamed.
+
+    Raises InputError naming member and line for all that can be wrong with it.
+    """
+    if name not in archive.NameToInfo:
+        raise InputError(f"{archive.filename}: {name} is missing; get the whole datasets.zip")
+    if archive.NameToInfo[name].file_size > MEMBER_LIMIT:
+        raise InputError(f"{archive.filename}: {name} unpacks to more than {MEMBER_LIMIT >> 20} MiB; this is not datasets.zip")
+    number = 0
     try:
-        with member(archive, name) as lines:
-            for number, line in enumerate(lines, 1):
-                yield record(task, json.loads(line))
+        with io.TextIOWrapper(archive.open(name), encoding="utf-8") as f:
+            for number, text in enumerate([f.read()] if whole else f, 1):
+                yield parse(text)
     except DAMAGE as why:
-        raise InputError(f"{archive.filename}: {name} line {number}: not a record of {task} ({type(why).__name__}: {fold(str(why))[:100]}); "
-                         "get the archive again") from None
+        raise InputError(f"{archive.filename}: {name} line {number}: {type(why).__name__} {fold(str(why))[:100]}; get the archive again") from None
+
+
+def questions(archive: zipfile.ZipFile, task: str, split: str) -> Iterator[dict[str, str]]:
+    """The records of one split in the archive's order."""
+    return parsed(archive, f"datasets/{task}/{task}_{split}.json", lambda line: record(task, json.loads(line)))
 
 
 def rationales(archive: zipfile.ZipFile, task: str, split: str) -> Iterator[str]:
     """PaLM's raw texts of one split in the order of its questions: numbered members, each a JSON list."""
+    def texts(text: str) -> list[str]:
+        if not isinstance(found := json.loads(text), list) or not all(isinstance(t, str) for t in found):
+            raise ValueError("not a list of texts")
+        return found
     for i in itertools.count():
-        name = f"datasets/{task}/llm/{split}_CoT_{i}.json"
-        if name not in archive.NameToInfo:
+        if (name := f"datasets/{task}/llm/{split}_CoT_{i}.json") not in archive.NameToInfo:
             return
-        try:
-            with member(archive, name) as f:
-                texts = json.load(f)
-            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-                raise ValueError("not a list of texts")
-        except DAMAGE as why:
-            raise InputError(f"{archive.filename}: {name} ({fold(str(why))[:100]}); get the archive again") from None
-        yield from texts
+        for found in parsed(archive, name, texts, whole=True):
+            yield from found
 
 
 def write_lines(path: Path, records: Iterable[dict]) -> None:
@@ -441,13 +413,13 @@ def equation(first: int, steps: Iterable[tuple[str, int]]) -> str:
     return whole
 
 
-def make_problem(rng: random.Random, steps: int | None = None, distract: bool | None = None, unseen: bool = False) -> Problem:
-    """Draw a word problem of `steps` steps (None: 3 in 10 have one, the others two), with a distractor or not (None: 7 in 10 have one).
+def make_problem(rng: random.Random, unseen: bool = False, without: Iterable[str] = ()) -> Problem:
+    """Draw a word problem: 3 in 10 have one step, the others two; 7 in 10 have a distractor.
 
-    unseen: at least one of its sentences is kept for the test set; else none is.
+    unseen: at least one of its sentences is kept for the test set; else none is. without: kinds of steps that it must not have.
     """
-    plan = rng.choice(PLANS[steps or rng.choice((1, 1, 1, 2, 2, 2, 2, 2, 2, 2))])
-    distract = rng.random() < 0.7 if distract is None else distract
+    plan = rng.choice([plan for plan in PLANS[rng.choice((1, 1, 1, 2, 2, 2, 2, 2, 2, 2))] if not set(plan) & set(without)])
+    distract = rng.random() < 0.7
     words = dict(zip("abcop", rng.sample(PEOPLE, 3) + rng.sample(THINGS, 2)))
     while True:
         first = rng.randint(2, 9 if plan[0] == "groups" else 50)
@@ -562,53 +534,52 @@ class Teacher(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(raw)
 
-    def refuse(self, status: int, message: str, param: str | None = None) -> None:
-        self.reply(status, {"error": {"message": message, "type": "invalid_request_error", "param": param, "code": None}})
+    def refuse(self, status: int, message: str) -> None:
+        self.reply(status, {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}})
 
     def do_GET(self) -> None:
-        if self.path.rstrip("/") == "/v1/models":
-            self.reply(200, {"object": "list", "data": [{"id": "demo-teacher", "object": "model", "created": 0, "owned_by": "qcrd"}]})
-        else:
-            self.refuse(404, f"{self.path}: there are GET /v1/models and POST /v1/chat/completions")
+        if self.path != "/v1/models":
+            return self.refuse(404, f"GET {self.path} is unknown; there is GET /v1/models")
+        self.reply(200, {"object": "list", "data": [{"id": "demo-teacher", "object": "model", "created": 0, "owned_by": "qcrd"}]})
 
     def do_POST(self) -> None:
         raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.path.rstrip("/") != "/v1/chat/completions":
-            return self.refuse(404, f"{self.path}: there are GET /v1/models and POST /v1/chat/completions")
+        if self.path != "/v1/chat/completions":
+            return self.refuse(404, f"POST {self.path} is unknown; there is POST /v1/chat/completions")
         try:
-            asked = json.loads(raw)
-            prompt = asked["messages"][-1]["content"]
-            prompt = fold(prompt if isinstance(prompt, str) else " ".join(part["text"] for part in prompt))
-        except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-            return self.refuse(400, "the body must be JSON with a list of messages whose last one has a content", "messages")
-        given = {"n": 1, "seed": None, "temperature": 1.0, "max_tokens": asked.get("max_completion_tokens")}
-        given.update({name: asked[name] for name in given if asked.get(name) is not None})
-        n, seed, temperature, limit = given.values()
-        good = {"n": type(n) is int and 1 <= n <= 128, "seed": seed is None or type(seed) is int,
-                "temperature": type(temperature) in (int, float) and 0 <= temperature <= 2,
-                "max_tokens": limit is None or type(limit) is int and limit > 0}
-        for name, fine in good.items():
-            if not fine:
-                return self.refuse(400, f"invalid value for {name}: {str(given[name])[:40]}", name)
-        known = self.server.problems
-        found = max((text for text in known if text in prompt), key=prompt.rfind, default=None)
-        choices, spent = [], 0
-        for i in range(n):
-            # Choice i of seed s is choice 0 of seed s + i, so that slots asked for one by one are the ones asked for at once.
-            chosen = random.randrange(2 ** 62) if seed is None else seed + i
-            text = teacher_answer(known[found], chosen, temperature) if found else "I cannot tell: I know the demo's problems only."
-            tokens = list(TOKEN.finditer(text))
-            cut = limit is not None and len(tokens) > limit
-            spent += limit if cut else len(tokens)
-            choices.append({"index": i, "finish_reason": "length" if cut else "stop", "logprobs": None,
-                            "message": {"role": "assistant", "content": text[:tokens[limit - 1].end()] if cut else text}})
-        read = len(TOKEN.findall(prompt))
-        self.reply(200, {"id": "chatcmpl-demo", "object": "chat.completion", "created": int(time.time()), "model": "demo-teacher",
-                         "choices": choices,
-                         "usage": {"prompt_tokens": read, "completion_tokens": spent, "total_tokens": read + spent}})
+            answer = complete(json.loads(raw), self.server.problems)
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as why:
+            return self.refuse(400, f"not a chat completion that can be answered: {type(why).__name__} {why}")
+        self.reply(200, answer)
 
 
 TOKEN = re.compile(r"\w+|[^\w\s]")     # what the teacher counts as a token
+
+
+def complete(asked: dict, problems: dict[str, Problem]) -> dict:
+    """A request's body -> the body of its answer, both in OpenAI's form. Raises ValueError and its like for a bad request."""
+    prompt = asked["messages"][-1]["content"]
+    prompt = fold(prompt if isinstance(prompt, str) else " ".join(part["text"] for part in prompt))
+    n, seed, limit = asked.get("n") or 1, asked.get("seed"), asked.get("max_tokens") or asked.get("max_completion_tokens")
+    temperature = 1.0 if asked.get("temperature") is None else asked["temperature"]
+    for name, fine in {"n": type(n) is int and 1 <= n <= 128, "seed": seed is None or type(seed) is int,
+                       "max_tokens": limit is None or (type(limit) is int and limit > 0),
+                       "temperature": type(temperature) in (int, float) and 0 <= temperature <= 2}.items():
+        if not fine:
+            raise ValueError(f"invalid value for {name}")
+    question = max((text for text in problems if text in prompt), key=prompt.rfind, default=None)
+    choices, read, written = [], len(TOKEN.findall(prompt)), 0
+    for i in range(n):
+        # Choice i of seed s is choice 0 of seed s + i: slots that are asked for one by one are those asked for at once.
+        one = random.randrange(2 ** 62) if seed is None else seed + i
+        text = teacher_answer(problems[question], one, temperature) if question else "I cannot tell: I know the demo's problems only."
+        tokens = list(TOKEN.finditer(text))
+        kept = tokens[:limit]
+        choices.append({"index": i, "message": {"role": "assistant", "content": text[:kept[-1].end()]}, "logprobs": None,
+                        "finish_reason": "stop" if kept == tokens else "length"})
+        written += len(kept)
+    return {"id": "chatcmpl-demo", "object": "chat.completion", "created": int(time.time()), "model": "demo-teacher", "choices": choices,
+            "usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}}
 
 
 def demo_teacher(port: int = 0) -> tuple[str, ThreadingHTTPServer]:
@@ -667,15 +638,18 @@ def convert(source: str | Path, name: str | None = None, vocab: str | Path | Non
 SHAPE = {"d_model": 128, "d_kv": 32, "d_ff": 512, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
 
 
+TAUGHT = ("ungain", "unloss", "share", "gap", "both")     # what the demo's training set has to teach: no pretraining pair has it
+
+
 def pretraining_data() -> tuple[list[str], list[tuple[str, str]]]:
     """Texts for span corruption and (input, label) pairs, seeded. No problem and no test phrasing of the demo is in them.
 
-    The texts are stories of every kind without their answers; the pairs are problems of one step without a distractor.
+    The texts are stories of every kind without their answers; the pairs have easier kinds only.
     """
     rng = random.Random("pretraining")
     known = {p.text for split in SPLITS for p in demo_problems(split)}
     texts = [make_problem(rng).text for _ in range(20000)]
-    pairs = [make_problem(rng, steps=1, distract=False) for _ in range(20000)]
+    pairs = [make_problem(rng, without=TAUGHT) for _ in range(40000)]
     return [text for text in texts if text not in known], [("predict: " + p.text, p.label) for p in pairs if p.text not in known]
 
 
@@ -722,10 +696,11 @@ def main(argv: list[str] | None = None) -> int:
         if args.from_hf:
             print(convert(args.from_hf, args.name, args.vocab))
         for name in args.names:
-            if name == "serve-teacher":
-                serve(args.port)
-            elif name == "pretrain-demo":
+            if name == "pretrain-demo":
                 print(pretrain_demo())
+            elif name == "serve-teacher":
+                print(demo_teacher(args.port)[0], " (Ctrl-C ends it)", flush=True)
+                threading.Event().wait()
             else:
                 print(ensure(name, args.archive))
                 if args.archive and name in TASKS and name != "demo":
@@ -736,18 +711,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
-
-
-def serve(port: int) -> None:
-    """Run the demo's teacher until Ctrl-C."""
-    url, server = demo_teacher(port)
-    question = json.dumps(demo_problems("train")[0].text)
-    print(f"{url}   (Ctrl-C ends it) try:\n  curl -s {url}/chat/completions -H 'Content-Type: application/json' "
-          f"-d '{{\"n\": 2, \"messages\": [{{\"role\": \"user\", \"content\": {question}}}]}}'", flush=True)
-    try:
-        threading.Event().wait()
-    finally:
-        server.shutdown()
 
 
 if __name__ == "__main__":

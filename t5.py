@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,12 @@ SENTINELS = 100                 # <extra_id_0> ... <extra_id_99> stand above the
 
 class InputError(Exception):
     """A mistake of the user's, not of the program. Its text is one line: what, where, what to do."""
+
+
+def require(good: bool, text: str) -> None:
+    """Raises InputError(text) unless `good`."""
+    if not good:
+        raise InputError(text)
 
 
 @contextlib.contextmanager
@@ -108,37 +115,31 @@ class Config:
 
         Raises InputError naming what this file does not implement or what is missing.
         """
-        if not isinstance(hf, dict) or hf.get("model_type") != "t5":
-            kind = hf.get("model_type") if isinstance(hf, dict) else type(hf).__name__
-            raise InputError(f"{where}: model_type is {kind!r}, only 't5' (T5 1.0, 1.1, Flan-T5) is supported, not mT5, UMT5 or others")
+        require(isinstance(hf, dict) and hf.get("model_type") == "t5",
+                f"{where}: model_type is not 't5' (T5 1.0, 1.1, Flan-T5); mT5, UMT5 and other models are not supported")
         activation = hf.get("feed_forward_proj", "relu")
-        if activation not in ("relu", "gated-gelu"):
-            raise InputError(f"{where}: feed_forward_proj {activation!r} is not supported, only 'relu' and 'gated-gelu' are")
+        require(activation in ("relu", "gated-gelu"), f"{where}: feed_forward_proj {activation!r} is not supported, only relu and gated-gelu are")
         for key, value in (("pad_token_id", PAD), ("eos_token_id", EOS), ("decoder_start_token_id", PAD)):
-            if hf.get(key, value) not in (value, None):
-                raise InputError(f"{where}: {key} is {hf[key]!r}, only {value} is supported")
-        scaled = hf.get("scale_decoder_outputs", hf.get("tie_word_embeddings") is not False)
+            require(hf.get(key) in (value, None), f"{where}: {key} is {hf.get(key)!r}, only {value} is supported")
         values = {f.name: hf[f.name] for f in dataclasses.fields(Config) if hf.get(f.name) is not None and f.name not in OURS}
         for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"):
-            if name not in values:
-                raise InputError(f"{where}: {name} is missing")
+            require(name in values, f"{where}: {name} is missing")
         values.setdefault("num_decoder_layers", values["num_layers"])
+        scaled = hf.get("scale_decoder_outputs", hf.get("tie_word_embeddings") is not False)
         return Config.checked(dict(values, gated=activation == "gated-gelu", scaled=scaled), where)
 
     @staticmethod
     def checked(values: dict, where: str) -> "Config":
         """Config(**values) after checking every name, type and range. Raises InputError."""
-        defaults = {f.name: f.default for f in dataclasses.fields(Config)}
-        if not isinstance(values, dict) or not set(values) <= set(defaults):
-            raise InputError(f"{where}: not a configuration of this program (unknown entries: {sorted(set(values) - set(defaults))[:3]})")
-        for name, value in values.items():
-            kind = type(defaults[name])
-            good = isinstance(value, bool) if kind is bool else isinstance(value, (int, kind)) and not isinstance(value, bool) and value >= 0
-            if not good or (kind is int and value < 1):
-                raise InputError(f"{where}: {name} is {value!r}, which is not a {'positive ' * (kind is int)}{kind.__name__}")
+        require(isinstance(values, dict) and set(values) <= {f.name for f in dataclasses.fields(Config)},
+                f"{where}: not a configuration that this program wrote")
+        for field in dataclasses.fields(Config):
+            value, kind = values.get(field.name, field.default), type(field.default)
+            good = type(value) is kind and (kind is not int or value > 0) or kind is float and type(value) in (int, float) and 0 <= value < 1
+            require(good, f"{where}: {field.name} is {value!r}, which is no {'positive ' * (kind is int)}{kind.__name__}")
         config = Config(**values)
-        if config.relative_attention_num_buckets < 4 or config.relative_attention_max_distance <= config.relative_attention_num_buckets // 2:
-            raise InputError(f"{where}: relative attention needs at least 4 buckets and a maximal distance above half their number")
+        require(4 <= config.relative_attention_num_buckets < 2 * config.relative_attention_max_distance,
+                f"{where}: relative attention needs at least 4 buckets and a maximal distance above half their number")
         return config
 
 
@@ -146,6 +147,22 @@ OURS = ("gated", "tied", "scaled")
 
 
 # ---------------------------------------------------------------- real tokens only
+
+
+class Move(torch.autograd.Function):
+    """x (N, ...) to the rows `index` of zeros (rows, ...), or with rows None the rows `index` of x: each is the other's gradient.
+
+    `index` holds no row twice, so that nothing needs adding up, as the library's own gradient of a selection would.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, index: Tensor, rows: int | None) -> Tensor:
+        ctx.index, ctx.rows = index, len(x) if rows is None else None
+        return x.index_select(0, index) if rows is None else x.new_zeros(rows, *x.shape[1:]).index_copy_(0, index, x)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        return Move.forward(ctx, g, ctx.index, ctx.rows), None, None
 
 
 class Packing:
@@ -162,14 +179,11 @@ class Packing:
     def pack(self, x: Tensor) -> Tensor:
         """(rows, width, ...) -> (N, ...): the real tokens."""
         x = x.flatten(0, 1)
-        return x if self.index is None else x.index_select(0, self.index)
+        return x if self.index is None else Move.apply(x, self.index, None)
 
     def unpack(self, x: Tensor) -> Tensor:
         """(N, ...) -> (rows, width, ...), 0 on padding."""
-        if self.index is not None:
-            rows = self.shape[0] * self.shape[1]
-            x = x.new_zeros(rows, *x.shape[1:]).index_copy(0, self.index, x)
-        return x.unflatten(0, self.shape)
+        return (x if self.index is None else Move.apply(x, self.index, math.prod(self.shape))).unflatten(0, self.shape)
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
@@ -180,15 +194,65 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 # ---------------------------------------------------------------- layers
 
 
+class Dropout:
+    """The dropout of one forward pass: zeroes each element with probability p; the caller multiplies by `scale` = 1 / (1 - p).
+
+    The multiplication is the caller's because it commutes with what is linear: a branch that drops twice is scaled once, at its end.
+    On a CPU a random number for each element would take longer than the feed-forward's activation. So this draws the gaps between
+    dropped elements instead: they are geometric, floor(E / -log(1 - p)) + 1 with E exponential, which makes each element's fate
+    independent and p exact to float32. NumPy's SFC64 draws them, seeded by torch's global generator, so that runs can be resumed.
+    """
+
+    def __init__(self, p: float, device: torch.device):
+        self.p, self.scale, self.rng = p, 1 / (1 - p), None
+        if device.type == "cpu" and p > 0:
+            self.rng = np.random.Generator(np.random.SFC64(int(torch.randint(2**62, ()))))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.p == 0:
+            return x
+        if self.rng is None:
+            return F.dropout(x, self.p) / self.scale
+        return x.flatten().index_fill(0, self.dropped(x.numel()), 0.0).view_as(x)
+
+    def dropped(self, count: int) -> Tensor:
+        """Positions to zero among `count`, ascending."""
+        at = np.empty(0, np.int64)
+        while not len(at) or at[-1] < count:                # six standard deviations more than needed: one round, but for luck
+            gaps = self.rng.standard_exponential(int(count * self.p + 6 * (count * self.p) ** 0.5) + 8, dtype=np.float32)
+            gaps *= -1 / math.log1p(-self.p)
+            more = (gaps.astype(np.int64) + 1).cumsum()
+            at = np.concatenate([at, at[-1] + more]) if len(at) else more - 1
+        return torch.from_numpy(at[:np.searchsorted(at, count)])
+
+
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, no mean and no bias, in float32 whatever autocast says."""
+    """x / rms(x) * weight: no mean, no bias. Always float32, since x is: only matrix products are cast by autocast."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.weight, self.epsilon = nn.Parameter(torch.ones(config.d_model)), config.layer_norm_epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.epsilon) * self.weight
+        return RMSNormFunction.apply(x, self.weight, self.epsilon)
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """RMSNorm with its gradient written out, in half the passes over memory."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        inverse = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + epsilon).rsqrt()
+        unit = x * inverse
+        ctx.save_for_backward(unit, inverse, weight)
+        return unit * weight
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        unit, inverse, weight = ctx.saved_tensors
+        along = g * unit
+        mean = (along @ weight)[:, None] / g.shape[-1]
+        return torch.addcmul(g * weight, unit, mean, value=-1).mul_(inverse), along.sum(0), None
 
 
 class Attention(nn.Module):
@@ -197,7 +261,7 @@ class Attention(nn.Module):
     def __init__(self, config: Config, cross: bool):
         super().__init__()
         inner = config.num_heads * config.d_kv
-        self.heads, self.dropout = config.num_heads, config.dropout_rate
+        self.heads = config.num_heads
         if cross:
             self.q = linear(config.d_model, inner, (config.d_model * config.d_kv) ** -0.5)
             self.kv = linear(config.d_model, 2 * inner, config.d_model**-0.5)
@@ -211,11 +275,11 @@ class Attention(nn.Module):
         """(rows, width, parts * H * d_kv) -> (parts, rows, H, width, d_kv)."""
         return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, drop: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
         """q (rows, H, T, d), k and v (rows, H, S, d), bias broadcasting to (rows, H, T, S) -> (rows, T, H * d)."""
-        scores = q @ k.transpose(-1, -2) + bias
-        probabilities = F.dropout(scores.softmax(-1, dtype=torch.float32), self.dropout, self.training)
-        return (probabilities.to(v.dtype) @ v).transpose(1, 2).flatten(2)
+        scores = (q @ k.transpose(-1, -2)).float()
+        scores += bias
+        return (drop(scores.softmax(-1)).to(v.dtype) @ v).transpose(1, 2).flatten(2)
 
 
 class FeedForward(nn.Module):
@@ -223,11 +287,11 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.gated, self.dropout = config.gated, config.dropout_rate
+        self.gated = config.gated
         self.wi = linear(config.d_model, config.d_ff * (2 if config.gated else 1), config.d_model**-0.5)
         self.wo = linear(config.d_ff, config.d_model, config.d_ff**-0.5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, drop: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
         x = self.wi(x)
         # T5's activations pass fp16's 65,504 here, in the product and in wo; under bf16 nothing needs protecting
         half = x.dtype == torch.float16
@@ -237,8 +301,8 @@ class FeedForward(nn.Module):
                 gate, x = x.chunk(2, -1)
                 x = F.gelu(gate, approximate="tanh") * x
             else:
-                x = x.relu()
-            return self.wo(F.dropout(x, self.dropout, self.training))
+                x = x.relu_()
+            return self.wo(drop(x))
 
 
 class Layer(nn.Module):
@@ -276,17 +340,18 @@ class Stack(nn.Module):
 
     def forward(self, x: Tensor, packing: Packing, bias: Tensor, cross: Sequence[Tensor] = (), cross_bias: Tensor | None = None) -> Tensor:
         """x (N, D) packed embeddings; cross: for each layer the memory's keys and values (2, rows, H, S, d_kv) -> (N, D)."""
-        drop = nn.Dropout(self.config.dropout_rate).train(self.training)
-        x = drop(x)
+        drop = Dropout(self.config.dropout_rate if self.training else 0.0, x.device)
+        x = drop(x) * drop.scale
         for i, layer in enumerate(self.layers):
-            self_attention = layer.attention
-            q, k, v = self_attention.split(packing.unpack(self_attention.qkv(layer.norm1(x))), 3)
-            x = x + drop(self_attention.out(packing.pack(self_attention.attend(q, k, v, bias))))
+            q, k, v = layer.attention.split(packing.unpack(layer.attention.qkv(layer.norm1(x))), 3)
+            branch = layer.attention.out(packing.pack(layer.attention.attend(q, k, v, bias, drop)))
+            x = torch.add(x, drop(branch), alpha=drop.scale**2)
             if self.decoder:
                 (q,) = layer.cross.split(packing.unpack(layer.cross.q(layer.norm2(x))), 1)
-                x = x + drop(layer.cross.out(packing.pack(layer.cross.attend(q, *cross[i], cross_bias))))
-            x = x + drop(layer.feed_forward(layer.norm3(x)))
-        return drop(self.norm(x))
+                branch = layer.cross.out(packing.pack(layer.cross.attend(q, *cross[i], cross_bias, drop)))
+                x = torch.add(x, drop(branch), alpha=drop.scale**2)
+            x = torch.add(x, drop(layer.feed_forward(layer.norm3(x), drop)), alpha=drop.scale**2)
+        return drop(self.norm(x)) * drop.scale
 
 
 def linear(inputs: int, outputs: int, std: float) -> nn.Linear:
@@ -326,19 +391,22 @@ class OutputLoss(torch.autograd.Function):
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
             hidden, weight = (x.to(torch.get_autocast_dtype(device)) for x in (hidden, weight))
-        count, step = len(hidden), 128
-        kept = hidden.new_empty(count, len(weight)) if keep else None
+        count, step = len(hidden), 256                       # a chunk's logits stay in cache until they are done with
+        p = hidden.new_empty(count if keep else min(step, count), len(weight))
         losses = torch.empty(count, device=hidden.device)
         for i in range(0, count, step):
+            rows = p[i:i + step] if keep else p[:count - i]
             with torch.autocast(device, enabled=False):
-                logits = (hidden[i:i + step] @ weight.T).float()
-            chosen = logits.gather(1, targets[i:i + step, None])[:, 0]
+                logits = torch.mm(hidden[i:i + step], weight.T, out=rows).float()
             top = logits.amax(1, keepdim=True)
-            p = logits.sub_(top).exp_()
-            total = p.sum(1, keepdim=True)
-            losses[i:i + step] = total[:, 0].log() + top[:, 0] - chosen
+            chosen = logits.gather(1, targets[i:i + step, None]) - top
+            # e^-64 is 0 for every purpose, and the subnormal numbers below e^-87 would make the products ten times slower
+            exponentials = logits.sub_(top).clamp_(min=-64).exp_()
+            total = exponentials.sum(1, keepdim=True)
+            losses[i:i + step] = (total.log() - chosen)[:, 0]
             if keep:
-                torch.div(p, total, out=kept[i:i + step]) if kept.dtype == p.dtype else kept[i:i + step].copy_(p / total)
+                rows.copy_(exponentials.div_(total))
+        kept = p if keep else None
         ctx.save_for_backward(hidden, weight, targets, kept)
         return losses
 
@@ -451,8 +519,8 @@ class T5(nn.Module):
     def _scale(self, hidden: Tensor) -> Tensor:
         return hidden * self.config.d_model**-0.5 if self.config.scaled else hidden
 
-    def _logits(self, hidden: Tensor, limit: int | None = None) -> Tensor:
-        return F.linear(self._scale(hidden), self._head()[:limit])
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return F.linear(self._scale(hidden), self._head())
 
     def _generate(self, input_ids, mask, max_new_tokens, temperature, generator, limit) -> Tensor:
         device = self.shared.weight.device
@@ -477,8 +545,10 @@ class T5(nn.Module):
                 (q,) = layer.cross.split(layer.cross.q(layer.norm2(x))[:, None], 1)
                 x = x + layer.cross.out(layer.cross.attend(q, kv[0], kv[1], cross_bias)[:, 0])
                 x = x + layer.feed_forward(layer.norm3(x))
-            logits = self._logits(self.decoder.norm(x), limit).float()
-            tokens = logits.argmax(1) if uniforms is None else draw(logits / temperature, uniforms[alive, t])
+            logits = self._logits(self.decoder.norm(x)).float()
+            if limit is not None:
+                logits[:, limit:] = float("-inf")
+            tokens = highest(logits) if uniforms is None else draw(logits.div_(temperature), uniforms[alive, t])
             tokens = tokens.masked_fill(finished, PAD)
             written[alive, t] = tokens
             finished = finished | (tokens == EOS)
@@ -558,11 +628,34 @@ def padding_bias(mask: Tensor, device: torch.device) -> Tensor:
     return to_device(torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, float("-inf"))[:, None, None], device)
 
 
+def blocks(x: Tensor, fill: float) -> Tensor:
+    """(B, V) -> (B, n, 128) with `fill` after the end: finding a place among V goes by block first, in two cheap steps."""
+    gap = -x.shape[1] % 128
+    return (F.pad(x, (0, gap), value=fill) if gap else x).unflatten(1, (-1, 128))
+
+
+def highest(logits: Tensor) -> Tensor:
+    """argmax over (B, V) -> (B,) long, the first on a tie; several times faster than the library's on a CPU."""
+    parts = blocks(logits, float("-inf"))
+    block = parts.amax(-1).argmax(1)
+    return block * 128 + parts[torch.arange(len(parts), device=parts.device), block].argmax(1)
+
+
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     """Inverse cumulative sum: logits (B, V) float32, uniforms (B,) in [0, 1) -> (B,) long drawn from softmax(logits)."""
-    p = logits.softmax(-1)
-    total = p.cumsum(-1)
-    return torch.searchsorted(total, uniforms[:, None] * total[:, -1:], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+
+    def place(weights: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        """The entry of (B, n) in which `at` (B, 1) of the cumulative sum falls, never one of weight 0, and what is left of it there."""
+        ends = weights.cumsum(1)
+        at = torch.minimum(at, ends[:, -1:] * (1 - 2**-23))
+        index = torch.searchsorted(ends, at, right=True)
+        return index, at - ends.gather(1, index) + weights.gather(1, index)
+
+    parts = blocks(logits.softmax(-1), 0.0)
+    sums = parts.sum(-1)
+    block, rest = place(sums, uniforms[:, None] * sums.sum(1, keepdim=True))
+    inside, _ = place(parts[torch.arange(len(parts), device=parts.device), block[:, 0]], rest.clamp(min=0))
+    return (block * 128 + inside)[:, 0]
 
 
 # ---------------------------------------------------------------- checkpoints on disk

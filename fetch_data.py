@@ -149,7 +149,7 @@ def stream(url: str, part: Path, target: Path) -> str | None:
                 total = done + int(r.headers.get("Content-Length") or 0)
                 progress = Progress(f"download {target.name}", total)
                 with open(part, "ab" if resumed else "wb") as f:
-                    for block in r.iter_content(1 << 18):
+                    for block in r.iter_content(1 << 16):
                         done, failures = done + f.write(block), 0
                         progress.update(min(done, total))
                 progress.close()

@@ -125,7 +125,7 @@ class Config:
 # What differs from the paper's setting, and for whom: a task's share of the work, and what a model of 1M parameters needs.
 TASK_DEFAULTS = {"demo": dict(iterations=15, batch=32, discriminator_pretrain=100, rationale_tokens=96, teacher_tokens=256)}
 MODEL_DEFAULTS = {"demo": dict(lr=1e-3, discriminator_lr=1e-3)}
-FREE_ON_RESUME = {"iterations", "device", "concurrency", "micro_batch"}
+FREE_ON_RESUME = ("iterations", "device", "concurrency", "micro_batch")
 GROUPS = {"task": "Task", "teacher": "Teacher and vote", "method": "Student", "negatives": "Negatives from its own past",
           "discriminator": "Discriminator", "positive": "Loss", "steps": "Training"}     # first field of each group of flags
 
@@ -693,14 +693,12 @@ def ask(teacher: Teacher, task: Task, config: Config, questions: list[str]) -> l
 
 
 def majority(keys: list[str | None]) -> tuple[str | None, list[int], list[int]]:
-    """Self-consistency: -> (majority answer's key, slots of S_pos, slots of S_neg); None: no readable answer, no vote, neither set.
+    """Self-consistency: -> (â, slots of S_pos, slots of S_neg), where S_pos = {r_k : a_k = â} and S_neg = {r_k : a_k ≠ â} [review].
 
-    S_pos = {r_k : a_k = â}, S_neg = {r_k : a_k ≠ â} [review]; a tie goes to the answer of the lowest slot [ours]."""
+    keys: the slots' answers, None where none can be read: no vote, in neither set. A tie goes to the answer of the lowest slot [ours]."""
     counts = collections.Counter(k for k in keys if k is not None)      # in order of first slot, and max takes the first of equals
-    if not counts:
-        return None, [], []
-    best = max(counts, key=counts.__getitem__)
-    return best, [i for i, k in enumerate(keys) if k == best], [i for i, k in enumerate(keys) if k not in (best, None)]
+    best = max(counts, key=counts.__getitem__) if counts else None
+    return best, [i for i, k in enumerate(keys) if k is not None and k == best], [i for i, k in enumerate(keys) if k not in (best, None)]
 
 
 class Voted(NamedTuple):
@@ -710,27 +708,30 @@ class Voted(NamedTuple):
     negatives: list[str]
 
 
-def vote(task: Task, config: Config, questions: list[str], slots: list[list], gold: list[str], name: str) -> list[Voted]:
+def read_slots(task: Task, question: str, slots: list) -> list[tuple[str, str | None]]:
+    """(rationale, answer or None) of each slot; a sample that the length limit cut off before its answer has none."""
+    read = [read_sample(s[0], question, task.kind, task.options) if s else ("", None) for s in slots]
+    return [(r, None if s and s[1] == "length" and not ANSWER.search(s[0]) else a) for s, (r, a) in zip(slots, read)]
+
+
+def vote(task: Task, config: Config, split: Split, slots: list[list], name: str) -> list[Voted]:
     """Read, clean and vote on every question's samples; prints the vote's statistics beside the paper's."""
-    out, c, progress = [], collections.Counter(), Progress("  vote", len(questions))
-    for number, (question, row, label) in enumerate(zip(questions, slots, gold)):
-        read = [read_sample(s[0], question, task.kind, task.options) if s else ("", None) for s in row]
-        read = [(r, None if s and s[1] == "length" and not ANSWER.search(s[0]) else a) for s, (r, a) in zip(row, read)]  # broke off before its answer
+    out, c, n, progress = [], collections.Counter(), len(split.inputs), Progress("  vote", len(split.inputs))
+    for question, row, label in zip(split.inputs, slots, split.labels):
+        read = read_slots(task, question, row)
         best, pos, neg = majority([answer_key(a, task.kind) for _, a in read])
-        c.update(samples=sum(map(bool, row)), truncated=sum(s is not None and s[1] == "length" for s in row), positives=len(pos),
-                 negatives=len(neg), only=bool(pos) and not neg, right=best is not None and best == answer_key(label, task.kind))
+        c.update(samples=sum(map(bool, row)), cut=sum(s is not None and s[1] == "length" for s in row), pos=len(pos), neg=len(neg),
+                 only=bool(pos) and not neg, right=best is not None and best == answer_key(label, task.kind))
         if not config.vote or config.method == "dss":     # slot 0 is the one positive, right or wrong
             pos, neg = [0], []
-        positives = dict.fromkeys(to_student(read[k][0]) for k in pos if read[k][0])
-        negatives = dict.fromkeys(to_student(read[k][0]) for k in neg if read[k][0])
-        out.append(Voted(read[pos[0]][1] if pos else None, list(positives), [r for r in negatives if r not in positives]))
-        progress.update(number + 1)
+        positives, negatives = (list(dict.fromkeys(to_student(read[k][0]) for k in slots_ if read[k][0])) for slots_ in (pos, neg))
+        out.append(Voted(read[pos[0]][1] if pos else None, positives, [r for r in negatives if r not in positives]))
+        progress.update(len(out))
     progress.close()
-    n = len(questions)
-    say(f"vote, {name}: {c['positives'] / n:.2f} positives and {c['negatives'] / n:.2f} negatives a question (paper: 3.87 positives of 5), "
+    say(f"vote, {name}: {c['pos'] / n:.2f} positives and {c['neg'] / n:.2f} negatives a question (paper: 3.87 positives of 5), "
         f"{c['only'] / n:.0%} of questions with positives only (paper: more than half)\n"
-        f"  majority right on {c['right'] / n:.1%} of {n} questions; {c['samples'] - c['positives'] - c['negatives']} of {c['samples']} samples "
-        f"without a readable answer, {c['truncated']} cut off by the length limit")
+        f"  majority right on {c['right'] / n:.1%} of {n} questions; of {c['samples']} samples {c['samples'] - c['pos'] - c['neg']} "
+        f"without a readable answer, {c['cut']} cut off by the length limit")
     return out
 
 
@@ -743,7 +744,7 @@ def to_student(text: str) -> str:
 
 
 class Ragged:
-    """Rows of token ids in one flat array with offsets: half a million questions are no Python lists."""
+    """Rows of token ids in one flat array with offsets: half a million questions as Python lists would not fit."""
 
     def __init__(self) -> None:
         self.ids, self.ends = array("i"), array("q", [0])
@@ -760,36 +761,35 @@ class Ragged:
 
 
 class Data:
-    """One split as token ids: questions (without prefix), labels, and for each question its positives and the teacher's negatives."""
+    """One split as token ids: questions (without prefix), labels, and every question's rationales of the teacher."""
 
-    def __init__(self, tokenizer: Tokenizer, config: Config, questions: list[str], labels: list[str], voted: list[Voted] | None = None):
-        self.questions, self.labels, self.positives, self.negatives = Ragged(), Ragged(), Ragged(), Ragged()
-        self.first_positive, self.first_negative = array("q", [0]), array("q", [0])
-        progress = Progress("  tokens", len(questions))
-        for i, (question, label) in enumerate(zip(questions, labels)):
-            self.questions.append(tokenizer.encode(to_student(question), config.input_tokens))
-            self.labels.append(tokenizer.encode(to_student(label), config.rationale_tokens))
-            for texts, rows, first in ((voted[i].positives, self.positives, self.first_positive),
-                                       (voted[i].negatives, self.negatives, self.first_negative)) if voted else ():
+    def __init__(self, student: Student, split: Split, voted: list[Voted] | None = None):
+        self.questions, self.labels, self.rationales = Ragged(), Ragged(), Ragged()
+        self.first, self.positive = array("q", [0]), array("b")         # first rationale of each question; in S_pos?
+        config, encode, progress = student.config, student.tokenizer.encode, Progress("  token ids", len(split.inputs))
+        for i, (question, label) in enumerate(zip(*split)):
+            self.questions.append(encode(to_student(question), config.input_tokens))
+            self.labels.append(encode(to_student(label), config.rationale_tokens))
+            for texts, positive in ((voted[i].positives, 1), (voted[i].negatives, 0)) if voted else ():
                 for text in texts:
-                    rows.append(tokenizer.encode(text, config.rationale_tokens))
-                first.append(len(rows))
+                    self.rationales.append(encode(text, config.rationale_tokens))
+                    self.positive.append(positive)
+            self.first.append(len(self.rationales))
             progress.update(i + 1)
         progress.close()
 
     def __len__(self) -> int:
         return len(self.questions)
 
-    def positives_of(self, q: int) -> list[array]:
-        return [self.positives[i] for i in range(self.first_positive[q], self.first_positive[q + 1])]
-
-    def negatives_of(self, q: int) -> list[array]:
-        return [self.negatives[i] for i in range(self.first_negative[q], self.first_negative[q + 1])]
+    def of(self, q: int, positive: bool) -> list[array]:
+        """The teacher's rationales in question q's S_pos or S_neg."""
+        return [self.rationales[i] for i in range(self.first[q], self.first[q + 1]) if self.positive[i] == positive]
 
     def digest(self) -> str:
-        h = hashlib.sha256()
-        for rows in (self.questions, self.labels, self.positives, self.negatives):
-            h.update(rows.ids.tobytes() + rows.ends.tobytes())
+        h = hashlib.sha256(self.positive.tobytes() + self.first.tobytes())
+        for rows in (self.questions, self.labels, self.rationales):
+            h.update(rows.ids)
+            h.update(rows.ends)
         return h.hexdigest()[:16]
 
 
@@ -803,7 +803,7 @@ def collate(rows: list, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def by_length(rows: list, tokens: int) -> list[list[int]]:
-    """Indices of the rows in groups of like length, each of at most `tokens` ids with padding (one row at least). Longest first."""
+    """Indices of the rows, longest first, in groups of at most `tokens` ids, padding counted (or of one row)."""
     groups: list[list[int]] = []
     for i in sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i)):
         if groups and (len(groups[-1]) + 1) * len(rows[groups[-1][0]]) <= tokens:
@@ -833,40 +833,44 @@ class Student:
 
     def __init__(self, model: T5, vocab: Path, config: Config, device: torch.device):
         self.model, self.vocab, self.tokenizer, self.config, self.device = model.to(device), vocab, Tokenizer(vocab), config, device
-        self.predict, self.explain = (self.tokenizer.encode(prefix)[:-1] for prefix in ("predict:", "explain:"))
+        self.predict, self.explain = (self.tokenizer.encode(prefix)[:-1] for prefix in ("predict:", "explain:"))    # two tasks [review]
         precision = config.precision
         if precision == "auto":
-            precision = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if device.type == "cuda" else "float32"
-        self.dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        self.tokens = 4096 if device.type == "cpu" else 32768      # target ids in one group: bounds the (ids, vocabulary) logits
+            precision = "float32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        self.dtype = dict(float32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[precision]
+        self.tokens = 4096 if device.type == "cpu" else 32768      # target ids in one group: bounds the logits (ids, vocabulary)
 
     def amp(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def prefixed(self, prefix: list[int], questions: Iterable) -> list[list[int]]:
-        return [(prefix + list(x))[:self.config.input_tokens - 1] + [1] if len(prefix) + len(x) > self.config.input_tokens
-                else prefix + list(x) for x in questions]
+    def inputs(self, prefix: list[int], questions: Iterable[array]) -> list[list[int]]:
+        """Prefix and question, cut to the input limit with </s> kept."""
+        limit, rows = self.config.input_tokens, [prefix + list(x) for x in questions]
+        return [r if len(r) <= limit else r[:limit - 1] + [1] for r in rows]
 
-    def write(self, prefix: list[int], questions: list, longest: int, temperature: float, purpose: tuple, title: str = "") -> list[array]:
-        """What the student writes for each question: id rows, </s> kept where it was written. Fixed batches of questions sorted by
-        length, each with random numbers of its own, shared out among the ranks: the same rows whatever the number of ranks."""
+    def encode(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Input rows -> memory (R, S, D) and its mask."""
+        ids, mask = collate(rows, self.device)
+        return self.model.encode(ids, mask), mask
+
+    def write(self, prefix: list[int], questions: list[array], longest: int, temperature: float, purpose: tuple, title: str) -> list[array]:
+        """What the student writes for each question: id rows, </s> only where it was written. Fixed batches of questions sorted by
+        length, each with random numbers of its own, are shared out among the ranks: the same rows whatever the number of ranks."""
         order = sorted(range(len(questions)), key=lambda i: (len(questions[i]), i))
-        batches = [order[i:i + 128] for i in range(0, len(order), 128)]
-        out, progress, limit = [], Progress(title, len(batches)) if title else None, self.tokenizer.size
+        batches, out = [order[i:i + 128] for i in range(0, len(order), 128)], []
+        progress = Progress(title, len(batches))
         for number in range(rank(), len(batches), world()):
-            ids, mask = collate(self.prefixed(prefix, [questions[i] for i in batches[number]]), self.device)
+            ids, mask = collate(self.inputs(prefix, [questions[i] for i in batches[number]]), self.device)
             generator = torch.Generator().manual_seed(derive_seed(*purpose, number))
             with self.amp():
-                rows = self.model.generate(ids, mask, longest, temperature, generator, limit=limit).tolist()
+                rows = self.model.generate(ids, mask, longest, temperature, generator, limit=self.tokenizer.size).tolist()
             out += [(i, array("i", row[:row.index(1) + 1] if 1 in row else row)) for i, row in zip(batches[number], rows)]
-            if progress:
-                progress.update(number + 1)
-        if progress:
-            progress.close()
+            progress.update(number + 1)
+        progress.close()
         return [row for _, row in sorted(gather(out), key=lambda pair: pair[0])]
 
     def read(self, rows: Iterable[array]) -> list[str]:
-        return [self.tokenizer.decode(list(row)) for row in rows]
+        return [self.tokenizer.decode(row) for row in rows]
 
 
 def student_temperature(config: Config, iteration: int) -> float:
@@ -875,25 +879,26 @@ def student_temperature(config: Config, iteration: int) -> float:
         ends = [float(t) for t in config.student_temperature.split(":")]
     except ValueError:
         ends = []
-    if len(ends) not in (1, 2) or min(ends) <= 0:
+    if len(ends) not in (1, 2) or not all(0 < t < math.inf for t in ends):
         raise InputError(f"--student-temperature {config.student_temperature}: must be a number above 0, or two as in 2.0:1.0")
     return ends[0] + (ends[-1] - ends[0]) * (iteration - 1) / max(1, config.iterations - 1)
 
 
-def sample_negatives(past: Student, data: Data, config: Config, iteration: int, questions: list[int]) -> tuple[dict[int, list[array]], dict]:
+def sample_negatives(past: Student, data: Data, config: Config, iteration: int, questions: list[int]) -> tuple[dict, dict]:
     """`--student-samples` rationales of an earlier student for each question of the iteration -> ({question: rows}, counts).
 
     Trained on as sampled; empty ones and ones equal to a positive are dropped [ours]."""
     start, unique = time.perf_counter(), sorted(set(questions))
-    purpose = (config.seed, "negatives", iteration if config.negative_source == "snapshot" else 0)      # fixed: static negatives
+    purpose = config.seed, "negatives", iteration if config.negative_source == "snapshot" else 0      # a fixed student's stay the same
     rows = past.write(past.explain, [data.questions[q] for q in unique for _ in range(config.student_samples)], config.rationale_tokens,
                       student_temperature(config, iteration), purpose, "  negatives")
-    kept, tokens = {}, sum(map(len, rows))
+    kept: dict[int, list[array]] = {}
     for i, row in enumerate(rows):
         q = unique[i // config.student_samples]
-        if len(row) > (row[-1:] == array("i", [1])) and row not in data.positives_of(q) and row not in kept.get(q, []):
+        if len(row) > (row[-1] == 1) and row not in data.of(q, True) and row not in kept.get(q, []):
             kept.setdefault(q, []).append(row)
-    return kept, dict(sampled=len(rows), dropped=len(rows) - sum(map(len, kept.values())), tokens=tokens, seconds=time.perf_counter() - start)
+    return kept, dict(sampled=len(rows), dropped=len(rows) - sum(map(len, kept.values())), tokens=sum(map(len, rows)),
+                      seconds=time.perf_counter() - start)
 
 
 # ------------------------------------------------------------------------------------------------ 7. Discriminator
@@ -902,53 +907,38 @@ def sample_negatives(past: Student, data: Data, config: Config, iteration: int, 
 class Discriminator(nn.Module):
     """T5 encoder over the ids of x then r -> max-pool over the real tokens -> Linear -> ReLU -> Linear -> logit [review].
 
-    `encoder` None: the head sits on the student's own encoder (--discriminator shared, the other reading [ours])."""
+    The encoder is a copy of the student's pretrained one [review], or the student's own (--discriminator shared, the other reading [ours])."""
 
-    def __init__(self, width: int, encoder: T5 | None):
+    def __init__(self, student: Student, config: Config):
         super().__init__()
-        self.encoder = encoder
+        torch.manual_seed(derive_seed(config.seed, "head"))
+        width, self.encoder = student.model.config.d_model, None
+        if config.discriminator == "own":
+            self.encoder = copy.deepcopy(student.model)
+            del self.encoder.decoder
         self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
+        self.to(student.device)
 
-    def forward(self, ids: Tensor, mask: Tensor, student: T5 | None = None) -> Tensor:
-        """ids (B, S), mask (B, S) bool -> logits (B,) float32; s(x, r) is their sigmoid."""
-        memory = (self.encoder or student).encode(ids, mask)
-        pooled = memory.masked_fill(~mask.to(memory.device)[..., None], -torch.inf).amax(1)
-        return self.head(pooled).squeeze(-1).float()
+    def forward(self, student: Student, questions: list, rationales: list) -> Tensor:
+        """Id rows of x (its </s> is the border [ours]) and of r, right-truncated to the input limit -> logits (R,) float32."""
+        pairs = [(list(x) + list(r))[:student.config.input_tokens] for x, r in zip(questions, rationales)]
+        logits = torch.zeros(len(pairs), device=student.device)
+        for group in by_length(pairs, 4 * student.tokens):
+            ids, mask = collate([pairs[i] for i in group], student.device)
+            with student.amp():
+                memory = (self.encoder or student.model).encode(ids, mask)
+                pooled = memory.masked_fill(~mask.to(memory.device)[..., None], -torch.inf).amax(1)
+                logits = logits.index_put((torch.tensor(group, device=student.device),), self.head(pooled).squeeze(-1).float())
+        return logits
 
-
-def make_discriminator(student: Student, config: Config) -> Discriminator:
-    torch.manual_seed(derive_seed(config.seed, "head") % (1 << 63))
-    encoder = None
-    if config.discriminator == "own":
-        encoder = copy.deepcopy(student.model)
-        del encoder.decoder
-    return Discriminator(student.model.config.d_model, encoder).to(student.device)
-
-
-def discriminator_logits(d: Discriminator, student: Student, questions: list, rationales: list) -> Tensor:
-    """Logits (R,) of pairs of id rows: x, its </s> as the border [ours], r right-truncated to the input limit."""
-    pairs = [list(x) + list(r) for x, r in zip(questions, rationales)]
-    parts, order = [], []
-    for group in by_length(pairs, 4 * student.tokens):
-        ids, mask = collate([pairs[i][:student.config.input_tokens] for i in group], student.device)
-        with student.amp():
-            parts.append(d(ids, mask, student.model))
-        order += group
-    back = torch.empty(len(order), dtype=torch.long)
-    back[torch.tensor(order)] = torch.arange(len(order))
-    return torch.cat(parts)[back.to(student.device)]
-
-
-@torch.no_grad()
-def quality(d: Discriminator | None, student: Student, questions: list, rationales: list) -> Tensor:
-    """s(x, r) in [0, 1], eval mode, no gradient: (R,) float32; 1 everywhere without a discriminator [review]."""
-    if d is None or not rationales:
-        return torch.ones(len(rationales), device=student.device)
-    modes = d.training, student.model.training
-    d.eval(), student.model.eval()
-    scores = torch.sigmoid(discriminator_logits(d, student, questions, rationales))
-    d.train(modes[0]), student.model.train(modes[1])
-    return scores
+    @torch.no_grad()
+    def quality(self, student: Student, questions: list, rationales: list) -> Tensor:
+        """s(x, r) = sigmoid of the logit, in eval mode and without gradient: (R,) float32 in [0, 1]."""
+        modes = self.training, student.model.training
+        self.eval(), student.model.eval()
+        scores = torch.sigmoid(self(student, questions, rationales))
+        self.train(modes[0]), student.model.train(modes[1])
+        return scores
 
 
 def corrupt(text: str, words: list[str], part: float, rng: np.random.Generator) -> str:
@@ -963,56 +953,58 @@ def corrupt(text: str, words: list[str], part: float, rng: np.random.Generator) 
     return " ".join(w for w in (n if h else o for o, n, h in zip(old, new, hit)) if w)
 
 
-def pairs_for_discriminator(data: Data, student: Student, config: Config, rng: np.random.Generator, questions: list[int],
-                            negatives: dict, count: int) -> tuple[list, list, Tensor]:
-    """A balanced batch: count/2 positives and count/2 negatives -> (questions, rationales, targets). Negatives are S_neg's, and positives
-    with corrupted words for as many as S_neg is smaller than S_pos [review, ours]."""
-    good = [(q, i) for q in questions for i in range(data.first_positive[q], data.first_positive[q + 1])]
-    bad = [(q, row) for q in questions for row in data.negatives_of(q) + negatives.get(q, [])]
-    if not good:
-        return [], [], torch.zeros(0)
-    half, out = max(1, count // 2), []
-    for k in rng.integers(len(good), size=half):
-        out.append((good[k][0], data.positives[good[k][1]], 1.0))
-    for k in rng.integers(max(len(good), len(bad)), size=half):
+def discriminator_batch(data: Data, student: Student, config: Config, rng: np.random.Generator, questions: list[int], negatives: dict,
+                        count: int) -> tuple[list, list, Tensor]:
+    """A balanced batch, half positives and half negatives -> (questions, rationales, targets), empty where there is no positive.
+
+    Negatives are S_neg's and, for as many as it is smaller than S_pos, positives with corrupted words [review]."""
+    good = [(data.questions[q], row) for q in questions for row in data.of(q, True)]
+    bad = [(data.questions[q], row) for q in questions for row in data.of(q, False) + negatives.get(q, [])]
+    half, out = max(1, count // 2) if good else 0, []
+    for k in rng.integers(max(1, len(good)), size=half):
+        out.append((*good[k], 1.0))
+    for k in rng.integers(max(1, len(good), len(bad)), size=half):
         if k < len(bad):
             out.append((*bad[k], 0.0))
-            continue
-        (q, i), others = good[rng.integers(len(good))], [good[k] for k in rng.integers(len(good), size=4)]
-        words = " ".join(student.read(data.positives[j] for _, j in others)).split() or ["the"]
-        wrong = corrupt(student.read([data.positives[i]])[0], words, config.corrupt, rng)
-        out.append((q, student.tokenizer.encode(wrong, config.rationale_tokens), 0.0))
-    targets = torch.tensor([t for _, _, t in out])
-    flip = torch.from_numpy(rng.random(len(out)) < config.discriminator_noise)
-    return [data.questions[q] for q, _, _ in out], [r for _, r, _ in out], torch.where(flip, 1 - targets, targets)
+        else:
+            (x, row), others = good[rng.integers(len(good))], [good[i][1] for i in rng.integers(len(good), size=4)]
+            wrong = corrupt(student.read([row])[0], " ".join(student.read(others)).split() or ["the"], config.corrupt, rng)
+            out.append((x, student.tokenizer.encode(wrong, config.rationale_tokens), 0.0))
+    targets = torch.tensor([target for _, _, target in out])
+    flipped = torch.from_numpy(rng.random(len(out)) < config.discriminator_noise)
+    return [x for x, _, _ in out], [row for _, row, _ in out], torch.where(flipped, 1 - targets, targets).to(student.device)
 
 
-def train_discriminator(d: Discriminator, student: Student, optimizer: torch.optim.Optimizer, data: Data, config: Config, iteration: int,
-                        questions: list[int], negatives: dict, steps: int, lr: float) -> float:
-    """`steps` steps of L_D = binary cross-entropy [review]; every rank takes the same ones -> mean L_D."""
-    seed = derive_seed(config.seed, "discriminator", iteration)
-    rng, total = np.random.default_rng(seed), torch.zeros((), device=student.device)
-    torch.manual_seed(seed)
-    d.train(), student.model.train(d.encoder is not None)
-    scaler, progress = torch.amp.GradScaler(student.device.type, enabled=student.dtype == torch.float16), Progress("  discriminator", steps)
+def optimizer_step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, lr: float) -> None:
+    """AdamW with the gradient's norm clipped at 1 [DSS]; a step that overflowed in fp16 is skipped by the scaler."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+    scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def train_discriminator(d: Discriminator, optimizer: torch.optim.Optimizer, student: Student, data: Data, config: Config, iteration: int,
+                        questions: list[int], negatives: dict, steps: int, lr: float) -> float:
+    """`steps` steps of L_D = binary cross-entropy [review], the same ones on every rank -> mean L_D."""
+    seed = derive_seed(config.seed, "discriminator", iteration)
+    rng, total = np.random.default_rng(seed), torch.zeros((), device=student.device)
+    scaler, progress = torch.amp.GradScaler(student.device.type, enabled=student.dtype == torch.float16), Progress("  discriminator", steps)
+    torch.manual_seed(seed)
+    d.train(), student.model.train(d.encoder is not None)
     for step in range(steps):
         some = [questions[i] for i in rng.integers(len(questions), size=4 * config.batch)]     # a step costs the same however many there are
-        xs, rs, targets = pairs_for_discriminator(data, student, config, rng, some, negatives, config.batch)
-        if not rs:
-            continue
-        with torch.set_grad_enabled(True):
-            loss = F.binary_cross_entropy_with_logits(discriminator_logits(d, student, xs, rs), targets.to(student.device))
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(d.parameters(), 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        total += loss.detach()
+        xs, rows, targets = discriminator_batch(data, student, config, rng, some, negatives, config.batch)
+        if rows:
+            optimizer.zero_grad()
+            loss = F.binary_cross_entropy_with_logits(d(student, xs, rows), targets)
+            scaler.scale(loss).backward()
+            optimizer_step(optimizer, scaler, lr)
+            total += loss.detach()
         progress.update(step + 1)
     progress.close()
+    student.model.zero_grad()             # shared: the pretraining of the head moves nothing else
     if world() > 1:                       # on CUDA the last digits of the ranks' same steps may have parted
         for p in d.parameters():
             dist.broadcast(p.data, 0)
@@ -1020,18 +1012,13 @@ def train_discriminator(d: Discriminator, student: Student, optimizer: torch.opt
 
 
 def discriminator_accuracy(d: Discriminator, student: Student, data: Data, config: Config) -> dict[str, float]:
-    """On the validation questions' teacher samples: recall of S_pos, of S_neg, of corrupted positives (NaN: none there); their balance."""
-    rng = np.random.default_rng(derive_seed("accuracy"))
-    good = [(q, r) for q in range(len(data)) for r in data.positives_of(q)][:1000]
-    bad = [(q, r) for q in range(len(data)) for r in data.negatives_of(q)][:1000]
-    texts = student.read(r for _, r in good)
-    words = " ".join(texts).split()
-    fake = [(q, student.tokenizer.encode(corrupt(t, words, config.corrupt, rng), config.rationale_tokens)) for (q, _), t in zip(good, texts)]
-    scores = [quality(d, student, [data.questions[q] for q, _ in pairs], [r for _, r in pairs]).cpu() for pairs in (good, bad, fake)]
-    recall = [(s > 0.5).float().mean().item() for s in scores]
-    recall = [recall[0], 1 - recall[1], 1 - recall[2]]
-    return dict(positives=recall[0], negatives=recall[1], corrupted=recall[2],
-                balanced=(recall[0] + recall[1]) / 2 if bad else (recall[0] + recall[2]) / 2)
+    """On the validation questions' teacher samples: which part is recognised of S_pos, of S_neg, of corrupted positives (NaN: none there)."""
+    good, bad = ([(data.questions[q], row) for q in range(len(data)) for row in data.of(q, positive)][:1000] for positive in (True, False))
+    rng, texts = np.random.default_rng(0), student.read(row for _, row in good)
+    fake = [(x, student.tokenizer.encode(corrupt(text, " ".join(texts).split(), config.corrupt, rng))) for (x, _), text in zip(good, texts)]
+    seen = [d.quality(student, *zip(*pairs)).cpu() > 0.5 if pairs else torch.zeros(0) for pairs in (good, bad, fake)]
+    parts = [s.float().mean().item() for s in seen]
+    return dict(positives=parts[0], negatives=1 - parts[1], corrupted=1 - parts[2])
 
 
 # ------------------------------------------------------------------------------------------------ 8. Loss
@@ -1039,43 +1026,28 @@ def discriminator_accuracy(d: Discriminator, student: Student, data: Data, confi
 
 class Candidates(NamedTuple):
     """S_pos and S_neg of a batch of questions, a row a rationale."""
-    rows: list                    # id rows
+    rows: list                    # of token ids
     owner: list[int]              # which question of the batch
     positive: list[bool]
+
+
+class Picks(NamedTuple):
+    """The candidates that count in the loss."""
+    rows: list[int]               # which candidates
+    left_out: int                 # negatives beyond δ, whose term is 0 and is not run
+    share: Tensor                 # (P,) part of its question's term: 1, or 1/n under a mean
+    positive: Tensor              # (P,) bool
+    scores: Tensor                # (P,) s(x, r)
 
 
 def candidates(data: Data, config: Config, batch: list[int], negatives: dict) -> Candidates:
     out = Candidates([], [], [])
     for i, q in enumerate(batch):
-        for positive, rows in ((True, data.positives_of(q)), (False, data.negatives_of(q) + negatives.get(q, []) if config.negatives else [])):
+        student_rows = negatives.get(q, [])
+        for positive, rows in ((True, data.of(q, True)), (False, data.of(q, False) + student_rows if config.negatives else [])):
             for row in rows:
                 out.rows.append(row), out.owner.append(i), out.positive.append(positive)
     return out
-
-
-def pick(losses: list[float], c: Candidates, config: Config) -> tuple[list[int], list[float], int]:
-    """Which rationales count: -> (their rows, the share of each in its question's term, how many negatives were left out).
-
-    ℓ_pos = min over S_pos of ℓ, ℓ_neg = max over S_neg of min(ℓ - δ, 0) [review]: r⁺ the argmin, r⁻ the argmax of the unclamped ℓ, the
-    first on a tie [ours]. A mean counts every candidate with share 1/n. A negative whose ℓ here is already δ adds 0 and is left out.
-    losses (R,) come from eval mode, without gradient [ours]; only `needs_losses` of them are read."""
-    sets: dict[tuple[int, bool], list[int]] = {}
-    for r, key in enumerate(zip(c.owner, c.positive)):
-        sets.setdefault(key, []).append(r)
-    rows, shares, left_out = [], [], 0
-    for (_, is_positive), members in sorted(sets.items(), key=lambda kv: (kv[0][0], not kv[0][1])):
-        how = config.positive if is_positive else config.negative
-        if how != "mean" and len(members) > 1:
-            best = (min if how == "min" else max)(losses[r] for r in members)
-            members, share = [next(r for r in members if losses[r] == best or best != best)], 1.0
-        else:
-            share = 1.0 / len(members)
-        for r in members:
-            if not is_positive and losses[r] >= config.delta:
-                left_out += 1
-            else:
-                rows.append(r), shares.append(share)
-    return rows, shares, left_out
 
 
 def needs_losses(c: Candidates, config: Config) -> list[int]:
@@ -1085,11 +1057,40 @@ def needs_losses(c: Candidates, config: Config) -> list[int]:
             if not positive or (positives[owner] > 1 and config.positive != "mean")]
 
 
-def contrastive_terms(losses: Tensor, scores: Tensor, share: Tensor, positive: Tensor, beta: float, delta: float) -> Tensor:
-    """L_cl = s(x, r⁺) · ℓ_pos - β · (1 - s(x, r⁻)) · ℓ_neg, a row a picked rationale: (R,) terms whose sum over a question's rows is its L_cl.
+def pick(losses: list[float], c: Candidates, config: Config) -> tuple[list[int], list[float], int]:
+    """Which rationales count: -> (candidates, the share of each in its question's term, number of negatives left out).
 
-    ℓ_neg = min(ℓ - δ, 0) [review]. Weights s and 1 - s carry no gradient [ours]. losses, scores, share (R,) float32, positive (R,) bool.
-    Without a discriminator both weights are 1: scores 1 for positives, 0 for negatives."""
+    ℓ_pos = min over S_pos of ℓ, ℓ_neg = max over S_neg of min(ℓ - δ, 0) [review]: r⁺ the argmin, r⁻ the argmax of the unclamped ℓ, the
+    first on a tie [ours]. A mean counts every candidate with share 1/n. A picked negative whose ℓ here is already δ adds 0: left out.
+    losses (R,): eval mode, no gradient [ours]; only those that `needs_losses` names are read."""
+    sets: dict[tuple[int, bool], list[int]] = {}
+    for r, key in enumerate(zip(c.owner, c.positive)):
+        sets.setdefault(key, []).append(r)
+    rows, shares, left_out = [], [], 0
+    for (_, positive), members in sets.items():
+        how = config.positive if positive else config.negative
+        if how != "mean" and len(members) > 1:
+            members = [(min if how == "min" else max)(members, key=losses.__getitem__)]
+        for r in members:
+            if not positive and losses[r] >= config.delta:
+                left_out += 1
+            else:
+                rows.append(r), shares.append(1 / len(members))
+    return rows, shares, left_out
+
+
+def choose(student: Student, d: Discriminator | None, data: Data, batch: list[int], c: Candidates, losses: list[float], config: Config) -> Picks:
+    """`pick`, and the quality of what was picked. Without a discriminator both weights are 1: s = 1 for positives, 0 for negatives."""
+    rows, share, left_out = pick(losses, c, config)
+    positive = torch.tensor([c.positive[r] for r in rows], dtype=torch.bool, device=student.device)
+    scores = d.quality(student, [data.questions[batch[c.owner[r]]] for r in rows], [c.rows[r] for r in rows]) if d else positive.float()
+    return Picks(rows, left_out, torch.tensor(share, device=student.device), positive, scores)
+
+
+def contrastive_terms(losses: Tensor, scores: Tensor, share: Tensor, positive: Tensor, beta: float, delta: float) -> Tensor:
+    """L_cl = s(x, r⁺) · ℓ_pos - β · (1 - s(x, r⁻)) · ℓ_neg, a row a picked rationale: (P,) terms whose sum over a question's rows is its L_cl.
+
+    ℓ_neg = min(ℓ - δ, 0) [review]. Weights s and 1 - s carry no gradient [ours]. losses, scores, share (P,) float32, positive (P,) bool."""
     weight = torch.where(positive, scores, 1 - scores).detach() * share
     return weight * torch.where(positive, losses, -beta * (losses - delta).clamp(max=0))
 
@@ -1100,62 +1101,60 @@ def total_loss(predict: Tensor, contrastive: Tensor, discriminator: Tensor | flo
 
 
 def alphas_of(config: Config, iteration: int) -> tuple[float, float, float]:
-    """(α1, α2, α3) of an iteration: 0.5 each, α3 ← 0.9 · α3 after each [review]; the fine-tuned baseline has L_predict alone."""
+    """(α1, α2, α3) of an iteration: 0.5 each, α3 ← 0.9 · α3 after each [review]. Only QCRD has L_D, and fine-tuning L_predict alone."""
     if config.method == "finetune":
         return 1.0, 0.0, 0.0
-    return config.alpha_predict, config.alpha_cl, config.alpha_d * config.alpha_d_decay ** (iteration - 1)
+    return config.alpha_predict, config.alpha_cl, config.alpha_d * config.alpha_d_decay ** (iteration - 1) * (config.method == "qcrd")
 
 
 @torch.no_grad()
 def candidate_losses(student: Student, data: Data, batch: list[int], c: Candidates, needed: list[int]) -> Tensor:
     """ℓ(x, r) of the needed candidates in eval mode without gradient: (len(needed),); one encoding serves all rationales of a question."""
-    asked = sorted({c.owner[r] for r in needed})
-    place = {i: at for at, i in enumerate(asked)}
-    training = student.model.training
+    losses = torch.zeros(len(needed), device=student.device)
+    training, asked = student.model.training, sorted({c.owner[r] for r in needed})
     student.model.eval()
-    out = torch.empty(len(needed), device=student.device)
-    with student.amp():
-        x, mask = collate(student.prefixed(student.explain, [data.questions[batch[i]] for i in asked]), student.device)
-        memory = student.model.encode(x, mask)
-        for group in by_length([c.rows[r] for r in needed], student.tokens):
-            y, y_mask = collate([c.rows[needed[k]] for k in group], student.device)
-            rows = torch.tensor([place[c.owner[needed[k]]] for k in group])
-            out[torch.tensor(group, device=student.device)] = student.model.loss(x, mask, y, y_mask, memory, rows).float()
+    for start in range(0, len(asked), 64):
+        part = asked[start:start + 64]
+        mine = [k for k, r in enumerate(needed) if c.owner[r] in part]
+        with student.amp():
+            memory, mask = student.encode(student.inputs(student.explain, [data.questions[batch[i]] for i in part]))
+            for group in by_length([c.rows[needed[k]] for k in mine], 4 * student.tokens):
+                at = [mine[i] for i in group]
+                y, y_mask = collate([c.rows[needed[k]] for k in at], student.device)
+                rows = torch.tensor([part.index(c.owner[needed[k]]) for k in at])
+                losses[torch.tensor(at, device=student.device)] = student.model.loss(None, mask, y, y_mask, memory, rows)
     student.model.train(training)
-    return out
+    return losses
 
 
-def backward(student: Student, data: Data, config: Config, batch: list[int], c: Candidates, picked: list[int], share: list[float],
-             scores: Tensor, alphas: tuple, questions: int, scale: Callable = lambda loss: loss) -> tuple[Tensor, Tensor]:
+def backward(student: Student, data: Data, config: Config, batch: list[int], c: Candidates, picks: Picks, alphas: tuple, questions: int,
+             scale: Callable = lambda loss: loss) -> tuple[Tensor, Tensor]:
     """Add the gradient of the batch's part of α1 · L_predict + α2 · L_cl, every term a sum over questions divided by `questions`, those
-    of the global batch. -> ℓ of the labels (n,) and of the picked rationales (len(picked),), float32, detached.
+    of the global batch. -> ℓ of the labels (B,) and of the picks (P,), float32, detached.
 
-    One encoding of `predict: x` and one of `explain: x` serve all targets; targets run in groups of like length whose gradients meet in
-    one detached memory, so that the encoder runs backward once and no logits of a whole batch ever exist."""
+    One encoding of `predict: x` and of `explain: x` serves all targets; targets run in groups of like length whose gradients meet in one
+    detached memory, so that the encoder runs backward once and the logits of a whole batch never exist."""
     device, n = student.device, len(batch)
     size = config.micro_batch or (n if device.type == "cuda" else 16)
-    label_losses, pick_losses = torch.zeros(n, device=device), torch.zeros(len(picked), device=device)
-    shares, positive = torch.tensor(share, device=device), torch.tensor([c.positive[r] for r in picked], dtype=torch.bool, device=device)
-    for start in range(0, n, size):
-        part = range(start, min(n, start + size))
-        mine = [k for k, r in enumerate(picked) if c.owner[r] in part]
+    label_losses, pick_losses = torch.zeros(n, device=device), torch.zeros(len(picks.rows), device=device)
+    for part in (range(start, min(n, start + size)) for start in range(0, n, size)):
+        mine = [k for k, r in enumerate(picks.rows) if c.owner[r] in part]
         xs = [data.questions[batch[i]] for i in part]
-        targets = [data.labels[batch[i]] for i in part] + [c.rows[picked[k]] for k in mine]
-        memory_row = torch.tensor([*range(len(part)), *(len(part) + c.owner[picked[k]] - start for k in mine)])
+        targets = [data.labels[batch[i]] for i in part] + [c.rows[picks.rows[k]] for k in mine]
+        memory_row = torch.tensor([*range(len(part)), *(len(part) + c.owner[picks.rows[k]] - part.start for k in mine)])
         with student.amp():
-            x, mask = collate(student.prefixed(student.predict, xs) + (student.prefixed(student.explain, xs) if mine else []), device)
-            memory = student.model.encode(x, mask)
+            memory, mask = student.encode(student.inputs(student.predict, xs) + student.inputs(student.explain, xs if mine else []))
             leaf = memory.detach().requires_grad_()
             for group in by_length(targets, student.tokens):
                 labels, others = [i for i in group if i < len(part)], [i for i in group if i >= len(part)]
                 y, y_mask = collate([targets[i] for i in labels + others], device)
-                loss = student.model.loss(x, mask, y, y_mask, leaf, memory_row[labels + others])
-                at_label = torch.tensor([part[i] for i in labels], dtype=torch.long, device=device)
-                at_pick = torch.tensor([mine[i - len(part)] for i in others], dtype=torch.long, device=device)
-                of_label, of_pick = loss[:len(labels)], loss[len(labels):]
-                terms = contrastive_terms(of_pick, scores[at_pick], shares[at_pick], positive[at_pick], config.beta, config.delta)
-                scale(total_loss(of_label.sum(), terms.sum(), 0.0, alphas) / questions).backward()
-                label_losses[at_label], pick_losses[at_pick] = of_label.detach(), of_pick.detach()
+                loss = student.model.loss(None, mask, y, y_mask, leaf, memory_row[labels + others])
+                at = torch.tensor([part[i] for i in labels], dtype=torch.long, device=device)
+                to = torch.tensor([mine[i - len(part)] for i in others], dtype=torch.long, device=device)
+                predict, rationale = loss[:len(labels)], loss[len(labels):]
+                terms = contrastive_terms(rationale, picks.scores[to], picks.share[to], picks.positive[to], config.beta, config.delta)
+                scale(total_loss(predict.sum(), terms.sum(), 0.0, alphas) / questions).backward()
+                label_losses[at], pick_losses[to] = predict.detach(), rationale.detach()
             memory.backward(leaf.grad)
     return label_losses, pick_losses
 
@@ -1163,13 +1162,12 @@ def backward(student: Student, data: Data, config: Config, batch: list[int], c: 
 STATS = ["L_predict", "l_pos", "l_neg", "L_cl", "s_pos", "w_neg", "L_D", "zero_neg", "with_pos", "with_neg", "stop"]
 
 
-def step_stats(labels: Tensor, losses: Tensor, scores: Tensor, share: Tensor, positive: Tensor, left_out: int, l_d: Tensor,
-               config: Config) -> Tensor:
+def step_stats(labels: Tensor, losses: Tensor, p: Picks, l_d: Tensor, config: Config) -> Tensor:
     """Sums over a batch's questions of what the iteration's line shows: (len(STATS),) on the device, so that nothing waits for it."""
-    clamped, pos, neg = (losses - config.delta).clamp(max=0), share * positive, share * ~positive
-    terms = contrastive_terms(losses, scores, share, positive, config.beta, config.delta)
-    sums = [labels.sum(), (pos * losses).sum(), (neg * clamped).sum(), terms.sum(), (pos * scores).sum(), (neg * (1 - scores)).sum(),
-            l_d * len(labels), (neg * (clamped == 0)).sum() + left_out, pos.sum(), neg.sum() + left_out]
+    clamped, pos, neg = (losses - config.delta).clamp(max=0), p.share * p.positive, p.share * ~p.positive
+    terms = contrastive_terms(losses, p.scores, p.share, p.positive, config.beta, config.delta)
+    sums = [labels.sum(), (pos * losses).sum(), (neg * clamped).sum(), terms.sum(), (pos * p.scores).sum(), (neg * (1 - p.scores)).sum(),
+            l_d * len(labels), (neg * (clamped == 0)).sum() + p.left_out, pos.sum(), neg.sum() + p.left_out]
     return torch.stack([s.float() for s in sums] + [torch.full_like(sums[0], float(STOP.is_set()))])
 
 
@@ -1190,6 +1188,7 @@ class State:
     best: float = -1.0                    # validation accuracy
     best_iteration: int = 0
     l_d: float = 0.0                      # mean L_D of the iteration's discriminator update
+    tokens: int = 0                       # target ids scored or trained on in the iteration
     sums: list = field(default_factory=lambda: [0.0] * len(STATS))
 
 
@@ -1198,15 +1197,20 @@ class Trainer:
 
     def __init__(self, config: Config, student: Student, folder: Path, task: Task, train: Data, valid: Data):
         self.config, self.student, self.folder, self.task, self.train, self.valid = config, student, folder, task, train, valid
-        self.state, self.past, self.d, self.rng = State(), None, None, None
-        self.optimizer = torch.optim.AdamW(student.model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
-        self.scaler = torch.amp.GradScaler(student.device.type, enabled=student.dtype == torch.float16)
-        if config.method == "qcrd" and config.discriminator != "none":
-            self.d = make_discriminator(student, config)
-            self.d_optimizer = torch.optim.AdamW(self.d.parameters(), lr=config.discriminator_lr, weight_decay=0.0, fused=True)
-            if self.d.encoder is None:                             # shared: L_D is a term of the student's loss
-                self.optimizer.add_param_group(dict(params=list(self.d.parameters())))
+        self.state, self.fixed, self.d, self.rng = State(), None, None, None
         self.per_iteration = config.iteration_steps or math.ceil(len(train) / config.batch)
+        if config.method == "qcrd" and config.discriminator != "none":
+            self.d = Discriminator(student, config)
+            self.d_optimizer = torch.optim.AdamW(self.d.parameters(), lr=config.discriminator_lr, weight_decay=0.0, fused=True)
+        shared = list(self.d.parameters()) if self.d and not self.d.encoder else []      # then L_D is a term of the student's loss
+        self.params = [*student.model.parameters(), *shared]
+        self.optimizer = torch.optim.AdamW(self.params, lr=config.lr, weight_decay=0.0, fused=True)
+        self.scaler = torch.amp.GradScaler(student.device.type, enabled=student.dtype == torch.float16)
+
+    def parts(self) -> dict[str, Any]:
+        """What has a state of its own, by its name in checkpoint.pt."""
+        return dict(student=self.student.model, optimizer=self.optimizer, scaler=self.scaler) | (
+            dict(discriminator=self.d, discriminator_optimizer=self.d_optimizer) if self.d else {})
 
     def digest(self) -> dict[str, str]:
         return {"training data or teacher samples": self.train.digest(), "validation data": self.valid.digest(),
@@ -1214,54 +1218,41 @@ class Trainer:
 
     def save(self) -> None:
         """checkpoint.pt: everything but the snapshots, which are files of their own, each written once."""
-        if rank() == 0:
-            keep = dict(state=dataclasses.asdict(self.state), student=self.student.model.state_dict(), optimizer=self.optimizer.state_dict(),
-                        scaler=self.scaler.state_dict(), rng=torch.get_rng_state(), digest=self.digest())
-            if self.student.device.type == "cuda":
-                keep["cuda_rng"] = torch.cuda.get_rng_state()
-            if self.d:
-                keep |= dict(d=self.d.state_dict(), d_optimizer=self.d_optimizer.state_dict())
-            with atomic(self.folder / "checkpoint.pt") as path:
-                torch.save(keep, path)
+        cuda = torch.cuda.get_rng_state(self.student.device) if self.student.device.type == "cuda" else None
+        write_pt(self.folder / "checkpoint.pt", {name: part.state_dict() for name, part in self.parts().items()} | dict(
+            state=dataclasses.asdict(self.state), rng=torch.get_rng_state(), cuda_rng=cuda, digest=self.digest()))
 
     def load(self) -> None:
-        keep = load_pt(self.folder / "checkpoint.pt", self.student.device)
+        keep = read_pt(self.folder / "checkpoint.pt", self.student.device)
         different = [name for name, d in self.digest().items() if keep["digest"].get(name) != d]
         if different:
             raise InputError(f"{self.folder}/checkpoint.pt: was made with other {' and other '.join(different)}; start a new run")
-        self.state, self.rng = State(**keep["state"]), (keep["rng"].cpu(), keep.get("cuda_rng"))
-        self.student.model.load_state_dict(keep["student"])
-        self.optimizer.load_state_dict(keep["optimizer"])
-        self.scaler.load_state_dict(keep["scaler"])
-        if self.d:
-            self.d.load_state_dict(keep["d"])
-            self.d_optimizer.load_state_dict(keep["d_optimizer"])
-
-    def snapshot_file(self, iteration: int) -> Path:
-        return self.folder / "snapshots" / f"{iteration}.pt"
+        for name, part in self.parts().items():
+            part.load_state_dict(keep[name])
+        self.state, self.rng = State(**keep["state"]), keep
 
     def negatives_for(self, iteration: int, questions: list[int]) -> tuple[dict, dict]:
         """Iteration t samples from snapshot t - lag [abstract]; none while t - lag < 1: the untrained student never counts [ours]."""
-        fixed = self.config.negative_source == "fixed"
-        if self.config.method != "qcrd" or not self.config.negatives or (not fixed and iteration - self.config.lag < 1):
+        config, fixed = self.config, self.config.negative_source == "fixed"
+        if config.method != "qcrd" or not config.negatives or (not fixed and iteration - config.lag < 1):
             return {}, dict(source="", sampled=0, dropped=0, tokens=0, seconds=0.0)
-        if fixed and not self.past:
-            self.past = Student(T5.load(self.config.negative_model), self.student.vocab, self.config, self.student.device)
-        past = self.past
-        if not fixed:                             # in memory for the sampling only
-            model = T5(self.student.model.config)
-            model.load_state_dict(load_pt(self.snapshot_file(iteration - self.config.lag), "cpu"))
-            past = Student(model, self.student.vocab, self.config, self.student.device)
-        negatives, counts = sample_negatives(past, self.train, self.config, iteration, questions)
-        return negatives, counts | dict(source="fixed student" if fixed else f"snapshot {iteration - self.config.lag}")
+        past = self.fixed
+        if not past:                              # a snapshot is in memory for the sampling only
+            model = T5.load(config.negative_model) if fixed else T5(self.student.model.config)
+            if not fixed:
+                model.load_state_dict(read_pt(self.folder / "snapshots" / f"{iteration - config.lag}.pt", "cpu"))
+            past = Student(model, self.student.vocab, config, self.student.device)
+            self.fixed = past if fixed else None
+        negatives, counts = sample_negatives(past, self.train, config, iteration, questions)
+        return negatives, counts | dict(source="fixed student" if fixed else f"snapshot {iteration - config.lag}")
 
-    def train_discriminator(self, iteration: int, questions: list[int], negatives: dict, steps: int, alpha_d: float) -> float:
+    def update_discriminator(self, iteration: int, questions: list[int], negatives: dict, steps: int, alpha_d: float) -> float:
         """Pretraining (iteration 0) [review] and online update [abstract] -> mean L_D. An encoder of its own: a factor on L_D would cancel in
         Adam, so α3 / 0.5 scales its learning rate. Shared: the head alone is pretrained, L_D joins the training steps [ours]."""
         due = self.config.discriminator_every and iteration % self.config.discriminator_every == 0
-        if not self.d or (iteration and (self.d.encoder is None or not due)):
+        if not self.d or (iteration and not (self.d.encoder and due)):
             return 0.0
-        return train_discriminator(self.d, self.student, self.d_optimizer, self.train, self.config, iteration, questions, negatives, steps,
+        return train_discriminator(self.d, self.d_optimizer, self.student, self.train, self.config, iteration, questions, negatives, steps,
                                    self.config.discriminator_lr * alpha_d / 0.5)
 
     def step(self, batch: list[int], negatives: dict, alphas: tuple, number: int, pending: Tensor) -> Tensor:
@@ -1271,50 +1262,41 @@ class Trainer:
         mine = batch[rank()::world()]
         c = candidates(train, config, mine, negatives) if alphas[1] else Candidates([], [], [])
         needed = needs_losses(c, config)
-        known = candidate_losses(student, train, mine, c, needed) if needed else torch.zeros(0, device=student.device)
+        known = candidate_losses(student, train, mine, c, needed)
         host = torch.cat([known, pending]).tolist()
         self.account(host[len(needed):], number - 1)
         losses = [math.nan] * len(c.rows)
         for r, loss in zip(needed, host):
             losses[r] = loss
-        picked, share, left_out = pick(losses, c, config)
-        positive = torch.tensor([c.positive[r] for r in picked], dtype=torch.bool, device=student.device)
-        scores = positive.float()
-        if self.d:
-            scores = quality(self.d, student, [train.questions[mine[c.owner[r]]] for r in picked], [c.rows[r] for r in picked])
-        params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.lr * (1 - number / (config.iterations * self.per_iteration))
-        for p in params:                                             # zeros, not None: a rank without rationales joins the all-reduce too
+        picks = choose(student, self.d, train, mine, c, losses, config)
+        self.state.tokens += sum(len(c.rows[r]) for r in needed + picks.rows) + sum(len(train.labels[q]) for q in mine)
+        for p in self.params:                                        # zeros, not None: a rank without rationales joins the all-reduce too
             p.grad = torch.zeros_like(p)
         student.model.train()
-        labels, picks = backward(student, train, config, mine, c, picked, share, scores, alphas, len(batch), self.scaler.scale)
+        labels, rationales = backward(student, train, config, mine, c, picks, alphas, len(batch), self.scaler.scale)
         l_d = torch.zeros((), device=student.device)
-        if self.d and self.d.encoder is None:
+        if self.d and not self.d.encoder:                            # shared: L_D joins the step
             rng = np.random.default_rng(derive_seed(config.seed, "L_D", number, rank()))
-            xs, rs, targets = pairs_for_discriminator(train, student, config, rng, mine, negatives, 2 * len(mine))
-            if rs:
-                l_d = F.binary_cross_entropy_with_logits(discriminator_logits(self.d.train(), student, xs, rs), targets.to(student.device))
+            xs, rows, targets = discriminator_batch(train, student, config, rng, mine, negatives, 2 * len(mine))
+            if rows:
+                l_d = F.binary_cross_entropy_with_logits(self.d.train()(student, xs, rows), targets)
                 self.scaler.scale(total_loss(0.0, 0.0, l_d, alphas) * len(mine) / len(batch)).backward()
-        stats = step_stats(labels, picks, scores, torch.tensor(share, device=student.device), positive, left_out, l_d.detach(), config)
+        stats = step_stats(labels, rationales, picks, l_d.detach(), config)
         if world() > 1:                                              # one all-reduce after the local backward passes
-            flat = torch.cat([p.grad.flatten() for p in params] + [stats])
+            flat = torch.cat([p.grad.flatten() for p in self.params] + [stats])
             dist.all_reduce(flat)
-            *grads, stats = flat.split([p.numel() for p in params] + [len(STATS)])
-            for p, g in zip(params, grads):
-                p.grad.copy_(g.view_as(p))
-        self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(params, 1.0)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+            *grads, stats = flat.split([p.numel() for p in self.params] + [len(STATS)])
+            for p, grad in zip(self.params, grads):
+                p.grad.copy_(grad.view_as(p))
+        optimizer_step(self.optimizer, self.scaler, config.lr * (1 - number / (config.iterations * self.per_iteration)))
         return stats
 
     def account(self, stats: list[float], number: int) -> None:
-        """Add up a step's sums. Errors: InputError at the first that is not a number; Stopped when a rank was asked to stop."""
+        """Add up a step's sums. Errors: InputError at the first that is not a number; Stopped where a rank was asked to stop."""
         for name, amount in zip(STATS, stats):
             if not math.isfinite(amount):
-                t, k = number // self.per_iteration + 1, number % self.per_iteration
-                batch = visits(self.config, len(self.train), t)[k * self.config.batch:(k + 1) * self.config.batch]
+                t, k, size = number // self.per_iteration + 1, number % self.per_iteration, self.config.batch
+                batch = visits(self.config, len(self.train), t)[k * size:(k + 1) * size]
                 raise InputError(f"iteration {t}, step {k + 1}: {name} became {amount} on questions {batch}; try a lower --lr or --precision float32")
         if stats:
             self.state.sums = [a + b for a, b in zip(self.state.sums, stats)]
@@ -1322,54 +1304,55 @@ class Trainer:
                 raise Stopped
 
     def run(self) -> None:
-        """All iterations: negatives, discriminator, optimizer steps, validation, snapshot, checkpoint."""
+        """All iterations: negatives, discriminator, optimizer steps, validation, snapshot, checkpoint. Errors: Stopped."""
         config, state = self.config, self.state
         if self.d and not self.rng:
-            state.l_d = self.train_discriminator(0, list(range(len(self.train))), {}, config.discriminator_pretrain, 0.5)
+            l_d = self.update_discriminator(0, list(range(len(self.train))), {}, config.discriminator_pretrain, 0.5)
             a = discriminator_accuracy(self.d, self.student, self.valid, config)
-            say(f"discriminator: L_D {state.l_d:.3f} after {config.discriminator_pretrain} steps; on validation rationales it recognises "
+            say(f"discriminator: L_D {l_d:.3f} over {config.discriminator_pretrain} pretraining steps; of validation rationales it recognises "
                 f"{a['positives']:.0%} of the positives, {a['negatives']:.0%} of the negatives, {a['corrupted']:.0%} of corrupted positives")
         while state.iteration < config.iterations:
-            t, begin = state.iteration + 1, time.perf_counter()
+            t, times = state.iteration + 1, [time.perf_counter()]
             alphas, order = alphas_of(config, t), visits(config, len(self.train), t)
             negatives, counts = self.negatives_for(t, order)
-            seconds, then = dict(negatives=counts.pop("seconds")), time.perf_counter()
-            if self.rng and state.step:                              # goes on in mid-iteration
-                torch.set_rng_state(self.rng[0])
-                if self.rng[1] is not None:
-                    torch.cuda.set_rng_state(self.rng[1].cpu())
+            times.append(time.perf_counter())
+            if self.rng and state.step:                              # resumed in mid-iteration
+                torch.set_rng_state(self.rng["rng"].cpu())
+                if self.rng["cuda_rng"] is not None:
+                    torch.cuda.set_rng_state(self.rng["cuda_rng"].cpu(), self.student.device)
             else:
-                state.sums, state.l_d = [0.0] * len(STATS), self.train_discriminator(t, order, negatives, config.discriminator_steps, alphas[2])
+                state.sums, state.tokens = [0.0] * len(STATS), 0
+                state.l_d = self.update_discriminator(t, order, negatives, config.discriminator_steps, alphas[2])
                 torch.manual_seed(derive_seed(config.seed, "dropout", t, rank()))
-            seconds["discriminator"], then, first = time.perf_counter() - then, time.perf_counter(), state.step
-            pending, progress = torch.zeros(0, device=self.student.device), Progress(f"  iteration {t}", self.per_iteration)
+            times.append(time.perf_counter())
+            first, pending = state.step, torch.zeros(0, device=self.student.device)
+            progress = Progress(f"  iteration {t}/{config.iterations}", self.per_iteration)
             try:
-                for k in range(state.step, self.per_iteration):
+                for k in range(first, self.per_iteration):
                     pending = self.step(order[k * config.batch:(k + 1) * config.batch], negatives, alphas, (t - 1) * self.per_iteration + k, pending)
                     state.step = k + 1
                     progress.update(k + 1)
-                    if t == 1 and k == 3:
-                        self.foretell((time.perf_counter() - then) / (k + 1 - first))
-                self.account(pending.tolist(), (t - 1) * self.per_iteration + state.step - 1)
+                    if t == 1 and k == 2:
+                        self.foretell((time.perf_counter() - times[-1]) / (k + 1 - first))
+                self.account(pending.tolist(), t * self.per_iteration - 1)
             except Stopped:
                 if state.step < self.per_iteration:
                     self.save()
                     raise
             finally:
                 progress.close()
-            seconds["steps"], then = time.perf_counter() - then, time.perf_counter()
-            accuracy, _ = evaluate(self.student, config, self.valid, self.task.valid.labels, self.task.kind, "  validation")
-            m = self.metrics(t, order, negatives, counts, alphas, accuracy)
+            times.append(time.perf_counter())
+            accuracy, _ = evaluate(self.student, self.valid, self.task.valid.labels, self.task.kind, "  validation")
+            m = self.metrics(t, order, negatives, counts, alphas) | dict(valid_accuracy=accuracy)
             state.iteration, state.step = t, 0
             if accuracy > state.best:
                 state.best, state.best_iteration = accuracy, t
                 save_student(self.student, self.d, self.folder / "student")
-            if rank() == 0 and config.method == "qcrd" and config.negatives and config.negative_source == "snapshot":
-                with atomic(self.snapshot_file(t)) as path:
-                    torch.save(self.student.model.state_dict(), path)
+            if config.method == "qcrd" and config.negatives:
+                write_pt(self.folder / "snapshots" / f"{t}.pt", self.student.model.state_dict())
             self.save()
-            seconds["rest"] = time.perf_counter() - then
-            m["seconds"] = {k: round(v, 2) for k, v in seconds.items()} | dict(all=round(time.perf_counter() - begin, 2))
+            times.append(time.perf_counter())
+            m["seconds"] = dict(zip(("negatives", "discriminator", "steps", "rest"), np.diff(times).tolist())) | dict(all=times[-1] - times[0])
             self.report(m)
             if STOP.is_set():
                 raise Stopped
@@ -1377,51 +1360,45 @@ class Trainer:
     def foretell(self, seconds: float) -> None:
         steps = self.config.iterations * self.per_iteration
         if seconds * steps > 600:
-            say(f"this will take long: {steps} steps at {seconds:.1f} s are about {datetime.timedelta(seconds=round(seconds * steps))} "
-                "(and negatives and validation besides); cheaper: --iterations, --fraction, --model t5-small, --batch, --device cuda")
+            say(f"this will take long: {steps} steps at {seconds:.1f} s are about {datetime.timedelta(seconds=round(seconds * steps))}, negatives and "
+                "validation not counted; cheaper: --iterations, --fraction, --model t5-small, --device cuda")
 
-    def metrics(self, t: int, order: list[int], negatives: dict, counts: dict, alphas: tuple, accuracy: float) -> dict:
-        """The iteration's line of metrics.jsonl: means over the questions of every loss term, weights, scores, counts."""
-        config, n, s = self.config, len(order), dict(zip(STATS, self.state.sums))
-        l_d = s["L_D"] / n if self.d and self.d.encoder is None else self.state.l_d
-        mean = {k: s[k] / n for k in ("L_predict", "L_cl")} | dict(L_D=l_d)
-        m = dict(iteration=t, loss=total_loss(*mean.values(), alphas), **mean, alphas=alphas, l_pos=s["l_pos"] / max(1, s["with_pos"]),
-                 l_neg=s["l_neg"] / max(1, s["with_neg"]), s_pos=s["s_pos"] / max(1, s["with_pos"]),
-                 w_neg=s["w_neg"] / max(1, s["with_neg"] - s["zero_neg"]), zero_negative_terms=s["zero_neg"] / max(1, s["with_neg"]),
-                 valid_accuracy=accuracy, negatives=counts | dict(student=sum(map(len, negatives.values())) / max(1, len(set(order)))))
-        if config.method != "finetune":
-            some = sorted(set(order))[:256]
-            sets = dict(positives=[(q, r) for q in some for r in self.train.positives_of(q)],
-                        teacher_negatives=[(q, r) for q in some for r in self.train.negatives_of(q)],
-                        student_negatives=[(q, r) for q in some for r in negatives.get(q, [])])
-            m |= {f"{name}_a_question": len(pairs) / len(some) for name, pairs in sets.items()}
-            if self.d:
-                m["discriminator_accuracy"] = discriminator_accuracy(self.d, self.student, self.valid, config)
-                scores = {name: quality(self.d, self.student, [self.train.questions[q] for q, _ in pairs[:256]], [r for _, r in pairs[:256]]).cpu()
-                          for name, pairs in sets.items()}
-                m["scores"] = {name: dict(mean=x.mean().item(), histogram=torch.histc(x, 10, 0, 1).tolist()) for name, x in scores.items() if len(x)}
-        if self.student.dtype == torch.float16:
-            m["fp16_scale"] = self.scaler.get_scale()
+    def metrics(self, t: int, order: list[int], negatives: dict, counts: dict, alphas: tuple) -> dict:
+        """The iteration's line of metrics.jsonl: means over questions of every loss term and weight, and what the discriminator makes of each set."""
+        n, s, some = len(order), dict(zip(STATS, self.state.sums)), sorted(set(order))[:256]
+        terms = dict(L_predict=s["L_predict"] / n, L_cl=s["L_cl"] / n, L_D=self.state.l_d if self.d and self.d.encoder else s["L_D"] / n)
+        m = dict(iteration=t, loss=total_loss(*terms.values(), alphas), **terms, alphas=alphas)
+        m |= {name: s[name] / max(1, s[of]) for name, of in (("l_pos", "with_pos"), ("l_neg", "with_neg"), ("s_pos", "with_pos"), ("zero_neg", "with_neg"))}
+        m |= dict(w_neg=s["w_neg"] / max(1, s["with_neg"] - s["zero_neg"]), tokens=self.state.tokens, negatives=counts, scores={})
+        sets = dict(positives=[(q, row) for q in some for row in self.train.of(q, True)], teacher=[(q, row) for q in some for row in self.train.of(q, False)],
+                    student=[(q, row) for q in some for row in negatives.get(q, [])])
+        m["a_question"] = {name: len(pairs) / len(some) for name, pairs in sets.items()}
+        if self.d:
+            m["discriminator"] = discriminator_accuracy(self.d, self.student, self.valid, self.config)
+            for name, pairs in ((name, pairs[:256]) for name, pairs in sets.items() if pairs):
+                x = self.d.quality(self.student, [self.train.questions[q] for q, _ in pairs], [row for _, row in pairs]).cpu()
+                m["scores"][name] = dict(mean=x.mean().item(), histogram=torch.histc(x, 10, 0, 1).tolist())
+        if self.scaler.is_enabled():
+            m["fp16_skipped"] = self.per_iteration * t - int(max(v["step"] for v in self.optimizer.state.values()))
         return m
 
     def report(self, m: dict) -> None:
-        if rank() != 0:
+        """The iteration's line on the terminal and in metrics.jsonl; then the oldest snapshot goes."""
+        if rank():
             return
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps(rounded(m)) + "\n")
-        a, source = m["alphas"], m["negatives"]["source"]
-        line = f"iteration {m['iteration']}/{self.config.iterations}  loss {m['loss']:.3f}"
-        if self.config.method != "finetune":
-            line += f" = {a[0]:g}·predict {m['L_predict']:.3f} + {a[1]:g}·contrastive {m['L_cl']:.3f} (pos {m['l_pos']:.2f}, neg {m['l_neg']:.2f}, " \
-                    f"{m['zero_negative_terms']:.0%} beyond δ)"
+        a, c, n = m["alphas"], m["negatives"], m["a_question"]
+        line = f"iteration {m['iteration']}/{self.config.iterations}  loss {m['loss']:.3f} = {a[0]:g}·predict {m['L_predict']:.3f}"
+        if a[1]:
+            line += f" + {a[1]:g}·contrastive {m['L_cl']:.3f} (pos {m['l_pos']:.2f}, neg {m['l_neg']:.2f}, {m['zero_neg']:.0%} beyond δ)"
         if self.d:
-            line += f" + {a[2]:.3f}·discriminator {m['L_D']:.3f}  s⁺ {m['s_pos']:.2f} 1-s⁻ {m['w_neg']:.2f}"
+            line += f" + {a[2]:.3f}·discriminator {m['L_D']:.3f} (s⁺ {m['s_pos']:.2f}, 1-s⁻ {m['w_neg']:.2f})"
         if self.config.method == "qcrd" and self.config.negatives:
-            line += f"  negatives: teacher {m['teacher_negatives_a_question']:.2f}" \
-                    + (f" + {source} {m['negatives']['student']:.2f} a question" if source else " a question, student none yet")
-        best = " (best)" if self.state.best_iteration == m["iteration"] else ""
-        say(f"{line}  valid {m['valid_accuracy']:.1%}{best}  {m['seconds']['all']:.1f} s")
-        for path in (self.folder / "snapshots").glob("*.pt"):        # the oldest goes when no later iteration needs it
+            line += f"  negatives a question: teacher {n['teacher']:.2f}, " + (
+                f"{c['source']} {n['student']:.2f} ({c['tokens']} tokens in {c['seconds']:.1f} s)" if c["source"] else "student none yet")
+        say(f"{line}  valid {m['valid_accuracy']:.1%}{' (best)' * (self.state.best_iteration == m['iteration'])}  {m['seconds']['all']:.1f} s")
+        for path in (self.folder / "snapshots").glob("*.pt"):
             if int(path.stem) <= self.state.iteration - self.config.lag:
                 path.unlink()
 
@@ -1435,7 +1412,14 @@ def rounded(x: Any) -> Any:
     return (float(f"{x:.6g}") if math.isfinite(x) else None) if isinstance(x, float) else x
 
 
-def load_pt(path: Path, device: torch.device | str) -> dict:
+def write_pt(path: Path, values: dict) -> None:
+    """Rank 0 writes, whole or not at all."""
+    if not rank():
+        with atomic(path) as temporary, open(temporary, "wb") as f:   # a file object, since torch.save writes a path's name into the file
+            torch.save(values, f)
+
+
+def read_pt(path: Path, device: torch.device | str) -> dict:
     """A dictionary of tensors and plain values, never code. Errors: InputError for a broken file."""
     try:
         return torch.load(path, map_location=device, weights_only=True)
@@ -1445,55 +1429,51 @@ def load_pt(path: Path, device: torch.device | str) -> dict:
         raise InputError(f"{path}: cannot be read ({type(e).__name__}: broken or cut off); start a new run") from None
 
 
+def write_json(path: Path, values: Any) -> None:
+    if not rank():
+        with atomic(path) as temporary:
+            temporary.write_text(json.dumps(rounded(values), indent=1, ensure_ascii=False), "utf-8")
+
+
 def save_student(student: Student, d: Discriminator | None, folder: Path) -> None:
-    if rank() == 0:
+    if not rank():
         student.model.save(folder, vocab=student.vocab)
         if d:
-            with atomic(folder / "discriminator.pt") as path:
-                torch.save(d.state_dict(), path)
+            write_pt(folder / "discriminator.pt", d.state_dict())
 
 
-def evaluate(student: Student, config: Config, data: Data, labels: list[str], kind: str, title: str = "") -> tuple[float, list[str]]:
+def evaluate(student: Student, data: Data, labels: list[str], kind: str, title: str) -> tuple[float, list[str]]:
     """Greedy labels for all questions -> (accuracy, the labels)."""
-    longest = min(config.rationale_tokens, 8 + 2 * max(len(data.labels[i]) for i in range(len(data))))
-    answers = student.read(student.write(student.predict, [data.questions[i] for i in range(len(data))], longest, 0.0, ("greedy",), title))
+    longest = min(student.config.rationale_tokens, 8 + 2 * max(len(data.labels[i]) for i in range(len(data))))
+    answers = student.read(student.write(student.predict, [data.questions[i] for i in range(len(data))], longest, 0.0, (), title))
     return sum(is_right(a, label, kind) for a, label in zip(answers, labels)) / len(labels), answers
 
 
-def interval(accuracy: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of an accuracy on n questions."""
+def interval(accuracy: float, n: int) -> str:
+    """An accuracy on n questions with Wilson's 95 % interval."""
     z = 1.96
     middle, half = accuracy + z * z / (2 * n), z * math.sqrt(accuracy * (1 - accuracy) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-
-
-def explain(student: Student, d: Discriminator | None, config: Config, questions: list, title: str) -> tuple[list[str], list[float]]:
-    """The student's greedy rationale for each question's ids, and its quality s(x, r)."""
-    rows = student.write(student.explain, questions, config.rationale_tokens, 0.0, ("greedy",), title)
-    scores: list[float] = []
-    for at in range(0, len(rows), 256):
-        scores += quality(d, student, questions[at:at + 256], rows[at:at + 256]).tolist() if d else [math.nan] * len(rows[at:at + 256])
-    return student.read(rows), scores
+    low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    return f"{accuracy:.1%} on {n} questions (95 % interval {low:.1%} to {high:.1%})"
 
 
 def load_student(folder: Path | str, config: Config, device: torch.device) -> Student:
     folder = Path(folder)
     if not (folder / "model.pt").exists():
         hint = (f"python fetch_data.py --from-hf {folder} converts it" if (folder / "config.json").exists()
-                else "see --model: demo, t5-small, t5-base, or a folder as in weights/")
+                else "--model takes demo, t5-small, t5-base, or a folder as in weights/")
         raise InputError(f"{folder}: no weights (model.pt) there; {hint}")
     return Student(T5.load(folder), folder / "spiece.model", config, device)
 
 
 def load_trained(run: Path) -> tuple[Config, dict, Student, Discriminator | None]:
-    """The best student of a run with its discriminator."""
-    config, extra = read_config(run)
-    student = load_student(run / "student", config, pick_device(config))
-    d = None
-    if (run / "student" / "discriminator.pt").exists():
-        d = make_discriminator(student, config)
-        d.load_state_dict(load_pt(run / "student" / "discriminator.pt", student.device))
-    return config, extra, student, d
+    """The best student of a run, with its discriminator."""
+    config, saved = read_config(run)
+    student, d, file = load_student(run / "student", config, pick_device(config)), None, run / "student" / "discriminator.pt"
+    if file.exists():
+        d = Discriminator(student, config)
+        d.load_state_dict(read_pt(file, student.device))
+    return config, saved, student, d
 
 
 def read_config(run: Path) -> tuple[Config, dict]:
@@ -1518,215 +1498,187 @@ def pick_device(config: Config) -> torch.device:
         raise InputError(f"--device {config.device}: not a device of this machine; cpu or cuda") from None
 
 
-def prepare(config: Config, device: torch.device) -> tuple[Student, Task, Data, Data]:
-    """Everything before training: task, student, teacher's samples, vote, token ids."""
-    task = load_task(config)
-    if not config.model:
-        config.model = "demo" if config.task == "demo" else "t5-base" if device.type == "cuda" else "t5-small"
-    config_model = fetch_data.ensure(config.model) if config.model in ("t5-small", "t5-base") else config.model
-    student = load_student(Path(__file__).parent / "weights" / "demo" if config.model == "demo" else config_model, config, device)
-    voted, voted_valid, labels = None, None, task.train.labels
+def prepare(config: Config) -> tuple[Student, Task, Data, Data]:
+    """Everything before training: task, student, the teacher's samples, the vote, token ids."""
+    device, task = pick_device(config), load_task(config)
+    config.model = config.model or ("demo" if config.task == "demo" else "t5-base" if device.type == "cuda" else "t5-small")
+    folder = fetch_data.HERE / "weights" / "demo" if config.model == "demo" else config.model
+    student = load_student(fetch_data.ensure(config.model) if config.model in ("t5-small", "t5-base") else folder, config, device)
+    voted, voted_valid = None, None
     if config.method != "finetune" or config.labels == "teacher" or config.stage == "teacher":
         slots, slots_valid = collect(task, config)
-        voted = vote(task, config, task.train.inputs, slots, task.train.labels, "training questions")
-        voted_valid = vote(task, config, task.valid.inputs, slots_valid, task.valid.labels, "validation questions") if slots_valid else None
+        voted = vote(task, config, task.train, slots, "training questions")
+        voted_valid = vote(task, config, task.valid, slots_valid, "validation questions") if slots_valid else None
         if config.labels == "teacher":
-            labels = [v.answer or "" for v in voted]
-            keep = [i for i, label in enumerate(labels) if label]
-            say(f"labels: the teacher's; {len(labels) - len(keep)} questions without a majority answer are left out")
-            task = task._replace(train=Split([task.train.inputs[i] for i in keep], [labels[i] for i in keep]))
-            voted, labels = [voted[i] for i in keep], task.train.labels
-    train = Data(student.tokenizer, config, task.train.inputs, labels, voted)
-    valid = train if config.overfit else Data(student.tokenizer, config, task.valid.inputs, task.valid.labels, voted_valid)
-    return student, task, train, valid
+            keep = [i for i, v in enumerate(voted) if v.answer]
+            say(f"labels: the teacher's; {len(voted) - len(keep)} questions without a majority answer are left out")
+            task = task._replace(train=Split([task.train.inputs[i] for i in keep], [voted[i].answer for i in keep]))
+            voted = [voted[i] for i in keep]
+    train = Data(student, task.train, voted)
+    return student, task, train, train if config.overfit else Data(student, task.valid, voted_valid)
 
 
-def new_run(config: Config) -> Path:
-    """Make and name the run's folder. Errors: InputError where --run names one that exists."""
+def new_folder(config: Config) -> Path:
+    """A name for the run's folder. Errors: InputError where --run names one that exists."""
     if config.run:
         folder = Path(config.run) if os.sep in config.run else Path("runs") / config.run
         if folder.exists():
             raise InputError(f"--run {config.run}: {folder} exists; take another name, or go on with --resume {folder}")
-    else:
-        base = f"{Path(config.task).resolve().name if config.task not in KINDS else config.task}-{config.method}-{config.seed}"
-        folder = next(f for k in range(1, 10_000) if not (f := Path("runs") / (base + (f"-{k}" if k > 1 else ""))).exists())
-    if rank() == 0:
-        (folder / "snapshots").mkdir(parents=True)
-    return folder
+        return folder
+    base = f"{Path(config.task).resolve().name if config.task not in KINDS else config.task}-{config.method}-{config.seed}"
+    return next(f for k in range(1, 10**6) if not (f := Path("runs") / (base + (f"-{k}" if k > 1 else ""))).exists())
 
 
 def train(config: Config, folder: Path | None = None) -> Path:
     """A whole run, new or (folder given) resumed -> its folder."""
-    device = pick_device(config)
-    if not folder and config.run and config.stage == "all":
-        new = Path(config.run) if os.sep in config.run else Path("runs") / config.run
-        if new.exists():                                             # say so before the teacher is asked anything
-            raise InputError(f"--run {config.run}: {new} exists; take another name, or go on with --resume {new}")
-    student, task, data, valid = prepare(config, device)
+    resumed, folder = folder is not None, folder or new_folder(config)
+    student, task, data, valid = prepare(config)
     if config.stage == "teacher":
         say("the teacher's samples are there; the same command without --stage teacher trains on them")
         return task.folder
-    per = config.iteration_steps or math.ceil(len(data) / config.batch)
-    config.iterations = config.iterations or math.ceil(config.steps / per)
-    student_temperature(config, 1)
-    resumed = folder is not None
-    folder = gather([str(folder or (new_run(config) if rank() == 0 else ""))])[0]
-    folder = Path(folder)
-    trainer = Trainer(config, student, folder, task, data, valid)
-    if rank() == 0:
+    if not rank():
+        (folder / "snapshots").mkdir(parents=True, exist_ok=resumed)
         for path in [*folder.glob("*.tmp"), *folder.glob("*/*.tmp")]:    # of a killed run
             path.unlink()
+    folder = Path(gather([str(folder)])[0])
+    per = config.iteration_steps or math.ceil(len(data) / config.batch)
+    config.iterations = config.iterations or math.ceil(config.steps / per)
+    trainer = Trainer(config, student, folder, task, data, valid)
+    lines = []
     if resumed and (folder / "checkpoint.pt").exists():
         trainer.load()
-        truncate_metrics(folder, trainer.state.iteration)
-    if rank() == 0:
-        with atomic(folder / "config.json") as path:
-            path.write_text(json.dumps(dict(config=dataclasses.asdict(config), kind=task.kind, options=task.options), indent=1), "utf-8")
-    parameters = sum(p.numel() for p in student.model.parameters())
-    say(f"student: {config.model}, {parameters / 1e6:.1f}M parameters, {student.dtype} on {device}; {len(data)} questions, "
-        f"{config.iterations} iterations of {per} steps of {config.batch}; run folder {folder}" + (f", from iteration {trainer.state.iteration}" if resumed else ""))
+        with contextlib.suppress(FileNotFoundError):                 # iterations after the checkpoint will be done again: their lines go
+            lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()[:trainer.state.iteration]
+    if not rank():
+        with atomic(folder / "metrics.jsonl") as path:
+            path.write_text("".join(line + "\n" for line in lines), "utf-8")
+    write_json(folder / "config.json", dict(config=dataclasses.asdict(config), kind=task.kind, options=task.options))
+    say(f"student: {config.model}, {sum(p.numel() for p in student.model.parameters()) / 1e6:.1f}M parameters, {str(student.dtype)[6:]} on "
+        f"{student.device}; {len(data)} questions, {config.iterations} iterations of {per} steps of {config.batch}"
+        + (f", going on after iteration {trainer.state.iteration}" if resumed else "") + f"; run folder {folder}")
     for s in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(ValueError):                        # tests train in a thread
-            signal.signal(s, lambda *_: signal.default_int_handler(*_) if STOP.is_set() else STOP.set())
+        signal.signal(s, lambda *_: STOP.set())
     trainer.run()
-    test(folder, trainer, task)
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, signal.SIG_DFL)
+    gather([])                                                       # rank 0 has written student/
+    test(folder, trainer.state, task)
     return folder
 
 
-def truncate_metrics(folder: Path, iterations: int) -> None:
-    """Iterations after the checkpoint will be done again: their lines go."""
-    path = folder / "metrics.jsonl"
-    if rank() == 0 and path.exists():
-        lines = path.read_text("utf-8").splitlines()[:iterations]
-        with atomic(path) as new:
-            new.write_text("".join(line + "\n" for line in lines), "utf-8")
-
-
-def test(folder: Path, trainer: Trainer, task: Task) -> None:
-    """The best student on the test questions, once -> predictions.jsonl."""
-    gather([])                                                       # rank 0 has written student/
+def test(folder: Path, state: State, task: Task) -> None:
+    """The best student on the test questions, once -> predictions.jsonl and result.json."""
     config, _, student, d = load_trained(folder)
-    data = Data(student.tokenizer, config, task.test.inputs, task.test.labels)
-    accuracy, answers = evaluate(student, config, data, task.test.labels, task.kind, "  test")
-    rationales, scores = [""] * len(answers), [math.nan] * len(answers)
-    if config.method != "finetune":
-        rationales, scores = explain(student, d, config, [data.questions[i] for i in range(len(data))], "  rationales")
-    if rank() == 0:
+    data = Data(student, task.test)
+    accuracy, answers = evaluate(student, data, task.test.labels, task.kind, "  test")
+    rationales, scores = explain(student, d, data) if config.method != "finetune" else ([""] * len(data), [math.nan] * len(data))
+    if not rank():
         with atomic(folder / "predictions.jsonl") as path, open(path, "w", encoding="utf-8") as f:
-            for x, gold, a, r, s in zip(task.test.inputs, task.test.labels, answers, rationales, scores):
-                f.write(json.dumps(rounded(dict(input=x, gold=gold, answer=a, right=is_right(a, gold, task.kind), rationale=r, quality=s)), ensure_ascii=False) + "\n")
-        with atomic(folder / "result.json") as path:
-            path.write_text(json.dumps(dict(test_accuracy=accuracy, questions=len(answers), best_iteration=trainer.state.best_iteration,
-                                            valid_accuracy=trainer.state.best)), "utf-8")
-    low, high = interval(accuracy, len(answers))
-    say(f"test accuracy {accuracy:.1%} on {len(answers)} questions (95 % interval {low:.1%} to {high:.1%}), student of iteration "
-        f"{trainer.state.best_iteration}, best on validation\nrun folder: {folder}\n"
+            for x, gold, a, r, s in zip(*task.test, answers, rationales, scores):
+                row = dict(input=x, gold=gold, answer=a, right=is_right(a, gold, task.kind), rationale=r, quality=s)
+                f.write(json.dumps(rounded(row), ensure_ascii=False) + "\n")
+    write_json(folder / "result.json", dict(test_accuracy=accuracy, questions=len(answers), valid_accuracy=state.best, best_iteration=state.best_iteration))
+    say(f"test accuracy {interval(accuracy, len(answers))}, student of iteration {state.best_iteration}, best on validation\nrun folder: {folder}\n"
         f"  python qcrd.py --ask {folder} \"a question\"    python qcrd.py --audit {folder} 1    python qcrd.py --export {folder} out/")
 
 
 # ------------------------------------------------------------------------------------------------ 10. Using a trained student
 
 
+def explain(student: Student, d: Discriminator | None, data: Data) -> tuple[list[str], list[float]]:
+    """The student's greedy rationale for each question, and its quality s(x, r) (NaN without a discriminator)."""
+    questions = [data.questions[i] for i in range(len(data))]
+    rows = student.write(student.explain, questions, student.config.rationale_tokens, 0.0, (), "  rationales")
+    scores = [s for at in range(0, len(rows), 256) for s in d.quality(student, questions[at:at + 256], rows[at:at + 256]).tolist()] if d else [math.nan] * len(rows)
+    return student.read(rows), scores
+
+
 def audit(run: Path, count: int, as_json: bool) -> None:
-    """`count` training questions as the next iteration's step would see them, dropout off, with the very functions of training."""
+    """`count` training questions as the next iteration would use them, dropout off, by the functions that train."""
     config, _ = read_config(run)
-    device = pick_device(config)
-    config.micro_batch = 1
-    student, task, data, valid = prepare(config, device)
+    with contextlib.redirect_stdout(sys.stderr):                     # stdout is for the audit alone
+        student, task, data, valid = prepare(config)
+        slots = collect(task, config)[0] if config.method != "finetune" else None
     trainer = Trainer(config, student, run, task, data, valid)
     trainer.load()
-    d, t = trainer.d, trainer.state.iteration + 1
+    t, d, out = trainer.state.iteration + 1, trainer.d, []
     alphas, order = alphas_of(config, t), visits(config, len(data), t)[:count]
-    slots = collect(task, config)[0] if config.method != "finetune" else [[] for _ in range(len(data))]
     negatives, counts = trainer.negatives_for(t, order)
     student.model.eval()
-    out = []
     for q in order:
         c = candidates(data, config, [q], negatives) if alphas[1] else Candidates([], [], [])
-        x = data.questions[q]
-        losses = candidate_losses(student, data, [q], c, list(range(len(c.rows)))).tolist() if c.rows else []
-        scores = quality(d, student, [x] * len(c.rows), c.rows).tolist() if d else [float(p) for p in c.positive]
-        picked, share, left_out = pick(losses, c, config)
-        with torch.enable_grad():
-            label_loss, picked_losses = backward(student, data, config, [q], c, picked, share, torch.tensor([scores[r] for r in picked], device=device), alphas, 1)
-        chosen = torch.tensor([c.positive[r] for r in picked], dtype=torch.bool, device=device)
-        at = torch.tensor([scores[r] for r in picked], device=device)
-        terms = contrastive_terms(picked_losses, at, torch.tensor(share, device=device), chosen, config.beta, config.delta)
-        predict, cl = label_loss[0].item(), terms.sum().item()
+        losses = candidate_losses(student, data, [q], c, list(range(len(c.rows)))).tolist()
+        picks = choose(student, d, data, [q], c, losses, config)
+        scores = d.quality(student, [data.questions[q]] * len(c.rows), c.rows).tolist() if d else [float(p) for p in c.positive]
+        labels, rationales = backward(student, data, config, [q], c, picks, alphas, 1)
+        predict = labels[0].item()
+        cl = contrastive_terms(rationales, picks.scores, picks.share, picks.positive, config.beta, config.delta).sum().item()
         l_d = 0.0
-        if d and any(c.positive) and not all(c.positive):            # both classes with half the weight each
-            s = torch.tensor(scores)
-            p = torch.tensor(c.positive)
-            l_d = (-s[p].log().mean() / 2 - (1 - s[~p]).log().mean() / 2).item()
-        teacher = []
-        for k, slot in enumerate(slots[q] if q < len(slots) else []):
-            rationale, answer = read_sample(slot[0], task.train.inputs[q], task.kind, task.options) if slot else ("", None)
-            teacher.append(dict(slot=k, answer=answer, value=answer_key(answer, task.kind), rationale=rationale, finish=slot[1] if slot else None))
-        best = majority([s["value"] for s in teacher])[0]
-        for s in teacher:
-            s["vote"] = "no vote" if s["value"] is None else "positive" if s["value"] == best else "negative"
-        rows = [dict(set="positive" if p else "negative", source="student" if row in negatives.get(q, []) else "teacher",
-                     rationale=student.read([row])[0], loss=loss, score=s, picked=r in picked,
-                     share=share[picked.index(r)] if r in picked else 0.0, weight=s if p else 1 - s,
-                     clamped=None if p else min(loss - config.delta, 0.0))
-                for r, (row, p, loss, s) in enumerate(zip(c.rows, c.positive, losses, scores))]
-        for r, row in zip(picked, picked_losses.tolist()):
-            rows[r]["loss"] = row                                    # the value that the sum below is made of
-        out.append(dict(question=task.train.inputs[q], label=task.train.labels[q], iteration=t, majority=best, teacher=teacher, candidates=rows,
-                        negatives_from=counts["source"], positive=config.positive, negative=config.negative, delta=config.delta, beta=config.beta,
-                        alphas=alphas, L_predict=predict, L_cl=cl, L_D=l_d, total=total_loss(predict, cl, l_d, alphas)))
+        if d and len(set(c.positive)) == 2:                          # on the question's own rationales, each class with half the weight
+            sides = [[s for s, p in zip(scores, c.positive) if p], [1 - s for s, p in zip(scores, c.positive) if not p]]
+            l_d = sum(-math.log(s) / len(side) / 2 for side in sides for s in side)
+        for r, loss in zip(picks.rows, rationales.tolist()):
+            losses[r] = loss                                         # to the last digit what the sum is made of
+        read = read_slots(task, task.train.inputs[q], slots[q]) if slots and config.labels == "gold" else []
+        keys = [answer_key(answer, task.kind) for _, answer in read]
+        best, pos, _ = majority(keys)
+        share = dict(zip(picks.rows, picks.share.tolist()))
+        out.append(dict(
+            question=task.train.inputs[q], label=task.train.labels[q], iteration=t, majority=best,
+            teacher=[dict(slot=k, answer=answer, value=key, vote="none" if key is None else "positive" if k in pos else "negative", rationale=rationale)
+                     for k, ((rationale, answer), key) in enumerate(zip(read, keys))],
+            candidates=[dict(set="positive" if p else "negative", source="student" if row in negatives.get(q, []) else "teacher", loss=loss, score=s,
+                             weight=s if p else 1 - s, picked=r in share, share=share.get(r, 0.0), rationale=student.read([row])[0])
+                        for r, (row, p, loss, s) in enumerate(zip(c.rows, c.positive, losses, scores))],
+            negatives_from=counts["source"], positive=config.positive, negative=config.negative, delta=config.delta, beta=config.beta,
+            alphas=alphas, L_predict=predict, L_cl=cl, L_D=l_d, total=total_loss(predict, cl, l_d, alphas)))
     if as_json:
-        print(json.dumps(out, ensure_ascii=False, indent=1))
-        return
-    print(f"{run}: the weights after iteration {t - 1}, as iteration {t} would use them; dropout off: the formula on a checkpoint, no logged step")
+        return print(json.dumps(out, ensure_ascii=False, indent=1))
+    print(f"{run}: the weights after {t - 1} iterations, as iteration {t} would use them; dropout off, so the formula on a checkpoint, no logged step")
     for item in out:
-        print("\n".join(audit_text(item)))
+        audit_text(item)
 
 
-def audit_text(a: dict) -> list[str]:
+def audit_text(a: dict) -> None:
     """One audited question, and its sum done out loud."""
-    lines = ["", f"question: {a['question']}", f"label: {a['label']}    majority of the teacher: {a['majority']}"]
-    lines += [f"  slot {s['slot']}: answer {s['answer']} = {s['value']}, {s['vote']}: {s['rationale']!r}" for s in a["teacher"]]
-    for name in ("positive", "negative"):
-        lines.append(f"S_{name[:3]}, {a[name]} counts" + (f"; the student's come from {a['negatives_from']}" if name == "negative" and a["negatives_from"] else ""))
-        members = [r for r in a["candidates"] if r["set"] == name]
-        for r in sorted(members, key=lambda r: r["loss"], reverse=a[name] == "max"):
-            lines.append(f"  {'->' if r['picked'] else '  '} ℓ {r['loss']:.6f}  s {r['score']:.6f}  {r['source']}: {r['rationale']!r}")
+    print(f"\nquestion: {a['question']}\nlabel: {a['label']}    majority of the teacher: {a['majority']}")
+    for s in a["teacher"]:
+        print(f"  slot {s['slot']}: answer {s['answer']} = {s['value']}, {s['vote']}: {s['rationale']!r}")
     total = []
-    for r in (r for r in a["candidates"] if r["picked"]):
-        if r["set"] == "positive":
-            total.append(f"{r['share']:g} · {r['score']:.6f} · {r['loss']:.6f}")
-        else:
-            total.append(f"- {a['beta']:g} · {r['share']:g} · (1 - {r['score']:.6f}) · min({r['loss']:.6f} - {a['delta']:g}, 0)")
+    for name in ("positive", "negative"):
+        print(f"S_{name[:3]}: the {a[name]} counts" + (f"; the student's own is from {a['negatives_from']}" if name == "negative" and a["negatives_from"] else ""))
+        for r in sorted((r for r in a["candidates"] if r["set"] == name), key=lambda r: r["loss"] * (-1 if a[name] == "max" else 1)):
+            beyond = f", min(ℓ - δ, 0) = {min(r['loss'] - a['delta'], 0):.6f}" if name == "negative" else ""
+            print(f"  {'->' if r['picked'] else '  '} ℓ {r['loss']:.6f}{beyond}  s {r['score']:.6f}  {r['source']}: {r['rationale']!r}")
+            if r["picked"] and name == "positive":
+                total.append(f"{r['share']:g} · {r['score']:.6f} · {r['loss']:.6f}")
+            elif r["picked"]:
+                total.append(f"- {r['share']:g} · {a['beta']:g} · (1 - {r['score']:.6f}) · {min(r['loss'] - a['delta'], 0):.6f}")
     one, two, three = a["alphas"]
-    return [*lines, f"L_cl = {' '.join(total) or 0} = {a['L_cl']:.6f}",
-            f"L = {one:g} · L_predict {a['L_predict']:.6f} + {two:g} · L_cl {a['L_cl']:.6f} + {three:.6f} · L_D {a['L_D']:.6f} = {a['total']:.6f}"]
+    print(f"L_cl = {' '.join(total) or 0} = {a['L_cl']:.6f}\nL = {one:g} · L_predict {a['L_predict']:.6f} + {two:g} · L_cl {a['L_cl']:.6f} "
+          f"+ {three:.6f} · L_D {a['L_D']:.6f} = {a['total']:.6f}")
 
 
 def ask_student(run: Path, questions: list[str], as_json: bool) -> None:
-    """Label, rationale and quality score of each question."""
+    """Label, rationale and quality of each question."""
     config, _, student, d = load_trained(run)
-    data = Data(student.tokenizer, config, questions, [""] * len(questions))
+    data = Data(student, Split(questions, [""] * len(questions)))
     rows = [data.questions[i] for i in range(len(data))]
-    labels = student.read(student.write(student.predict, rows, min(config.rationale_tokens, 64), 0.0, ("greedy",), "  labels"))
-    rationales, scores = explain(student, d, config, rows, "  rationales")
-    for x, label, rationale, score in zip(questions, labels, rationales, scores):
-        if as_json:
-            print(json.dumps(rounded(dict(input=x, label=label, rationale=rationale, quality=score)), ensure_ascii=False))
-        else:
-            v = value(label)
-            print(f"label:     {label}" + (f" = {v:g}" if v is not None else "") + f"\nrationale: {rationale}\nquality:   {score:.3f}")
+    labels = student.read(student.write(student.predict, rows, min(config.rationale_tokens, 64), 0.0, (), "  labels"))
+    for x, label, rationale, quality in zip(questions, labels, *explain(student, d, data)):
+        v = value(label)
+        print(json.dumps(rounded(dict(input=x, label=label, rationale=rationale, quality=quality)), ensure_ascii=False) if as_json else
+              f"label:     {label}{'' if v is None else f' = {v:g}'}\nrationale: {rationale}\nquality:   {quality:.3f}")
 
 
 def evaluate_run(run: Path, file: str) -> None:
-    """Accuracy with its interval on a JSONL file, the task's test questions without one."""
-    config, extra, student, _ = load_trained(run)
-    split = read_split(Path(file), extra["kind"]) if file else load_task(config).test
-    accuracy, answers = evaluate(student, config, Data(student.tokenizer, config, *split), split.labels, extra["kind"], "  evaluate")
+    """Accuracy with its interval on a JSONL file, the task's test questions without one; predictions on stdout."""
+    config, saved, student, _ = load_trained(run)
+    split = read_split(Path(file), saved["kind"]) if file else load_task(config).test
+    accuracy, answers = evaluate(student, Data(student, split), split.labels, saved["kind"], "  evaluate")
     for x, gold, a in zip(*split, answers):
-        print(json.dumps(dict(input=x, gold=gold, answer=a, right=is_right(a, gold, extra["kind"])), ensure_ascii=False))
-    low, high = interval(accuracy, len(answers))
-    print(f"accuracy {accuracy:.1%} on {len(answers)} questions (95 % interval {low:.1%} to {high:.1%})", file=sys.stderr)
+        print(json.dumps(dict(input=x, gold=gold, answer=a, right=is_right(a, gold, saved["kind"])), ensure_ascii=False))
+    print(f"accuracy {interval(accuracy, len(answers))}", file=sys.stderr)
 
 
 def export(run: Path, folder: Path) -> None:
@@ -1736,14 +1688,13 @@ def export(run: Path, folder: Path) -> None:
         raise InputError(f"--export {folder}: is not empty; name a new folder")
     student.model.save_hf(folder, vocab=student.vocab)
     result = json.loads((run / "result.json").read_text()) if (run / "result.json").exists() else {}
-    card = (f"---\nlibrary_name: transformers\npipeline_tag: text2text-generation\ntags: [t5, qcrd, rationale-distillation]\n---\n"
-            f"# {config.task}, distilled with {config.method}\n\nA T5 trained by QCRD's reference implementation (arXiv 2405.13014).\n"
-            f"`predict: ` + question gives the label, `explain: ` + question a rationale.\n\n"
-            f"| | |\n|---|---|\n| task | {config.task} |\n| method | {config.method} |\n| started from | {config.model} |\n"
-            f"| teacher | {config.teacher_model or config.teacher or 'none'}, {config.samples} samples at temperature {config.teacher_temperature} |\n"
-            f"| labels | {config.labels} |\n| seed | {config.seed} |\n| iterations | {config.iterations} |\n"
-            f"| test accuracy | {result.get('test_accuracy', 'not measured')} on {result.get('questions', 0)} questions |\n")
-    (folder / "README.md").write_text(card, "utf-8")
+    facts = dict(task=config.task, labels=config.labels, method=config.method, started_from=config.model, seed=config.seed, iterations=config.iterations,
+                 teacher=f"{config.teacher_model or config.teacher or 'none'}, {config.samples} samples at temperature {config.teacher_temperature}", **result)
+    (folder / "README.md").write_text(
+        "---\nlibrary_name: transformers\npipeline_tag: text2text-generation\ntags: [t5, qcrd, rationale-distillation]\n---\n"
+        f"# {config.task}, distilled with {config.method}\n\nA T5 trained with the reference implementation of QCRD (arXiv 2405.13014): "
+        "`predict: ` and a question give the label, `explain: ` and a question a rationale.\n\n| | |\n|---|---|\n"
+        + "".join(f"| {name.replace('_', ' ')} | {fact} |\n" for name, fact in facts.items()), "utf-8")
     print(f"{folder}: a Hugging Face folder; in Python: transformers.AutoModelForSeq2SeqLM.from_pretrained({str(folder)!r})")
 
 
@@ -1751,10 +1702,11 @@ def export(run: Path, folder: Path) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__.split("\n\n    python")[0],
+    """One flag for each field of Config, in groups in the order of the paper, and the verbs that use a run."""
+    p = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__, usage="python qcrd.py [--task TASK] [flags]",
                                 epilog="Environment: OPENAI_API_KEY, OPENAI_BASE_URL (teacher), QCRD_MIRROR (a folder or URL instead of https://).")
     use = p.add_argument_group("Use a run (a folder under runs/)")
-    use.add_argument("--resume", metavar="RUN", help="go on after a crash or Ctrl-C; bit for bit what it would have been on a CPU")
+    use.add_argument("--resume", metavar="RUN", help="go on after a crash or Ctrl-C; on a CPU bit for bit what it would have been")
     use.add_argument("--ask", nargs="+", metavar=("RUN", "QUESTION"), help="label, rationale and quality; without a question: one a line from stdin, JSONL out")
     use.add_argument("--audit", nargs=2, metavar=("RUN", "N"), help="N questions with every sample, score, loss, pick and weight, and the sum done out loud")
     use.add_argument("--eval", nargs="+", metavar=("RUN", "FILE"), help="accuracy on a JSONL file (default: the task's test questions), predictions on stdout")
@@ -1763,31 +1715,27 @@ def parser() -> argparse.ArgumentParser:
     use.add_argument("--show-prompt", action="store_true", help="print what the teacher would be asked for the first training question")
     group = p
     for f in dataclasses.fields(Config):
-        if f.name in GROUPS:
-            group = p.add_argument_group(GROUPS[f.name])
-        m = f.metadata
-        text = f"{m['help']} (default: {str(f.default).replace('%', '%%') or 'see text'}) [{m['mark']}]"
-        flag = "--" + f.name.replace("_", "-")
+        group = p.add_argument_group(GROUPS[f.name]) if f.name in GROUPS else group
+        flag, m = "--" + f.name.replace("_", "-"), f.metadata
+        keep = dict(default=argparse.SUPPRESS, help=f"{m['help']} ({f'default: {f.default}; ' if f.default != '' else ''}{m['mark']})")
         if isinstance(f.default, bool):
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, **keep)
         else:
-            group.add_argument(flag, type=type(f.default), default=argparse.SUPPRESS, choices=m["choices"] or None, metavar=None if m["choices"] else f.name.upper(), help=text)
+            group.add_argument(flag, type=type(f.default), choices=m["choices"] or None, metavar=None if m["choices"] else type(f.default).__name__.upper(), **keep)
         if f.name == "discriminator":
-            group.add_argument("--no-discriminator", dest="discriminator", action="store_const", const="none", default=argparse.SUPPRESS, help="the same as --discriminator none")
+            group.add_argument("--no-discriminator", dest=f.name, action="store_const", const="none", default=argparse.SUPPRESS, help="--discriminator none")
     return p
 
 
 def check(config: Config) -> Config:
     """Errors: InputError for a number that makes no sense, naming its flag."""
+    above = ("samples", "batch", "lr", "steps", "concurrency", "fraction", "input_tokens", "rationale_tokens", "lag", "teacher_tokens", "student_samples")
     for f in dataclasses.fields(Config):
         v, flag = getattr(config, f.name), "--" + f.name.replace("_", "-")
-        if isinstance(v, (int, float)) and not isinstance(v, bool):
-            if not math.isfinite(v) or v < 0:
-                raise InputError(f"{flag} {v}: must not be negative")
-            if v == 0 and f.name in ("samples", "batch", "lr", "steps", "concurrency", "fraction", "input_tokens", "rationale_tokens", "lag", "teacher_tokens"):
-                raise InputError(f"{flag} 0: must be above 0")
-    if config.fraction > 1 or config.corrupt > 1 or config.discriminator_noise > 1:
-        raise InputError("--fraction, --corrupt and --discriminator-noise are parts of a whole: at most 1")
+        if isinstance(v, (int, float)) and (not 0 <= v < math.inf or (v == 0 and f.name in above)):
+            raise InputError(f"{flag} {v}: must be {'above' if f.name in above else 'at least'} 0")
+        if f.name in ("fraction", "corrupt", "discriminator_noise") and v > 1:
+            raise InputError(f"{flag} {v}: is a part of a whole, at most 1")
     if config.negative_source == "fixed" and not (Path(config.negative_model) / "model.pt").exists():
         raise InputError("--negative-source fixed: name the fixed student's folder with --negative-model (a run's student/)")
     student_temperature(config, 1)
@@ -1798,52 +1746,57 @@ def main() -> None:
     args = vars(parser().parse_args())
     use = {name: args.pop(name) for name in ("resume", "ask", "audit", "eval", "export", "json", "show_prompt")}
     if use["ask"]:
-        questions = use["ask"][1:] or [line.strip() for line in sys.stdin if line.strip()]
-        return ask_student(Path(use["ask"][0]), questions, use["json"] or len(use["ask"]) == 1)
-    if use["audit"]:
-        if not use["audit"][1].isdigit():
-            raise InputError(f"--audit RUN N: N is {use['audit'][1]!r}; must be a number of questions")
-        return audit(Path(use["audit"][0]), int(use["audit"][1]), use["json"])
-    if use["eval"]:
-        return evaluate_run(Path(use["eval"][0]), (use["eval"] + [""])[1])
-    if use["export"]:
-        return export(*map(Path, use["export"]))
-    if use["resume"]:
-        config, saved = read_config(Path(use["resume"]))
-        differs = {k: v for k, v in args.items() if v != getattr(config, k) and k not in FREE_ON_RESUME}
-        if differs:
-            raise InputError(f"--resume {use['resume']}: was started with " + ", ".join(f"--{k.replace('_', '-')} {getattr(config, k)}" for k in differs)
-                             + "; only --iterations, --device, --concurrency and --micro-batch may change")
+        run, *questions = use["ask"]
+        ask_student(Path(run), questions or [line.strip() for line in sys.stdin if line.strip()], use["json"] or not questions)
+    elif use["audit"]:
+        run, count = use["audit"]
+        if not count.isdecimal():
+            raise InputError(f"--audit RUN N: N is {count!r}, must be a number of questions")
+        audit(Path(run), int(count), use["json"])
+    elif use["eval"]:
+        evaluate_run(Path(use["eval"][0]), use["eval"][1] if len(use["eval"]) > 1 else "")
+    elif use["export"]:
+        export(*map(Path, use["export"]))
+    elif use["resume"]:
+        config, _ = read_config(Path(use["resume"]))
+        other = [f"--{k.replace('_', '-')} {getattr(config, k)}, not {v}" for k, v in args.items() if v != getattr(config, k) and k not in FREE_ON_RESUME]
+        if other:
+            raise InputError(f"--resume {use['resume']}: was started with {'; '.join(other)}; only "
+                             f"{', '.join('--' + k.replace('_', '-') for k in FREE_ON_RESUME)} may change")
         train(check(dataclasses.replace(config, **args)), Path(use["resume"]))
-        return None
-    task = args.get("task", Config.task)
-    model = args.get("model") or ("demo" if task == "demo" else "")
-    config = check(Config(**{**MODEL_DEFAULTS.get(model, {}), **TASK_DEFAULTS.get(task, {}), **args}))
-    if use["show_prompt"]:
-        task = load_task(config)
-        return print(prompt_for(task, task.train.inputs[0], Path(config.prompt).read_text("utf-8") if config.prompt else "")[0]["content"])
-    train(config)
+    else:
+        task = args.get("task", Config.task)
+        model = args.get("model") or ("demo" if task == "demo" else "")
+        config = check(Config(**MODEL_DEFAULTS.get(model, {}) | TASK_DEFAULTS.get(task, {}) | args))
+        if use["show_prompt"]:
+            loaded = load_task(config)
+            print(prompt_for(loaded, loaded.train.inputs[0], Path(config.prompt).read_text("utf-8") if config.prompt else "")[0]["content"])
+        else:
+            train(config)
 
 
-if __name__ == "__main__":
-    if "LOCAL_RANK" in os.environ:                                   # torchrun
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(hours=12))
+def run_main() -> int:
+    """-> exit code: 0; 2 after one line for a mistake of the user's; 130 when stopped. A bug keeps its traceback."""
     try:
+        if "LOCAL_RANK" in os.environ:                               # started by torchrun
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(hours=12))
         main()
+        return 0
     except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        line, code = f"error: {e}", 2
     except torch.OutOfMemoryError:
-        print("error: out of GPU memory; a smaller --micro-batch needs less and computes the same", file=sys.stderr)
-        sys.exit(2)
+        line, code = "error: out of GPU memory; a smaller --micro-batch needs less and computes the same", 2
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
-        print(f"error: {e.filename or 'writing'}: {e.strerror}; what was finished is kept, go on with --resume", file=sys.stderr)
-        sys.exit(2)
+        line, code = f"error: {e.filename or 'writing'}: {e.strerror}; what was finished is kept, --resume goes on from there", 2
     except Stopped:
-        print("stopped after a finished step; go on with --resume and the run's folder", file=sys.stderr)
-        sys.exit(130)
+        line, code = "stopped after a finished step; --resume and the run's folder go on from there", 130
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+        line, code = "stopped", 130
+    print(line, file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(run_main())

@@ -213,17 +213,10 @@ class Dropout:
             return x
         if self.rng is None:
             return F.dropout(x, self.p) / self.scale
-        return x.flatten().index_fill(0, self.dropped(x.numel()), 0.0).view_as(x)
-
-    def dropped(self, count: int) -> Tensor:
-        """Positions to zero among `count`, ascending."""
-        at = np.empty(0, np.int64)
-        while not len(at) or at[-1] < count:                # six standard deviations more than needed: one round, but for luck
-            gaps = self.rng.standard_exponential(int(count * self.p + 6 * (count * self.p) ** 0.5) + 8, dtype=np.float32)
-            gaps *= -1 / math.log1p(-self.p)
-            more = (gaps.astype(np.int64) + 1).cumsum()
-            at = np.concatenate([at, at[-1] + more]) if len(at) else more - 1
-        return torch.from_numpy(at[:np.searchsorted(at, count)])
+        # six standard deviations more gaps than needed on average: all but once in 1e9 they reach the end
+        gaps = self.rng.standard_exponential(int(x.numel() * self.p + 6 * (x.numel() * self.p) ** 0.5) + 8, dtype=np.float32)
+        dropped = ((gaps / -math.log1p(-self.p)).astype(np.int64) + 1).cumsum() - 1
+        return x.flatten().index_fill(0, torch.from_numpy(dropped[:np.searchsorted(dropped, x.numel())]), 0.0).view_as(x)
 
 
 class RMSNorm(nn.Module):
@@ -338,9 +331,10 @@ class Stack(nn.Module):
             bias = bias.masked_fill(distance > 0, float("-inf"))
         return bias[None]
 
-    def forward(self, x: Tensor, packing: Packing, bias: Tensor, cross: Sequence[Tensor] = (), cross_bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, packing: Packing, bias: Tensor, dropout: float, cross: Sequence[Tensor] = (),
+                cross_bias: Tensor | None = None) -> Tensor:
         """x (N, D) packed embeddings; cross: for each layer the memory's keys and values (2, rows, H, S, d_kv) -> (N, D)."""
-        drop = Dropout(self.config.dropout_rate if self.training else 0.0, x.device)
+        drop = Dropout(dropout, x.device)
         x = drop(x) * drop.scale
         for i, layer in enumerate(self.layers):
             q, k, v = layer.attention.split(packing.unpack(layer.attention.qkv(layer.norm1(x))), 3)
@@ -437,17 +431,16 @@ class T5(nn.Module):
     def encode(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """input_ids (B, S) long, mask (B, S) bool -> memory (B, S, D), 0 on padding. Uses `shared` and `encoder` alone."""
         packing = Packing(mask, self.shared.weight.device)
-        return packing.unpack(self._encode(input_ids, mask, packing))
+        return packing.unpack(self._encode(input_ids, mask, packing, self._dropout()))
 
     def decode(self, target_in: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
         """target_in (B, T) long, starting with 0; memory (B, S, D) and its mask -> hidden (B, T, D) after the last norm."""
-        device = memory.device
-        cross = self._cross(Packing(mask, device).pack(memory), Packing(mask, device))
-        return self._decode(target_in, torch.ones(target_in.shape, dtype=torch.bool), cross, padding_bias(mask, device))
+        source, target = Packing(mask, memory.device), Packing(torch.ones(target_in.shape, dtype=torch.bool), memory.device)
+        return target.unpack(self._decode(target_in, target, self._cross(source.pack(memory), source), padding_bias(mask, memory.device)))
 
     def forward(self, input_ids: Tensor, mask: Tensor, target_in: Tensor) -> Tensor:
         """-> logits (B, T, V)."""
-        return self._logits(self.decode(target_in, self.encode(input_ids, mask), mask))
+        return F.linear(*self._output(self.decode(target_in, self.encode(input_ids, mask), mask)))
 
     def loss(self, input_ids: Tensor | None, mask: Tensor, targets: Tensor, target_mask: Tensor, memory: Tensor | None = None,
              rows: Tensor | None = None) -> Tensor:
@@ -462,22 +455,21 @@ class T5(nn.Module):
         Returns: (R,) float32, nats a token.
         """
         device = self.shared.weight.device
-        packing = Packing(mask, device)
-        packed = self._encode(input_ids, mask, packing) if memory is None else packing.pack(memory)
-        cross, cross_bias = self._cross(packed, packing), padding_bias(mask, device)
+        source, target = Packing(mask, device), Packing(target_mask, device)
+        packed = self._encode(input_ids, mask, source, self._dropout()) if memory is None else source.pack(memory)
+        cross, cross_bias = self._cross(packed, source), padding_bias(mask, device)
         if rows is not None:
             rows = to_device(rows, device)
             cross, cross_bias = [kv.index_select(1, rows) for kv in cross], cross_bias[rows]
         targets = to_device(targets, device)
-        target_in = F.pad(targets[:, :-1], (1, 0), value=PAD)
-        real = Packing(target_mask, device)
-        hidden = real.pack(self._decode(target_in, target_mask, cross, cross_bias))
-        losses = OutputLoss.apply(self._scale(hidden), self._head(), real.pack(targets), torch.is_grad_enabled())
-        return real.unpack(losses).sum(1) / to_device(target_mask.sum(1), device)
+        hidden = self._decode(F.pad(targets[:, :-1], (1, 0), value=PAD), target, cross, cross_bias)
+        losses = OutputLoss.apply(*self._output(hidden), target.pack(targets), torch.is_grad_enabled())
+        return target.unpack(losses).sum(1) / to_device(target_mask.sum(1), device)
 
+    @torch.no_grad()
     def generate(self, input_ids: Tensor, mask: Tensor, max_new_tokens: int, temperature: float = 0.0,
                  generator: torch.Generator | None = None, limit: int | None = None) -> Tensor:
-        """Writes one answer for each row, in eval mode and without gradients.
+        """Writes one answer for each row, without dropout and without gradients.
 
         Args:
             input_ids: (B, S) long; mask: (B, S) bool.
@@ -487,51 +479,13 @@ class T5(nn.Module):
             limit: ids at or above it are never chosen (vocabularies have unused rows at their end).
         Returns: (B, at most max_new_tokens) long, in the caller's order, 0 after </s>.
         """
-        training = self.training
-        self.eval()
-        try:
-            with torch.no_grad():
-                return self._generate(input_ids, mask, max_new_tokens, temperature, generator, limit)
-        finally:
-            self.train(training)
-
-    def _encode(self, input_ids: Tensor, mask: Tensor, packing: Packing) -> Tensor:
-        device = self.shared.weight.device
-        x = self.shared(packing.pack(to_device(input_ids, device)))
-        bias = self.encoder.position_bias(mask.shape[1])
-        if packing.index is not None:
-            bias = bias + padding_bias(mask, device)
-        return self.encoder(x, packing, bias)
-
-    def _cross(self, memory: Tensor, packing: Packing) -> list[Tensor]:
-        """Keys and values of the packed memory (N, D), for each decoder layer (2, rows, H, S, d_kv)."""
-        return [layer.cross.split(packing.unpack(layer.cross.kv(memory)), 2) for layer in self.decoder.layers]
-
-    def _decode(self, target_in: Tensor, target_mask: Tensor, cross: list[Tensor], cross_bias: Tensor) -> Tensor:
-        # padding needs no mask in self-attention: it stands to the right of every real token, which never looks there
-        packing = Packing(target_mask, self.shared.weight.device)
-        x = self.shared(packing.pack(target_in))
-        return packing.unpack(self.decoder(x, packing, self.decoder.position_bias(target_in.shape[1]), cross, cross_bias))
-
-    def _head(self) -> Tensor:
-        return self.shared.weight if self.head is None else self.head.weight
-
-    def _scale(self, hidden: Tensor) -> Tensor:
-        return hidden * self.config.d_model**-0.5 if self.config.scaled else hidden
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(self._scale(hidden), self._head())
-
-    def _generate(self, input_ids, mask, max_new_tokens, temperature, generator, limit) -> Tensor:
-        device = self.shared.weight.device
-        count = len(input_ids)
+        device, count = self.shared.weight.device, len(input_ids)
         uniforms = torch.rand(count, max_new_tokens, generator=generator).to(device) if temperature > 0 else None
-        packing = Packing(mask, device)
-        cross, cross_bias = self._cross(self._encode(input_ids, mask, packing), packing), padding_bias(mask, device)
+        source = Packing(mask, device)
+        cross, cross_bias = self._cross(self._encode(input_ids, mask, source, 0.0), source), padding_bias(mask, device)
         cross = [kv.contiguous() for kv in cross]
         bias = self.decoder.position_bias(max_new_tokens)
-        heads, d_kv = self.config.num_heads, self.config.d_kv
-        caches = [kv.new_empty(2, count, heads, max_new_tokens, d_kv) for kv in cross]
+        caches = [kv.new_empty(*kv.shape[:3], max_new_tokens, kv.shape[4]) for kv in cross]
         written = torch.zeros(count, max_new_tokens, dtype=torch.long, device=device)
         alive = torch.arange(count, device=device)                  # which of the caller's rows the rows at work are
         tokens, finished = written.new_full((count,), PAD), torch.zeros(count, dtype=torch.bool, device=device)
@@ -545,10 +499,10 @@ class T5(nn.Module):
                 (q,) = layer.cross.split(layer.cross.q(layer.norm2(x))[:, None], 1)
                 x = x + layer.cross.out(layer.cross.attend(q, kv[0], kv[1], cross_bias)[:, 0])
                 x = x + layer.feed_forward(layer.norm3(x))
-            logits = self._logits(self.decoder.norm(x)).float()
+            logits = F.linear(*self._output(self.decoder.norm(x))).float()
             if limit is not None:
                 logits[:, limit:] = float("-inf")
-            tokens = highest(logits) if uniforms is None else draw(logits.div_(temperature), uniforms[alive, t])
+            tokens = logits.max(1).indices if uniforms is None else draw(logits.div_(temperature), uniforms[alive, t])
             tokens = tokens.masked_fill(finished, PAD)
             written[alive, t] = tokens
             finished = finished | (tokens == EOS)
@@ -560,6 +514,31 @@ class T5(nn.Module):
                 alive, tokens, finished, cross_bias = alive[left], tokens[left], finished[left], cross_bias[left]
                 caches, cross = [[kv.index_select(1, left) for kv in group] for group in (caches, cross)]
         return written
+
+    def _dropout(self) -> float:
+        return self.config.dropout_rate if self.training else 0.0
+
+    def _encode(self, input_ids: Tensor, mask: Tensor, source: Packing, dropout: float) -> Tensor:
+        """-> packed memory (N, D)."""
+        bias = self.encoder.position_bias(mask.shape[1])
+        if source.index is not None:
+            bias = bias + padding_bias(mask, bias.device)
+        return self.encoder(self.shared(source.pack(to_device(input_ids, bias.device))), source, bias, dropout)
+
+    def _cross(self, memory: Tensor, source: Packing) -> list[Tensor]:
+        """Keys and values of the packed memory (N, D), for each decoder layer (2, B, H, S, d_kv)."""
+        return [layer.cross.split(source.unpack(layer.cross.kv(memory)), 2) for layer in self.decoder.layers]
+
+    def _decode(self, target_in: Tensor, target: Packing, cross: list[Tensor], cross_bias: Tensor) -> Tensor:
+        """-> packed hidden (N, D)."""
+        # padding needs no mask in self-attention: it stands to the right of every real token, which never looks there
+        bias = self.decoder.position_bias(target_in.shape[1])
+        return self.decoder(self.shared(target.pack(target_in)), target, bias, self._dropout(), cross, cross_bias)
+
+    def _output(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """What the output layer multiplies: hidden, scaled where the checkpoint asks for it, and weights (V, D)."""
+        scale = self.config.d_model**-0.5 if self.config.scaled else 1.0
+        return hidden * scale, self.shared.weight if self.head is None else self.head.weight
 
     # ------------------------------------------------------------ files
 
@@ -606,17 +585,13 @@ class T5(nn.Module):
         folder = Path(folder)
         config = Config.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
         tensors, where = read_hf_tensors(folder)
-        aliases = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
-        if "shared.weight" not in tensors:
-            tensors["shared.weight"] = next((tensors[name] for name in aliases if name in tensors), None)
-        shared, head = tensors["shared.weight"], tensors.get("lm_head.weight")
-        if shared is None:
-            raise InputError(f"{where}: shared.weight is missing")
+        aliases = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+        shared = tensors.setdefault("shared.weight", next((tensors[name] for name in aliases if name in tensors), None))
+        require(shared is not None, f"{where}: shared.weight is missing")
         for name in aliases:
-            if not torch.equal(tensors.pop(name, shared), shared):
-                raise InputError(f"{where}: {name} differs from shared.weight, such models are not supported")
-        if head is not None and torch.equal(head, shared):
-            del tensors["lm_head.weight"]
+            require(torch.equal(tensors.pop(name, shared), shared), f"{where}: {name} differs from shared.weight, which is not supported")
+        if torch.equal(tensors.get("lm_head.weight", shared), shared):
+            tensors.pop("lm_head.weight", None)
         config = dataclasses.replace(config, tied="lm_head.weight" not in tensors)
         # the first published checkpoints hold a bias for cross-attention that no version of T5 uses
         tensors.pop("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight", None)
@@ -632,13 +607,6 @@ def blocks(x: Tensor, fill: float) -> Tensor:
     """(B, V) -> (B, n, 128) with `fill` after the end: finding a place among V goes by block first, in two cheap steps."""
     gap = -x.shape[1] % 128
     return (F.pad(x, (0, gap), value=fill) if gap else x).unflatten(1, (-1, 128))
-
-
-def highest(logits: Tensor) -> Tensor:
-    """argmax over (B, V) -> (B,) long, the first on a tie; several times faster than the library's on a CPU."""
-    parts = blocks(logits, float("-inf"))
-    block = parts.amax(-1).argmax(1)
-    return block * 128 + parts[torch.arange(len(parts), device=parts.device), block].argmax(1)
 
 
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
@@ -700,17 +668,13 @@ def build(config: Config, tensors: dict[str, Tensor], where: str, names: dict[st
     state = {}
     for name, parameter in model.state_dict().items():
         parts = names.get(name, [name])
-        shape = (parameter.shape[0] // len(parts), *parameter.shape[1:])
+        shape = [parameter.shape[0] // len(parts), *parameter.shape[1:]]
         for part in parts:
-            if part not in tensors:
-                raise InputError(f"{where}: {part} is missing, which config.json asks for")
-            if not tensors[part].is_floating_point():
-                raise InputError(f"{where}: {part} holds {tensors[part].dtype}, not floating-point weights")
-            if tensors[part].shape != shape:
-                raise InputError(f"{where}: {part} has shape {list(tensors[part].shape)}, config.json says {list(shape)}")
+            require(part in tensors, f"{where}: {part} is missing, config.json asks for it")
+            require(tensors[part].is_floating_point(), f"{where}: {part} holds {tensors[part].dtype}, not floating-point weights")
+            require(list(tensors[part].shape) == shape, f"{where}: {part} has shape {list(tensors[part].shape)}, config.json says {shape}")
         state[name] = torch.cat([tensors.pop(part).float() for part in parts])
-    if tensors:
-        raise InputError(f"{where}: {len(tensors)} tensors that config.json has no place for: {', '.join(sorted(tensors)[:3])}")
+    require(not tensors, f"{where}: {len(tensors)} tensors that config.json has no place for: {', '.join(sorted(tensors)[:3])}")
     model.load_state_dict(state, assign=True)
     return model.requires_grad_().eval()
 
@@ -741,8 +705,8 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: {error.strerror or error}") from None
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, AttributeError, TypeError):  # torch raises several kinds for damaged and for forbidden contents, with pages of advice to lift the ban
         raise InputError(f"{path}: not a plain file of weights (damaged, or it holds more than tensors, which is never run)") from None
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise InputError(f"{path}: not a dictionary of tensors")
+    require(isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()),
+            f"{path}: not a dictionary of tensors")
     return state
 
 
@@ -754,15 +718,14 @@ def read_hf_tensors(folder: Path) -> tuple[dict[str, Tensor], str]:
     if index.exists():
         content = read_json(index)
         places = content.get("weight_map") if isinstance(content, dict) else None
-        if not isinstance(places, dict) or not all(isinstance(f, str) and Path(f).name == f for f in places.values()):
-            raise InputError(f"{index}: its weight_map does not name files of this folder")
+        require(isinstance(places, dict) and all(isinstance(f, str) and Path(f).name == f for f in places.values()),
+                f"{index}: its weight_map does not name files of this folder")
         tensors = {}
         for name in sorted(set(places.values())):
             tensors.update(read_safetensors(folder / name))
         return tensors, str(index)
-    if pickled.exists():
-        return load_pickle(pickled), str(pickled)
-    raise InputError(f"{folder}: neither model.safetensors, nor model.safetensors.index.json, nor pytorch_model.bin in it")
+    require(pickled.exists(), f"{folder}: neither model.safetensors, nor model.safetensors.index.json, nor pytorch_model.bin in it")
+    return load_pickle(pickled), str(pickled)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -771,47 +734,35 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     https://github.com/huggingface/safetensors#format. Every length is checked before it is used.
     """
     try:
-        size = path.stat().st_size
         with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise InputError(f"{path}: the header's length ({length}) is beyond the end of the file ({size} bytes); fetch it again")
+            require(8 + length <= size, f"{path}: its header says to be {length} bytes long, the file has {size}; fetch it again")
             header = json.loads(file.read(length))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
     except ValueError as error:
         raise InputError(f"{path}: the header is not JSON ({error})") from None
-    start, end, tensors = 8 + length, 0, {}
-    data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-    for name, entry in sorted(header.items(), key=lambda item: offsets(item, path)):
-        if name == "__metadata__":
-            continue
-        begin, stop = offsets((name, entry), path)
-        dtype, shape = SAFE_DTYPES.get(entry.get("dtype")), entry.get("shape")
-        if dtype is None:
-            raise InputError(f"{path}: {name} has dtype {entry.get('dtype')!r}, only {', '.join(SAFE_DTYPES)} are read")
-        if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
-            raise InputError(f"{path}: {name} has shape {shape!r}")
-        if start + stop > size:
-            raise InputError(f"{path}: {name} ends at byte {start + stop}, the file has {size}: truncated, fetch it again")
-        if begin < end:
-            raise InputError(f"{path}: {name} overlaps another tensor")
-        if math.prod(shape) * dtype.itemsize != stop - begin:
-            raise InputError(f"{path}: {name} takes {stop - begin} bytes, its shape {shape} as {entry['dtype']} needs another number")
-        end = stop
-        tensors[name] = data[start + begin:start + stop].clone().view(dtype).view(shape)
+    require(isinstance(header, dict) and all(isinstance(entry, dict) for entry in header.values()), f"{path}: the header names no tensors")
+    header.pop("__metadata__", None)
+
+    def counts(x: object) -> bool:
+        return isinstance(x, list) and all(type(n) is int and n >= 0 for n in x)
+
+    for name, entry in header.items():
+        offsets, shape = entry.get("data_offsets"), entry.get("shape")
+        require(entry.get("dtype") in SAFE_DTYPES, f"{path}: {name} has dtype {entry.get('dtype')!r}, only {', '.join(SAFE_DTYPES)} are read")
+        require(counts(offsets) and len(offsets) == 2, f"{path}: {name} has data_offsets {offsets!r}")
+        require(counts(shape) and math.prod(shape) * SAFE_DTYPES[entry["dtype"]].itemsize == offsets[1] - offsets[0],
+                f"{path}: {name} has shape {shape!r} and dtype {entry['dtype']}, but offsets {offsets}")
+    data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length:]
+    tensors, end = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, stop = entry["data_offsets"]
+        require(stop <= len(data), f"{path}: {name} ends at byte {stop} of the data, which has {len(data)}: truncated, fetch it again")
+        require(begin >= end, f"{path}: {name} overlaps the tensor before it")
+        tensors[name], end = data[begin:stop].clone().view(SAFE_DTYPES[entry["dtype"]]).view(entry["shape"]), stop
     return tensors
-
-
-def offsets(item: tuple[str, dict], path: Path) -> tuple[int, int]:
-    """First byte and the one after the last of a header's entry; sorts by them. Raises InputError."""
-    name, entry = item
-    if name == "__metadata__":
-        return -1, -1
-    pair = entry.get("data_offsets") if isinstance(entry, dict) else None
-    if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(n, int) for n in pair) or not 0 <= pair[0] <= pair[1]:
-        raise InputError(f"{path}: {name} has data_offsets {pair!r}")
-    return tuple(pair)
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -841,10 +792,10 @@ class Tokenizer:
         except (OSError, RuntimeError):
             raise InputError(f"{path}: not a SentencePiece model that can be read") from None
         special = self.pieces.pad_id(), self.pieces.eos_id(), self.pieces.unk_id()
-        if special != (PAD, EOS, UNK):
-            raise InputError(f"{path}: pad, </s> and <unk> have ids {special}, T5's are (0, 1, 2)")
+        require(special == (PAD, EOS, UNK), f"{path}: pad, </s> and <unk> have ids {special}, T5's are (0, 1, 2)")
         self.size = self.pieces.get_piece_size()
-        self.special = re.compile(r"(</s>|<pad>|<unk>|<extra_id_\d{1,2}>)")
+        self.names = {"<pad>": PAD, "</s>": EOS, "<unk>": UNK} | {f"<extra_id_{i}>": self.sentinel(i) for i in range(SENTINELS)}
+        self.special = re.compile(f"({'|'.join(self.names)})")
 
     def sentinel(self, i: int) -> int:
         """Id of <extra_id_i>, 0 <= i < 100."""
@@ -854,12 +805,7 @@ class Tokenizer:
         """Ids of `text` with </s> at the end; at most max_length of them, </s> included."""
         ids = []
         for i, part in enumerate(self.special.split(text)):
-            if i % 2 == 0:
-                ids += self.pieces.encode(part)
-            elif part.startswith("<extra_id_"):
-                ids.append(self.sentinel(int(part[10:-1])))
-            else:
-                ids.append({"<pad>": PAD, "</s>": EOS, "<unk>": UNK}[part])
+            ids += [self.names[part]] if i % 2 else self.pieces.encode(part)
         return ids[:None if max_length is None else max(max_length - 1, 0)] + [EOS]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -901,8 +847,7 @@ def corrupt(ids: Sequence[int], tokenizer: Tokenizer, rng: random.Random, densit
 
 
 def pretrain(model: T5, tokenizer: Tokenizer, texts: Sequence[str], steps: int, batch: int = 64, lr: float = 1e-3,
-             max_length: int = 256, pairs: Sequence[tuple[str, str]] | None = None, share: float = 0.5, seed: int = 0,
-             on_step: Callable[[int, float], None] | None = None) -> float:
+             max_length: int = 256, pairs: Sequence[tuple[str, str]] | None = None, share: float = 0.5, seed: int = 0) -> float:
     """Trains `model` in place on span corruption of `texts`, with supervised `pairs` (input, target) as `share` of the rows.
 
     T5 1.0's own pretraining mixture held supervised tasks too (section 3.5.3 of the paper). AdamW without weight decay, the learning
@@ -913,8 +858,7 @@ def pretrain(model: T5, tokenizer: Tokenizer, texts: Sequence[str], steps: int, 
     torch.manual_seed(seed)
     token_rows = [row for row in (tokenizer.encode(text, max_length)[:-1] for text in texts) if len(row) > 1]
     pair_rows = [(tokenizer.encode(x, max_length), tokenizer.encode(y, max_length)) for x, y in pairs or ()]
-    if not token_rows and not pair_rows:
-        raise InputError("pretraining needs texts of at least two tokens, or pairs")
+    require(bool(token_rows or pair_rows), "pretraining needs texts of at least two tokens, or pairs")
     share = share if pair_rows and token_rows else float(bool(pair_rows))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
     warmup = max(1, steps // 20)
@@ -937,8 +881,6 @@ def pretrain(model: T5, tokenizer: Tokenizer, texts: Sequence[str], steps: int, 
         schedule.step()
         recent = recent[-49:] + [loss.item()]
         progress.update(step + 1, f"loss {sum(recent) / len(recent):.3f}")
-        if on_step is not None:
-            on_step(step + 1, recent[-1])
     progress.close()
     model.eval()
     return sum(recent) / max(len(recent), 1)

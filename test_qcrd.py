@@ -6,12 +6,15 @@
 """
 import concurrent.futures
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -22,10 +25,12 @@ import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import requests
 import torch
 
 import fetch_data
+import qcrd
 import t5
 
 HERE = Path(__file__).resolve().parent
@@ -429,6 +434,439 @@ def test_from_hf_through_the_command_line():
 
 # ---------------------------------------------------------------- qcrd.py
 
+# -- the algorithm
+
+
+def tiny_student(config: qcrd.Config, seed: int = 0, dropout: float = 0.0, **shape) -> qcrd.Student:
+    """A random T5 of a few thousand parameters over the demo's vocabulary."""
+    torch.manual_seed(seed)
+    vocab = HERE / "weights" / "demo" / "spiece.model"
+    rows = json.loads((vocab.parent / "config.json").read_text())["vocab_size"]
+    sizes = dict(vocab_size=rows, d_model=16, d_kv=4, d_ff=32,
+                 num_layers=2, num_decoder_layers=2, num_heads=2, dropout_rate=dropout)
+    return qcrd.Student(t5.T5(t5.Config(**sizes | shape)), vocab, config, torch.device("cpu"))
+
+
+def toy(student: qcrd.Student) -> tuple[qcrd.Data, dict]:
+    """Five questions: five positives and two negatives, only positives, only negatives, nothing, one and one; negatives of the student."""
+    voted = [qcrd.Voted("1", ["one and one", "two are 2 in all", "5 + 3 = 8 so 8", "take 4 from 9", "a"], ["3 apples", "no idea at all"]),
+             qcrd.Voted("2", ["seven pears", "four times 3 is 12"], []), qcrd.Voted(None, [], ["wrong from the start"]),
+             qcrd.Voted(None, [], []), qcrd.Voted("3", ["10 - 4 = 6"], ["10 + 4 = 14"])]
+    split = qcrd.Split([f"Tom has {i + 2} apples and {3 * i + 1} pears. How many?" for i in range(5)], [f"( {i + 2} + {3 * i + 1} )" for i in range(5)])
+    rows = {0: [qcrd.array("i", student.tokenizer.encode("sampled by the student"))], 3: [qcrd.array("i", [7, 8, 9, 4, 11])]}
+    return qcrd.Data(student, split, voted), rows
+
+
+@contextlib.contextmanager
+def elsewhere():
+    """A temporary working folder that data/ and runs/ go to."""
+    old, home = os.getcwd(), os.environ.get("QCRD_HOME")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        os.environ["QCRD_HOME"] = folder
+        qcrd.STOP.clear()
+        try:
+            yield Path(folder)
+        finally:
+            os.chdir(old)
+            os.environ.pop("QCRD_HOME") if home is None else os.environ.update(QCRD_HOME=home)
+
+
+def command(*words: object, code: int = 0, stdout: bool = False) -> str:
+    """qcrd.py's command line, in this process -> what it printed (stdout alone where asked). A traceback is always a failure."""
+    argv, out, err = sys.argv[1:], io.StringIO(), io.StringIO()
+    sys.argv[1:] = map(str, words)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            got = qcrd.run_main()
+    except SystemExit as e:                                                      # argparse's own
+        got = e.code
+    finally:
+        sys.argv[1:] = argv
+    text = out.getvalue() + ("" if stdout else err.getvalue())
+    assert got == code, f"exit code {got}, not {code}:\n{text[-3000:]}"
+    return text
+
+
+def kill_at(flags: list, line: str, sign: signal.Signals) -> int:
+    """Start qcrd.py as a process of its own, send it a signal when it prints a line that starts so -> its exit code."""
+    process = subprocess.Popen([sys.executable, HERE / "qcrd.py", *map(str, flags)], stdout=subprocess.PIPE, text=True)
+    for printed in process.stdout:
+        if printed.startswith(line):
+            process.send_signal(sign)
+    return process.wait()
+
+
+def same(a: object, b: object) -> bool:
+    """Equality of what checkpoints hold, to the last bit."""
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+SHORT = ["--batch", 8, "--iteration-steps", 2, "--discriminator-pretrain", 2, "--discriminator-steps", 1, "--rationale-tokens", 12, "--samples", 3]
+
+
+def test_vote_majority_and_ties():
+    assert qcrd.majority(["8", "7", "8", "8", "3"]) == ("8", [0, 2, 3], [1, 4])
+    assert qcrd.majority(["7", "8", "8", "7"]) == ("7", [0, 3], [1, 2])           # a tie: the lowest slot's answer
+    assert qcrd.majority([None, "8", "7", "7", "8"]) == ("8", [1, 4], [2, 3])     # an unreadable slot has no vote and joins neither set
+    assert qcrd.majority([None, None]) == (None, [], [])
+    keys = [qcrd.answer_key(a, "number") for a in ("( 84 / 2 )", "42", "42.00001", "41", "1/0", "2 * 21")]
+    assert keys[4] is None and qcrd.majority(keys) == (keys[0], [0, 1, 2, 5], [3])    # equal by value, to 1e-4
+
+
+def test_vote_drops_repetitions_after_counting():
+    task = qcrd.Task("svamp", "number", Path(), *[qcrd.Split(["q"], ["( 1 + 1 )"])] * 3, [])
+    texts = ["One and one. The answer is 2.", "One and one. The answer is 2.", "So two. The answer is (1 + 1).", "Three. The answer is 3.",
+             "So two. The answer is 5."]
+    slots = [[(text, "stop") for text in texts]]
+    out = qcrd.vote(task, qcrd.Config(), task.train, slots, "test")[0]
+    assert out == ("2", ["One and one.", "So two."], ["Three."])                  # and a negative that reads like a positive is none
+    alone = qcrd.vote(task, qcrd.Config(vote=False), task.train, [slots[0][3:]], "test")[0]
+    assert alone == ("3", ["Three."], [])                                         # slot 0, right or wrong
+    cut = qcrd.read_slots(task, "q", [("He has 3 and then 4", "length"), ("The answer is 7.", "length"), None])
+    assert [a for _, a in cut] == [None, "7", None]
+
+
+def test_loss_by_hand():
+    """Two questions. A: S_pos 0.9, 0.4 (s 0.8, 0.5), S_neg 2.0, 2.5, 1.0 (s 0.3, 0.1, 0.6). B: S_pos 1.5 (s 1), S_neg 3.2, 0.5 (s 0.2, 0.9)."""
+    losses, score = [0.9, 0.4, 2.0, 2.5, 1.0, 1.5, 3.2, 0.5], [0.8, 0.5, 0.3, 0.1, 0.6, 1.0, 0.2, 0.9]
+    c = qcrd.Candidates([None] * 8, [0, 0, 0, 0, 0, 1, 1, 1], [True, True, False, False, False, True, False, False])
+    by_hand = {  # ℓ_pos s - 0.2 (1 - s⁻) min(ℓ⁻ - 3, 0)
+        ("min", "max"): ([1, 3, 5], 0.5 * 0.4 + 0.2 * 0.9 * 0.5 + 1.5, 1),       # B's negative beyond δ: its term is 0
+        ("min", "min"): ([1, 4, 5, 7], 0.5 * 0.4 + 0.2 * 0.4 * 2.0 + 1.5 + 0.2 * 0.1 * 2.5, 0),
+        ("max", "max"): ([0, 3, 5], 0.8 * 0.9 + 0.2 * 0.9 * 0.5 + 1.5, 1),
+        ("mean", "mean"): ([0, 1, 2, 3, 4, 5, 7], (0.8 * 0.9 + 0.5 * 0.4) / 2 + 0.2 * (0.7 * 1.0 + 0.9 * 0.5 + 0.4 * 2.0) / 3 + 1.5
+                           + 0.2 * 0.1 * 2.5 / 2, 1)}
+    for (positive, negative), (rows, expected, left_out) in by_hand.items():
+        config = qcrd.Config(positive=positive, negative=negative)
+        picked, share, out = qcrd.pick(losses, c, config)
+        assert (picked, out) == (rows, left_out), (positive, negative, picked, out)
+        ℓ = torch.tensor([losses[r] for r in picked], requires_grad=True)
+        s = torch.tensor([score[r] for r in picked], requires_grad=True)
+        is_pos = torch.tensor([c.positive[r] for r in picked])
+        cl = qcrd.contrastive_terms(ℓ, s, torch.tensor(share), is_pos, config.beta, config.delta).sum()
+        assert abs(cl.item() - expected) < 1e-6, (positive, negative, cl.item(), expected)
+        cl.backward()
+        assert s.grad is None                                                    # weights carry no gradient
+        if (positive, negative) == ("min", "max"):
+            assert torch.allclose(ℓ.grad, torch.tensor([0.5, -0.2 * 0.9, 1.0]))
+    clipped = torch.tensor([3.5, 2.9], requires_grad=True)                       # the training pass clamps again
+    terms = qcrd.contrastive_terms(clipped, torch.tensor([0.0, 0.0]), torch.ones(2), torch.tensor([False, False]), 0.2, 3.0)
+    terms.sum().backward()
+    assert torch.allclose(terms, torch.tensor([0.0, 0.02])) and torch.allclose(clipped.grad, torch.tensor([0.0, -0.2]))
+    assert abs(qcrd.total_loss(2.0, 3.0, 4.0, (0.5, 0.5, 0.405)) - 4.12) < 1e-9
+
+
+def test_loss_ties_and_alphas():
+    c = qcrd.Candidates([None] * 4, [0] * 4, [True, True, False, False])
+    assert qcrd.pick([1.0, 1.0, 2.0, 2.0], c, qcrd.Config())[0] == [0, 2]          # the first on a tie
+    alphas = [qcrd.alphas_of(qcrd.Config(), t) for t in (1, 2, 3)]
+    assert np.allclose(alphas, [(0.5, 0.5, 0.5), (0.5, 0.5, 0.45), (0.5, 0.5, 0.405)])
+    assert qcrd.alphas_of(qcrd.Config(method="finetune"), 3) == (1.0, 0.0, 0.0) and qcrd.alphas_of(qcrd.Config(method="dss"), 3) == (0.5, 0.5, 0.0)
+    temperatures = [qcrd.student_temperature(qcrd.Config(student_temperature="2.0:1.0", iterations=5), t) for t in (1, 3, 5)]
+    assert temperatures == [2.0, 1.5, 1.0]
+
+
+def plain_loss(student: qcrd.Student, d: qcrd.Discriminator | None, data: qcrd.Data, config: qcrd.Config, negatives: dict) -> torch.Tensor:
+    """The whole of α1 L_predict + α2 L_cl as it stands in the paper: a candidate a row, with its own encoding and its own gradient."""
+    def row_loss(prefix: list[int], x: list[int], y: list[int]) -> torch.Tensor:
+        inputs, target = torch.tensor([prefix + list(x)]), torch.tensor([list(y)])
+        logits = student.model(inputs, torch.ones_like(inputs, dtype=torch.bool), torch.cat([torch.zeros(1, 1, dtype=torch.long), target[:, :-1]], 1))
+        return torch.nn.functional.cross_entropy(logits[0], target[0])
+    total = 0.0
+    for q in range(len(data)):
+        x = data.questions[q]
+        total = total + config.alpha_predict * row_loss(student.predict, x, data.labels[q])
+        for rows, how, positive in ((data.of(q, True), config.positive, True), (data.of(q, False) + negatives.get(q, []), config.negative, False)):
+            if not rows:
+                continue
+            losses = torch.stack([row_loss(student.explain, x, row) for row in rows])
+            with torch.no_grad():
+                s = torch.cat([torch.sigmoid(d(student, [x], [row])) for row in rows]) if d else torch.full((len(rows),), float(positive))
+            weights = s if positive else 1 - s
+            values = losses if positive else -config.beta * (losses - config.delta).clamp(max=0)
+            if how == "mean":
+                term = (weights * values).mean()
+            else:
+                k = losses.argmin() if how == "min" else losses.argmax()
+                term = weights[k] * values[k]
+            total = total + config.alpha_cl * term
+    return total / len(data)
+
+
+def test_step_equals_the_plain_mathematics():
+    """Loss, picks and every gradient, all schemes, with and without discriminator, empty sets among the questions, any micro-batch."""
+    for number, (positive, negative) in enumerate((p, n) for p in ("min", "mean", "max") for n in ("max", "mean", "min")):
+        config = qcrd.Config(positive=positive, negative=negative, delta=(6.1, 30.0, 3.0)[number % 3], micro_batch=(1, 2, 0)[number % 3],
+                             rationale_tokens=20)
+        student = tiny_student(config, seed=number)
+        d = qcrd.Discriminator(student, config).eval() if number % 2 else None
+        data, negatives = toy(student)
+        student.tokens = 30                                                       # several groups of targets
+        student.model.zero_grad()
+        expected = plain_loss(student, d, data, config, negatives)
+        expected.backward()
+        plain = {name: p.grad.clone() for name, p in student.model.named_parameters() if p.grad is not None}
+        student.model.zero_grad()
+        batch = list(range(len(data)))
+        c = qcrd.candidates(data, config, batch, negatives)
+        needed, losses = qcrd.needs_losses(c, config), [float("nan")] * len(c.rows)
+        for r, loss in zip(needed, qcrd.candidate_losses(student, data, batch, c, needed).tolist()):
+            losses[r] = loss
+        picks = qcrd.choose(student, d, data, batch, c, losses, config)
+        labels, rationales = qcrd.backward(student, data, config, batch, c, picks, (0.5, 0.5, 0.0), len(batch))
+        cl = qcrd.contrastive_terms(rationales, picks.scores, picks.share, picks.positive, config.beta, config.delta).sum()
+        loss = qcrd.total_loss(labels.sum(), cl, 0.0, (0.5, 0.5, 0.0)) / len(batch)
+        assert abs(loss.item() - expected.item()) < 1e-5 * abs(expected.item()), (positive, negative)
+        for name, p in student.model.named_parameters():
+            if name in plain:
+                assert (p.grad - plain[name]).norm() <= 1e-5 * max(plain[name].norm(), 1e-3), (positive, negative, name)
+
+
+def test_step_under_bf16():
+    """The CUDA path's arithmetic on the CPU: the same step under autocast is finite and near float32's."""
+    out = {}
+    for precision in ("float32", "bf16"):
+        config = qcrd.Config(precision=precision, iterations=1, batch=5, delta=30.0)
+        student = tiny_student(config, seed=3)
+        data, negatives = toy(student)
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = qcrd.Trainer(config, student, Path(folder), None, data, data)
+            stats = trainer.step(list(range(5)), negatives, (0.5, 0.5, 0.5), 0, torch.zeros(0))
+        out[precision] = stats, torch.cat([p.grad.flatten() for p in trainer.params])
+    (a, ga), (b, gb) = out["float32"], out["bf16"]
+    assert torch.isfinite(gb).all() and (ga - gb).norm() < 0.1 * ga.norm()
+    assert torch.allclose(a[:6], b[:6], rtol=0.02, atol=0.02), (a, b)
+
+
+def test_discriminator_learns_a_separable_toy():
+    config = qcrd.Config(batch=16, samples=3)
+    for kind in ("own", "shared"):
+        config.discriminator = kind
+        student = tiny_student(config, seed=1)
+        split = qcrd.Split([f"Ann has {i} pears." for i in range(12)], ["1"] * 12)
+        voted = [qcrd.Voted("1", [f"{i} pears are right"], [f"{i} apples are wrong"]) for i in range(12)]
+        data, d = qcrd.Data(student, split, voted), qcrd.Discriminator(student, config)
+        before = [p.clone() for p in student.model.parameters()]
+        optimizer = torch.optim.AdamW(d.parameters(), lr=1e-2, fused=True)
+        l_d = qcrd.train_discriminator(d, optimizer, student, data, config, 0, list(range(12)), {}, 60, 1e-2)
+        right = qcrd.discriminator_accuracy(d, student, data, config)
+        assert l_d < 0.6 and right["positives"] > 0.9 and right["negatives"] > 0.9, (kind, l_d, right)
+        assert all(torch.equal(a, b) for a, b in zip(before, student.model.parameters()))      # pretraining moves no student
+
+
+def test_discriminator_batches_are_balanced():
+    config = qcrd.Config()
+    student = tiny_student(config)
+    data, negatives = toy(student)
+    rng = np.random.default_rng(0)
+    for questions in ([0, 1, 2, 3, 4], [1]):                                     # the second has no negative: corrupted words make them
+        _, rows, targets = qcrd.discriminator_batch(data, student, config, rng, questions, negatives, 20)
+        assert len(rows) == 20 and targets.sum() == 10
+    assert qcrd.discriminator_batch(data, student, config, rng, [2, 3], negatives, 20)[1] == []
+    changed = [qcrd.corrupt("one two three four five six seven eight nine ten", ["x"], 0.3, rng) for _ in range(200)]
+    kept = np.mean([sum(w != "x" for w in text.split()) for text in changed])
+    assert 6.5 < kept < 7.5 and all("x" in text or len(text.split()) < 10 for text in changed)
+    flipped = qcrd.Config(discriminator_noise=1.0)
+    assert (qcrd.discriminator_batch(data, student, flipped, rng, [0], {}, 8)[2] == torch.tensor([0.0] * 4 + [1.0] * 4)).all()
+
+
+def test_iteration_samples_snapshot_lag_iterations_back():
+    """Iteration t samples from the weights after t - 5 iterations, no other; none before t = 6; and five snapshots stay."""
+    seen, after, original, write = {}, {}, qcrd.sample_negatives, qcrd.write_pt
+
+    def weights(model: t5.T5) -> str:
+        return hashlib.sha256(b"".join(v.numpy().tobytes() for v in model.state_dict().values())).hexdigest()
+
+    def sample(past, data, config, iteration, questions):
+        seen[iteration] = weights(past.model)
+        return original(past, data, config, iteration, questions)
+
+    def spy(path: Path, values: dict) -> None:
+        if path.parent.name == "snapshots":
+            after[int(path.stem)] = hashlib.sha256(b"".join(v.numpy().tobytes() for v in values.values())).hexdigest()
+        write(path, values)
+    with elsewhere() as folder, contextlib.redirect_stdout(io.StringIO()):
+        config = qcrd.Config(iterations=8, iteration_steps=1, batch=4, discriminator_pretrain=1, discriminator_steps=1, rationale_tokens=10, samples=2,
+                             overfit=6, model=str(HERE / "weights" / "demo"), lr=1e-3)
+        qcrd.sample_negatives, qcrd.write_pt = sample, spy
+        try:
+            run = qcrd.train(config)
+        finally:
+            qcrd.sample_negatives, qcrd.write_pt = original, write
+        assert sorted(seen) == [6, 7, 8] and all(seen[t] == after[t - 5] for t in seen)
+        assert len(set(after.values())) == 8                                     # the snapshots differ, so the test can fail
+        assert sorted(int(p.stem) for p in (folder / run / "snapshots").glob("*.pt")) == [4, 5, 6, 7, 8]
+        lines = [json.loads(line) for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
+        assert [m["negatives"]["source"] for m in lines] == [""] * 5 + ["snapshot 1", "snapshot 2", "snapshot 3"]
+
+
+def test_student_negatives_are_what_was_sampled():
+    config = qcrd.Config(rationale_tokens=6, student_samples=3)
+    student = tiny_student(config)
+    data, _ = toy(student)
+    kept, counts = qcrd.sample_negatives(student, data, config, 6, [4, 0, 4, 1])
+    again, _ = qcrd.sample_negatives(student, data, config, 6, [4, 0, 1])
+    other, _ = qcrd.sample_negatives(student, data, config, 7, [4, 0, 1])
+    assert kept == again != other and counts["sampled"] == 9                      # depends on seed, iteration and questions alone
+    for rows in kept.values():
+        for row in rows:
+            assert 1 <= len(row) <= 6 and 1 not in row[:-1] and max(row) < student.tokenizer.size and (len(row) == 6 or row[-1] == 1)
+    positive = data.of(1, True)[0]
+    student.write = lambda *a: [qcrd.array("i", row) for row in ([1], [], [0, 1], list(positive), [5, 1], [5, 1])]
+    kept, counts = qcrd.sample_negatives(student, data, config, 6, [1, 0])
+    assert kept == {1: [qcrd.array("i", [5, 1])]} and counts["dropped"] == 5      # empty ones, a positive and a repetition went
+
+
+def test_order_visits_every_question():
+    config = qcrd.Config(batch=4)
+    assert sorted(qcrd.visits(config, 10, 3)) == list(range(10)) and qcrd.visits(config, 10, 3) != qcrd.visits(config, 10, 4)
+    config.iteration_steps = 3                                                    # 12 questions an iteration: passes run on across iterations
+    stream = [q for t in range(1, 6) for q in qcrd.visits(config, 10, t)]
+    assert len(stream) == 60 and all(sorted(stream[i:i + 10]) == list(range(10)) for i in range(0, 60, 10))
+
+
+def test_demo_from_end_to_end():
+    with elsewhere() as folder:
+        text = command(*SHORT, "--iterations", 7)
+        for expected in ("teacher: ", "http://127.0.0.1:", "positives and", "paper: 3.87", "majority right", "discriminator: L_D", "iteration 7/7",
+                         "snapshot 2", "test accuracy", "run folder: runs/demo-qcrd-0"):
+            assert expected in text, f"{expected!r} is missing in:\n{text}"
+        run = folder / "runs/demo-qcrd-0"
+        rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+        assert len(rows) == 1000 and set(rows[0]) == {"input", "gold", "answer", "right", "rationale", "quality"} and 0 <= rows[0]["quality"] <= 1
+        assert not list(run.rglob("*.tmp"))
+        again = command(*SHORT, "--iterations", 1, "--method", "dss")             # the samples are on disk: nobody is asked
+        assert "to ask for" not in again and "run folder: runs/demo-dss-0" in again
+        audit = json.loads(command("--audit", run, 3, "--json", stdout=True))
+        for a in audit:
+            cl = sum(r["share"] * r["weight"] * (r["loss"] if r["set"] == "positive" else -a["beta"] * min(r["loss"] - a["delta"], 0))
+                     for r in a["candidates"] if r["picked"])
+            total = a["alphas"][0] * a["L_predict"] + a["alphas"][1] * cl + a["alphas"][2] * a["L_D"]
+            assert abs(cl - a["L_cl"]) < 1e-6 and abs(total - a["total"]) < 1e-6
+        assert "S_pos: the min counts" in command("--audit", run, 1)
+        answer = json.loads(command("--ask", run, "Mia has 12 pears and gives 5 away.", "--json", stdout=True))
+        assert set(answer) == {"input", "label", "rationale", "quality"}
+        assert "accuracy" in command("--eval", run)
+        command("--export", run, folder / "out")
+        assert {"config.json", "model.safetensors", "README.md"} <= {p.name for p in (folder / "out").iterdir()}
+        command(*SHORT, "--iterations", 1, "--model", run / "student", "--run", "second")     # a run's student is a model again
+
+
+def test_kill_and_resume_ends_in_the_same_weights():
+    with elsewhere() as folder:
+        flags = [*SHORT, "--iterations", 7]
+        command(*flags, "--run", "whole")
+        expected = torch.load(folder / "runs/whole/checkpoint.pt", weights_only=True)
+        assert kill_at([*flags, "--run", "killed"], "iteration 6", signal.SIGKILL) == -signal.SIGKILL
+        command("--resume", "runs/killed")
+        assert kill_at([*flags, "--run", "stopped"], "iteration 1", signal.SIGINT) == 130
+        assert "was started with --lr" in command("--resume", "runs/stopped", "--lr", 0.5, code=2)
+        command("--resume", "runs/stopped")
+        for name in ("killed", "stopped"):
+            assert same(torch.load(folder / f"runs/{name}/checkpoint.pt", weights_only=True), expected), name
+            assert len((folder / f"runs/{name}/metrics.jsonl").read_text().splitlines()) == 7
+            assert not list((folder / "runs" / name).rglob("*.tmp"))
+        torn = folder / "runs/killed/checkpoint.pt"
+        torn.write_bytes(torn.read_bytes()[:5000])
+        assert "broken or cut off" in command("--resume", "runs/killed", code=2)
+
+
+def two_ranks(rank_: str, port: str, out: str) -> None:
+    """What each rank of test_two_ranks runs: one step and one sampling, written to `out`."""
+    os.environ.update(RANK=rank_, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    torch.set_num_threads(1)
+    if out:
+        qcrd.dist.init_process_group("gloo", rank=int(rank_), world_size=2)
+    torch.save(one_step(), f"{out}/{rank_}.pt")
+
+
+def one_step() -> dict:
+    config = qcrd.Config(iterations=1, batch=5, delta=30.0, rationale_tokens=8, discriminator_steps=2)
+    student = tiny_student(config, seed=5)
+    data, _ = toy(student)
+    trainer = qcrd.Trainer(config, student, Path("."), None, data, data)
+    negatives, _ = qcrd.sample_negatives(student, data, config, 6, list(range(5)))
+    trainer.update_discriminator(1, list(range(5)), negatives, 2, 0.5)
+    stats = trainer.step(list(range(5)), negatives, (0.5, 0.5, 0.5), 0, torch.zeros(0))
+    return dict(grad=torch.cat([p.grad.flatten() for p in trainer.params]), stats=stats, negatives=[list(r) for q in sorted(negatives) for r in negatives[q]])
+
+
+def test_two_ranks_compute_what_one_does():
+    with tempfile.TemporaryDirectory() as folder:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = str(s.getsockname()[1])
+        ranks = [subprocess.Popen([sys.executable, __file__, "two_ranks", r, port, folder]) for r in "01"]
+        assert [p.wait(timeout=100) for p in ranks] == [0, 0]
+        one, zero, other = one_step(), *(torch.load(f"{folder}/{r}.pt", weights_only=True) for r in "01")
+    assert zero["negatives"] == other["negatives"] == one["negatives"]
+    for many in (zero, other):
+        assert (many["grad"] - one["grad"]).norm() <= 1e-5 * one["grad"].norm()
+        assert torch.allclose(many["stats"], one["stats"], rtol=1e-5)
+
+
+def test_a_loss_that_is_no_number_stops_the_run():
+    config = qcrd.Config(iterations=2, batch=2)
+    student = tiny_student(config)
+    data, _ = toy(student)
+    trainer = qcrd.Trainer(config, student, Path("."), None, data, data)
+    try:
+        trainer.account([1.0, float("nan")] + [0.0] * 9, 4)
+        raise AssertionError("went on")
+    except t5.InputError as e:
+        assert "iteration 2, step 2: l_pos became nan on questions" in str(e), e
+
+
+def test_wrong_use_gets_one_line():
+    with elsewhere() as folder:
+        (folder / "runs" / "taken").mkdir(parents=True)
+        (folder / "empty").mkdir()
+        (folder / "empty" / "config.json").write_text("{}")
+        for words, expected in ((["--task", "nowhere"], "nowhere"), (["--model", "missing"], "no weights"), (["--model", "empty"], "--from-hf"),
+                                (["--run", "taken"], "exists"), (["--resume", "runs/none"], "no run there"), (["--audit", "runs/none", "x"], "number"),
+                                (["--samples", "0"], "--samples 0"), (["--fraction", "2"], "at most 1"), (["--student-temperature", "hot"], "hot"),
+                                (["--teacher", "http://127.0.0.1:9/v1"], "no connection"), (["--teacher", "ftp://x"], "must be palm"),
+                                (["--device", "tpu"], "not a device"), (["--negative-source", "fixed"], "--negative-model"),
+                                (["--unknown-flag"], "unrecognized arguments")):
+            lines = [line for line in command(*words, code=2).splitlines() if "error: " in line]
+            assert len(lines) == 1 and expected in lines[0], (words, lines)
+
+
+def test_overfit_reaches_everything():
+    with elsewhere():
+        text = command("--overfit", 8, "--iterations", 40, "--batch", 8, "--method", "finetune", "--lr", 3e-3)
+        assert "test accuracy 100.0% on 8 questions" in text, text[-600:]
+
+
+def test_export_answers_alike():
+    try:
+        import transformers
+    except ImportError:
+        raise Skip("transformers is not installed") from None
+    with elsewhere() as folder, contextlib.redirect_stdout(io.StringIO()):
+        for gated in (False, True):
+            config = qcrd.Config(rationale_tokens=12)
+            student = tiny_student(config, seed=2, **({"gated": True, "tied": False, "scaled": False} if gated else {}))
+            run = folder / f"run{gated}"
+            qcrd.save_student(student, None, run / "student")
+            qcrd.write_json(run / "config.json", dict(config=dataclasses.asdict(config), kind="number", options=[]))
+            qcrd.export(run, folder / f"out{gated}")
+            theirs = transformers.T5ForConditionalGeneration.from_pretrained(folder / f"out{gated}").eval()
+            data, _ = toy(student)
+            unused = list(range(student.tokenizer.size, student.model.config.vocab_size))    # rows without a piece are never written
+            ours = student.write(student.predict, [data.questions[i] for i in range(5)], 12, 0.0, (), "")
+            for i, row in enumerate(ours):
+                x = torch.tensor([student.predict + list(data.questions[i])])
+                y = theirs.generate(input_ids=x, attention_mask=torch.ones_like(x), max_new_tokens=12, do_sample=False, use_cache=False,
+                                    suppress_tokens=unused)[0, 1:].tolist()
+                assert list(row) == (y[:y.index(1) + 1] if 1 in y else y), (gated, i)
+
+
 # ---------------------------------------------------------------- benchmark
 
 
@@ -438,6 +876,9 @@ def bench() -> None:
 
 def main() -> int:
     words = sys.argv[1:]
+    if words[:1] == ["two_ranks"]:                 # a rank of test_two_ranks_compute_what_one_does
+        two_ranks(*words[1:])
+        return 0
     if words == ["bench"]:
         bench()
         return 0

@@ -393,22 +393,15 @@ class Problem(NamedTuple):
     distractor: int | None
 
 
-def amounts(first: int, steps: Iterable[tuple[str, int]]) -> list[int | None]:
-    """What is there at first and after each step; None from where it is no natural number."""
-    found: list[int | None] = [first]
+def solve(first: int, steps: Iterable[tuple[str, int]]) -> tuple[str, list[int | None]]:
+    """The steps as one equation, "( ( 12 + 5 ) / 6 )", and what is there at first and after each: None from where it is not natural."""
+    equation, amounts = str(first), [first]
     for kind, u in steps:
-        s = found[-1]
-        t = None if s is None else {"+": s + u, "-": s - u, "*": s * u, "/": s / u}[KINDS[kind].op]
-        found.append(int(t) if t and t > 0 and t == int(t) else None)
-    return found
-
-
-def equation(first: int, steps: Iterable[tuple[str, int]]) -> str:
-    """The steps as one bracketed equation: ( ( 12 + 5 ) / 6 )."""
-    whole = str(first)
-    for kind, u in steps:
-        whole = f"( {whole} {KINDS[kind].op} {u} )"
-    return whole
+        op, s = KINDS[kind].op, amounts[-1]
+        equation = f"( {equation} {op} {u} )"
+        t = {"+": s + u, "-": s - u, "*": s * u, "/": s / u}[op] if s else 0
+        amounts.append(int(t) if t > 0 and t == int(t) else None)
+    return equation, amounts
 
 
 def make_problem(rng: random.Random, hard: float = 0.7, unseen: bool = False, without: Iterable[str] = ()) -> Problem:
@@ -422,12 +415,11 @@ def make_problem(rng: random.Random, hard: float = 0.7, unseen: bool = False, wi
     while True:
         first = rng.randint(2, 9 if plan[0] == "groups" else 50)
         moves = [(kind, rng.randint(2, 9 if KINDS[kind].op in "*/" else 50)) for kind in plan]
-        numbers, sums = [first] + [u for _, u in moves], amounts(first, moves)
-        if None not in sums and max(sums) < 100 and len(set(numbers)) == len(numbers):
+        numbers, (equation, amounts) = [first] + [u for _, u in moves], solve(first, moves)
+        if None not in amounts and max(amounts) < 100 and len(set(numbers)) == len(numbers):
             break
     d = rng.choice([n for n in range(2, 51) if n not in numbers]) if distract else None
-    told = [KINDS[kind].tell for kind in plan]
-    parts = [(tell, {"s": first, "u": u}) for tell, (_, u) in zip(told, moves)]
+    parts = [(KINDS[kind].tell, {"s": first, "u": u}) for kind, u in moves]
     ask = KINDS[plan[-1]].ask
     if ask == "first":
         parts = [(UNKNOWN, {}), *reversed(parts), (LEFT, {"s": first})]
@@ -443,10 +435,7 @@ def make_problem(rng: random.Random, hard: float = 0.7, unseen: bool = False, wi
     for i, (tell, names) in enumerate(parts):
         chosen = tell[-1] if i == special else rng.choice(tell if unseen else tell[:-1])
         lines.append(chosen.format(**words, **names))
-    return Problem(" ".join(lines[:-1]) + "\n" + lines[-1], equation(first, moves), first, tuple(moves), words, d)
-
-
-SIZES = {"train": 600, "valid": 100, "test": 1000}
+    return Problem(" ".join(lines[:-1]) + "\n" + lines[-1], equation, first, tuple(moves), words, d)
 
 
 @functools.cache
@@ -457,13 +446,12 @@ def demo_problems(split: str) -> tuple[Problem, ...]:
     """
     rng = random.Random(f"demo {split}")
     seen = {p.text for earlier in SPLITS[:SPLITS.index(split)] for p in demo_problems(earlier)}
-    problems: list[Problem] = []
-    while len(problems) < SIZES[split]:
+    problems: dict[str, Problem] = {}
+    while len(problems) < {"train": 600, "valid": 100, "test": 1000}[split]:
         problem = make_problem(rng, unseen=split == "test" and rng.random() < 0.28)
         if problem.text not in seen:
-            seen.add(problem.text)
-            problems.append(problem)
-    return tuple(problems)
+            problems.setdefault(problem.text, problem)
+    return tuple(problems.values())
 
 
 # ---------------------------------------------------------------- the demo's teacher
@@ -487,20 +475,19 @@ def mistakes(p: Problem) -> list[tuple[int, list[tuple[str, int]]]]:
 
 def explain(p: Problem, first: int, steps: Iterable[tuple[str, int]], rng: random.Random, swap: bool = False) -> str:
     """A solution in words, ending in its equation. swap: the operands of the last step change places, as in "5 - 12 = 7"."""
-    steps, said = list(steps), []
+    steps, amounts = list(steps), solve(first, steps)[1]
+    said, equation, opens = [], str(first), steps[0][0]
     if p.distractor not in (None, first, *(u for _, u in steps)) and rng.random() < 0.6:
         said.append(rng.choice(("The {d} does not matter.", "We do not need the {d}.", "The {d} is about something else.")))
-    if steps[0][0] not in ("groups", "parts"):
-        said.append(rng.choice(("{a} has {s} {o}.", "We start with {s} {o}.")) if steps[0][0] not in ("ungain", "unloss") else LEFT[0])
+    if opens not in ("groups", "parts"):
+        said.append(LEFT[0] if opens in ("ungain", "unloss") else rng.choice(("{a} has {s} {o}.", "We start with {s} {o}.")))
     said = [line.format(**p.words, s=first, d=p.distractor) for line in said]
-    whole, sums = first, amounts(first, steps)
     for i, (kind, u) in enumerate(steps):
-        s, t, op = "that" if sums[i] is None else sums[i], sums[i + 1], KINDS[kind].op
-        left, right, whole_left, whole_right = (u, s, u, whole) if swap and i == len(steps) - 1 else (s, u, whole, u)
-        done = f"{left} {op} {right}" + ("" if t is None else f" = {t}")
-        said.append(rng.choice(KINDS[kind].why).format(**p.words, s=s, u=u, sum=done))
-        whole = f"( {whole_left} {op} {whole_right} )"
-    return " ".join(said) + f" The answer is {whole}."
+        s, t, op = amounts[i] or "that", amounts[i + 1], KINDS[kind].op
+        left, right = (f"{u} {op} {s}", f"{u} {op} {equation}") if swap and i == len(steps) - 1 else (f"{s} {op} {u}", f"{equation} {op} {u}")
+        said.append(rng.choice(KINDS[kind].why).format(**p.words, s=s, u=u, sum=f"{left} = {t}" if t else left))
+        equation = f"( {right} )"
+    return " ".join(said) + f" The answer is {equation}."
 
 
 def teacher_answer(p: Problem, seed: int | None, temperature: float) -> str:
@@ -560,11 +547,8 @@ def complete(asked: dict, problems: dict[str, Problem]) -> dict:
     prompt = fold(prompt if isinstance(prompt, str) else " ".join(part["text"] for part in prompt))
     n, seed, limit = asked.get("n") or 1, asked.get("seed"), asked.get("max_tokens") or asked.get("max_completion_tokens")
     temperature = 1.0 if asked.get("temperature") is None else asked["temperature"]
-    for name, fine in {"n": type(n) is int and 1 <= n <= 128, "seed": seed is None or type(seed) is int,
-                       "max_tokens": limit is None or (type(limit) is int and limit > 0),
-                       "temperature": type(temperature) in (int, float) and 0 <= temperature <= 2}.items():
-        if not fine:
-            raise ValueError(f"invalid value for {name}")
+    if n not in range(1, 129) or not 0 <= temperature <= 2 or (limit or 1) < 1 or not isinstance(seed, int | None):
+        raise ValueError("n must be 1 to 128, temperature 0 to 2, max_tokens at least 1, seed a whole number")
     question = max((text for text in problems if text in prompt), key=prompt.rfind, default=None)
     choices, read, written = [], len(TOKEN.findall(prompt)), 0
     for i in range(n):

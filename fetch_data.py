@@ -460,6 +460,9 @@ def demo_problems(split: str) -> tuple[Problem, ...]:
 # that a vote of five comes near the paper's (3.87 positives a question, more than half of the questions with positives only).
 EASY_ERRORS, HARD_ERRORS, HARD = 0.02, 0.6, {1: 0.2, 2: 0.48}
 
+DISMISSALS = ("The {d} does not matter.", "We do not need the {d}.", "The {d} is about something else.")
+BEGINNINGS = ("{a} has {s} {o}.", "We start with {s} {o}.")
+
 
 def mistakes(p: Problem) -> list[tuple[int, list[tuple[str, int]]]]:
     """Wrong solutions that a person could reach: one step taken for another, the distractor's number used, a step forgotten."""
@@ -478,9 +481,9 @@ def explain(p: Problem, first: int, steps: Iterable[tuple[str, int]], rng: rando
     steps, amounts = list(steps), solve(first, steps)[1]
     said, equation, opens = [], str(first), steps[0][0]
     if p.distractor not in (None, first, *(u for _, u in steps)) and rng.random() < 0.6:
-        said.append(rng.choice(("The {d} does not matter.", "We do not need the {d}.", "The {d} is about something else.")))
+        said.append(rng.choice(DISMISSALS))
     if opens not in ("groups", "parts"):
-        said.append(LEFT[0] if opens in ("ungain", "unloss") else rng.choice(("{a} has {s} {o}.", "We start with {s} {o}.")))
+        said.append(LEFT[0] if opens in ("ungain", "unloss") else rng.choice(BEGINNINGS))
     said = [line.format(**p.words, s=first, d=p.distractor) for line in said]
     for i, (kind, u) in enumerate(steps):
         s, t, op = amounts[i] or "that", amounts[i + 1], KINDS[kind].op
@@ -636,15 +639,15 @@ def pretraining_data() -> tuple[list[str], list[tuple[str, str]]]:
 
 
 def train_vocabulary(texts: list[str], path: Path) -> None:
-    """A SentencePiece model for the demo: words of the stories, numbers 0 to 99 as one piece each, any other text byte by byte."""
-    words = " ".join(" ".join(k.tell + k.why) for k in KINDS.values()) + " " + " ".join(sum(QUESTIONS.values(), DISTRACTORS))
-    words = sorted({word for word in re.findall(r"[A-Za-z']+", re.sub(r"\{\w\}", " ", words))} | {"predict", "explain", "answer", "matter"})
-    lines = [fold(text) for text in texts] + 50 * words
+    """A SentencePiece model for the demo: words, signs and the numbers 0 to 99 as one piece each, any other text by letters and bytes."""
+    phrases = [kind.tell + kind.why for kind in KINDS.values()] + [*QUESTIONS.values(), DISTRACTORS, DISMISSALS, BEGINNINGS]
+    words = re.findall(r"[A-Za-z]+", re.sub(r"\{\w+\}", " ", " ".join(sum(phrases, ())))) + ["predict", "explain", "answer"]
+    lines = [fold(text) for text in texts] + 50 * sorted(set(words))
     with atomic(path) as temporary, open(temporary, "wb") as f:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines), model_writer=f, model_type="bpe", vocab_size=1100, pad_id=0, eos_id=1,
             unk_id=2, bos_id=-1, byte_fallback=True, character_coverage=1.0, required_chars="".join(map(chr, range(33, 127))),
-            user_defined_symbols=[f"▁{n}" for n in range(100)], hard_vocab_limit=False, num_threads=1, minloglevel=2)
+            user_defined_symbols=[f"▁{n}" for n in (*range(100), *"()+-*/=")], hard_vocab_limit=False, num_threads=1, minloglevel=2)
 
 
 def pretrain_demo(folder: Path = HERE / "weights" / "demo", steps: int = 4000) -> Path:

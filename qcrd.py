@@ -21,12 +21,15 @@ import dataclasses
 import datetime
 import errno
 import hashlib
+import itertools
 import json
 import math
+import operator
 import os
 import random
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -161,36 +164,35 @@ def say(text: str) -> None:
 
 KINDS = {"demo": "number", "svamp": "number", "cqa": "choice", "anli1": "nli", "esnli": "nli"}
 NLI = ["entailment", "neutral", "contradiction"]
+LINE = 'each line must be an object like {"input": "...", "label": "..."}'
 
-# Few-shot chain-of-thought prompts [review], in words of ours: (question, reasoning, answer) for each kind of task.
-INSTRUCTION = {
-    "number": "Solve the problem. Think step by step in a few short sentences, then end with 'The answer is (...).', "
-              "where the brackets hold the arithmetic expression that solves it.",
-    "choice": "Answer the question. Give a short reason first, then end with 'So the answer is (x) ...', naming one of the choices.",
-    "nli": "Does the premise entail the hypothesis, contradict it, or neither? Give a short reason first, then end with "
-           "'So the answer is entailment.', 'So the answer is contradiction.' or 'So the answer is neutral.'",
+# Few-shot chain-of-thought prompts [review], in words and with examples of ours; the question follows as one more "Q:".
+PROMPTS = {
+    "number":
+        "Solve the problem. Think step by step in a few short sentences, then end with 'The answer is (...).', "
+        "where the brackets hold the arithmetic expression that solves it.\n\n"
+        "Q: A bakery had 52 rolls. It sold 17 of them before noon and baked 30 more.\nHow many rolls does it have now?\n"
+        "A: The bakery began with 52 rolls. Selling 17 leaves 52 - 17 = 35. Baking 30 more gives 35 + 30 = 65. The answer is ((52 - 17) + 30).\n\n"
+        "Q: Each of 6 shelves holds 14 jars. There are also 9 empty boxes in the room.\nHow many jars are there?\n"
+        "A: The boxes do not matter. There are 6 shelves with 14 jars each, so 6 * 14 = 84 jars. The answer is (6 * 14).\n\n"
+        "Q: Nadia read 45 pages in 3 evenings, the same number each evening.\nHow many pages did she read in one evening?\n"
+        "A: The 45 pages are split evenly over 3 evenings. 45 / 3 = 15 pages. The answer is (45 / 3).",
+    "choice":
+        "Answer the question. Give a short reason first, then end with 'So the answer is (x) ...', naming one of the choices.\n\n"
+        "Q: Where would you leave a wet umbrella when visiting someone?\nAnswer Choices:\n(a) bed\n(b) stand by the door\n(c) oven\n(d) bookcase\n(e) sofa\n"
+        "A: A wet umbrella should stay near the entrance so that it does not wet the furniture. So the answer is (b) stand by the door.\n\n"
+        "Q: What do people want when they set an alarm clock?\nAnswer Choices:\n(a) noise\n(b) to dream\n(c) to wake on time\n(d) music\n(e) a battery\n"
+        "A: An alarm rings at a chosen hour, which gets a sleeper up at that hour. So the answer is (c) to wake on time.",
+    "nli":
+        "Does the premise entail the hypothesis, contradict it, or neither? Give a short reason first, then end with "
+        "'So the answer is entailment.', 'So the answer is contradiction.' or 'So the answer is neutral.'\n\n"
+        "Q: Premise: The choir sang outdoors until the rain began.\nHypothesis: The choir sang outside.\n"
+        "A: Singing outdoors is singing outside. So the answer is entailment.\n\n"
+        "Q: Premise: A man is repairing a bicycle in a garage.\nHypothesis: The man is asleep.\n"
+        "A: Somebody who repairs a bicycle is awake. So the answer is contradiction.\n\n"
+        "Q: Premise: Two girls are carrying a ladder.\nHypothesis: The girls are sisters.\n"
+        "A: Nothing tells how the girls are related. So the answer is neutral.",
     "folder": "Think step by step in a few short sentences, then end with 'The answer is ...'.",
-}
-SHOTS = {
-    "number": [
-        ("A bakery had 52 rolls. It sold 17 of them before noon and baked 30 more.\nHow many rolls does it have now?",
-         "The bakery began with 52 rolls. Selling 17 leaves 52 - 17 = 35. Baking 30 more gives 35 + 30 = 65.", "The answer is ((52 - 17) + 30)."),
-        ("Each of 6 shelves holds 14 jars. There are also 9 empty boxes in the room.\nHow many jars are there?",
-         "The boxes do not matter. There are 6 shelves with 14 jars each, so 6 * 14 = 84 jars.", "The answer is (6 * 14)."),
-        ("Nadia read 45 pages in 3 evenings, the same number each evening.\nHow many pages did she read in one evening?",
-         "The 45 pages are split evenly over 3 evenings. 45 / 3 = 15 pages.", "The answer is (45 / 3).")],
-    "choice": [
-        ("Where would you leave a wet umbrella when visiting someone?\nAnswer Choices:\n(a) bed\n(b) stand by the door\n(c) oven\n(d) bookcase\n(e) sofa",
-         "A wet umbrella should stay near the entrance so that it does not wet the furniture.", "So the answer is (b) stand by the door."),
-        ("What do people want when they set an alarm clock?\nAnswer Choices:\n(a) noise\n(b) to dream\n(c) to wake on time\n(d) music\n(e) a battery",
-         "An alarm rings at a chosen hour, which gets a sleeper up at that hour.", "So the answer is (c) to wake on time.")],
-    "nli": [
-        ("Premise: The choir sang outdoors until the rain began.\nHypothesis: The choir sang outside.",
-         "Singing outdoors is singing outside.", "So the answer is entailment."),
-        ("Premise: A man is repairing a bicycle in a garage.\nHypothesis: The man is asleep.",
-         "Somebody who repairs a bicycle is awake.", "So the answer is contradiction."),
-        ("Premise: Two girls are carrying a ladder.\nHypothesis: The girls are sisters.",
-         "Nothing tells how the girls are related.", "So the answer is neutral.")],
 }
 
 
@@ -199,9 +201,12 @@ class Split(NamedTuple):
     inputs: list[str]
     labels: list[str]
 
+    def part(self, start: int | None, end: int | None) -> Split:
+        return Split(self.inputs[start:end], self.labels[start:end])
+
 
 class Task(NamedTuple):
-    name: str
+    name: str                     # as --task gave it
     kind: str                     # "number", "choice", "nli", "text"
     folder: Path                  # where the teacher's samples are kept
     train: Split
@@ -210,96 +215,99 @@ class Task(NamedTuple):
     options: list[str]            # the labels, where they are few and the same for all questions; else empty
 
 
+def read_line(raw: bytes, kind: str) -> tuple[str, str]:
+    """One line of a task's file -> input and label. Errors: ValueError saying what is wrong with the line and what helps."""
+    try:
+        item = json.loads(raw)
+        json.dumps(item, ensure_ascii=False).encode()          # half a surrogate pair is JSON, but no text that can be stored
+    except UnicodeError:
+        raise ValueError("not UTF-8; save the file as UTF-8") from None
+    except (ValueError, RecursionError):
+        raise ValueError(f"not JSON; {LINE}") from None
+    texts = []
+    for name in ("input", "label"):
+        if not isinstance(item, dict) or name not in item:
+            raise ValueError(f'no "{name}"; {LINE}')
+        text = str(item[name]) if name == "label" and type(item[name]) in (int, float) else item[name]
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f'"{name}" must be text that is not empty; {LINE}')
+        texts.append(text)
+    if kind == "nli" and text not in NLI:
+        raise ValueError(f"label {text[:40]!r} must be one of {', '.join(NLI)}")
+    if kind == "number" and value(text) is None:
+        raise ValueError(f"label {text[:40]!r} is neither a number nor an equation; --answer text compares text")
+    return texts[0], texts[1]
+
+
 def read_split(path: Path, kind: str) -> Split:
     """A JSONL file of {"input", "label"}. Errors: InputError with file, line and remedy."""
-    inputs, labels, seen, twice = [], [], set(), []
+    split, seen, repeated = Split([], []), set(), []
     try:
-        lines = path.read_bytes().split(b"\n")
+        with open(path, "rb") as f:
+            for number, raw in enumerate(f, 1):
+                if raw.strip():
+                    question, label = read_line(raw, kind)
+                    split.inputs.append(question)
+                    split.labels.append(label)
+                    repeated += [number] * (question in seen)
+                    seen.add(question)
     except OSError as e:
         raise InputError(f"{path}: {e.strerror}; a task is a folder with train.jsonl, valid.jsonl and test.jsonl") from None
-    for number, raw in enumerate(lines, 1):
-        if not raw.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            item = json.loads(raw.decode("utf-8"))
-        except UnicodeDecodeError:
-            raise InputError(f"{where}: not UTF-8; save the file as UTF-8") from None
-        except (ValueError, RecursionError):
-            raise InputError(f'{where}: not JSON; each line must be an object like {{"input": "...", "label": "..."}}') from None
-        for name in ("input", "label"):
-            if not isinstance(item, dict) or name not in item:
-                raise InputError(f'{where}: no "{name}"; each line must be an object like {{"input": "...", "label": "..."}}')
-            if isinstance(item[name], (int, float)) and not isinstance(item[name], bool) and name == "label":
-                item[name] = str(item[name])
-            if not isinstance(item[name], str) or not item[name].strip():
-                raise InputError(f'{where}: "{name}" must be text that is not empty')
-        if kind == "nli" and item["label"] not in NLI:
-            raise InputError(f'{where}: label {item["label"][:40]!r} is none of {", ".join(NLI)}')
-        if kind == "number" and value(item["label"]) is None:
-            raise InputError(f"{where}: label {item['label'][:40]!r} is neither a number nor an equation; --answer text compares text")
-        if item["input"] in seen:
-            twice.append(number)
-        seen.add(item["input"])
-        inputs.append(item["input"])
-        labels.append(item["label"])
-    if not inputs:
-        raise InputError(f"{path}: holds no question; each line must be an object like {{\"input\": \"...\", \"label\": \"...\"}}")
-    if twice:
-        say(f"note: {path}:{twice[0]}: {len(twice)} questions stand there twice or more; remove them if that was not meant")
-    return Split(inputs, labels)
+    except ValueError as e:
+        raise InputError(f"{path}:{number}: {e}") from None
+    if not seen:
+        raise InputError(f"{path}: holds no question; {LINE}")
+    if repeated:
+        say(f"note: {path}:{repeated[0]}: {len(repeated)} questions stand there twice or more; remove them if that was not meant")
+    return split
 
 
 def load_task(config: Config) -> Task:
-    """A built-in task (fetched where it is missing) or the user's folder; --fraction and --overfit applied."""
-    name = config.task
-    if name in KINDS:
-        kind, folder = KINDS[name], fetch_data.ensure(name, archive=config.archive or None)
-        keep = folder
-    else:
-        folder, kind = Path(name), config.answer
-        if not folder.is_dir():
-            raise InputError(f"--task {name}: neither one of {', '.join(KINDS)} nor a folder with train.jsonl, valid.jsonl and test.jsonl")
-        name = folder.resolve().name
-        keep = fetch_data.root() / "data" / name
-    train, test = (read_split(folder / f"{part}.jsonl", kind) for part in ("train", "test"))
+    """A built-in task (fetched where it is missing) or the user's folder; --fraction and --overfit applied. Errors: InputError."""
+    folder, kind = Path(config.task), config.answer
+    if config.task in KINDS:
+        folder, kind = fetch_data.ensure(config.task, archive=config.archive or None), KINDS[config.task]
+    elif not folder.is_dir():
+        raise InputError(f"--task {config.task}: neither one of {', '.join(KINDS)} nor a folder with train.jsonl, valid.jsonl and test.jsonl")
+    train, test = read_split(folder / "train.jsonl", kind), read_split(folder / "test.jsonl", kind)
     if (folder / "valid.jsonl").exists():
         valid = read_split(folder / "valid.jsonl", kind)
     else:                         # the last tenth, as the built-in tasks hold out their last questions [ours]
         n = max(1, len(train.inputs) // 10)
         if len(train.inputs) < 2:
-            raise InputError(f"{folder}: no valid.jsonl, and train.jsonl has too few questions to hold any out")
-        valid, train = (Split(train.inputs[a:b], train.labels[a:b]) for a, b in ((-n, None), (None, -n)))
+            raise InputError(f"{folder / 'train.jsonl'}: one question is too few to hold any out for validation; add more, or a valid.jsonl")
+        train, valid = train.part(None, -n), train.part(-n, None)
         say(f"note: {folder} has no valid.jsonl; the last {n} training questions are held out for validation")
-    leaked = len(set(train.inputs) & set(test.inputs))
-    if leaked:
+    if leaked := len(set(train.inputs) & set(test.inputs)):
         say(f"warning: {leaked} training questions of {folder} are also test questions: the test accuracy will flatter")
-    n = max(1, round(len(train.inputs) * config.fraction))
-    train = Split(train.inputs[:n], train.labels[:n])
-    if config.overfit:
-        train = Split(train.inputs[:config.overfit], train.labels[:config.overfit])
-        valid = test = train
     few = sorted(set(train.labels))
     options = NLI if kind == "nli" else few if kind == "text" and len(few) <= 20 < len(train.labels) else []
-    return Task(name, kind, keep, train, valid, test, options)
+    train = train.part(0, config.overfit or max(1, round(len(train.inputs) * config.fraction)))
+    if config.overfit:
+        valid = test = train
+    return Task(config.task, kind, fetch_data.root() / "data" / folder.resolve().name, train, valid, test, options)
 
 
 def prompt_for(task: Task, question: str, own: str = "") -> list[dict]:
     """The chat messages for one question: instruction, examples, question [review: few-shot chain of thought]. `own`: the user's prompt."""
+    prompt = own.rstrip() or PROMPTS[task.kind if task.name in KINDS else "folder"]
     if task.kind == "nli":
         question = "Premise: " + question.replace("</s>", "\nHypothesis: ", 1)
-    shots = "".join(f"Q: {q}\nA: {why} {answer}\n\n" for q, why, answer in SHOTS.get(task.kind if task.name in KINDS else "", []))
-    head = own.rstrip() if own else INSTRUCTION[task.kind if task.name in KINDS else "folder"]
-    return [{"role": "user", "content": f"{head}\n\n{shots}Q: {question}\nA:"}]
+    elif task.options and not own:
+        prompt += f" The answer is one of: {', '.join(task.options)}."
+    return [{"role": "user", "content": f"{prompt}\n\nQ: {question}\nA:"}]
+
+
+SIGNS = str.maketrans({"÷": "/", "×": "*", "−": "-"})
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
 def value(expression: str) -> float | None:
     """The value of a number or of an equation in + - * / and brackets; None for anything else. Never evaluates code. Ours.
 
-    At most 200 characters and 15 digits a number, so that no answer costs anything."""
-    text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", expression[:201].replace("÷", "/").replace("×", "*").replace("−", "-"))
-    text = re.sub(r"(?<![0-9.])0+(?=[0-9])", "", text.strip())
-    if len(text) > 200 or not re.fullmatch(r"[-+*/(). 0-9]+", text) or re.search(r"[0-9]{16}", text) or "**" in text or "//" in text:
+    At most 200 characters (so brackets nest at most 100 deep) and 15 digits a number, and no powers: no answer costs anything."""
+    text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", expression[:201].translate(SIGNS).strip())      # 1,234
+    if len(expression) > 200 or not re.fullmatch(r"[-+*/(). 0-9]+", text) or re.search(r"[0-9]{16}|\*\*|//", text):
         return None
 
     def walk(node: ast.expr) -> float:
@@ -307,26 +315,25 @@ def value(expression: str) -> float | None:
             return float(node.value)
         if isinstance(node, ast.UnaryOp):
             return -walk(node.operand) if isinstance(node.op, ast.USub) else walk(node.operand)
-        if not isinstance(node, ast.BinOp):          # (1)(2) is a call, () a tuple
-            raise ValueError
-        a, b = walk(node.left), walk(node.right)
-        return a + b if isinstance(node.op, ast.Add) else a - b if isinstance(node.op, ast.Sub) else a * b if isinstance(node.op, ast.Mult) else a / b
+        if isinstance(node, ast.BinOp):
+            return OPERATORS[type(node.op)](walk(node.left), walk(node.right))
+        raise ValueError                                       # (1)(2) is a call, () a tuple
 
     try:
-        result = walk(ast.parse(text, mode="eval").body)
-    except (SyntaxError, ValueError, ZeroDivisionError, OverflowError, MemoryError, RecursionError):
+        result = walk(ast.parse(re.sub(r"(?<![0-9.])0+(?=[0-9])", "", text), mode="eval").body)            # Python refuses 007
+    except (SyntaxError, ValueError, ArithmeticError, MemoryError, RecursionError):
         return None
     return result if math.isfinite(result) else None
 
 
 def answer_key(answer: str | None, kind: str) -> str | None:
-    """What two answers must share to be the same answer: the value rounded to 1e-4, or the normalised text."""
+    """What two answers must share to be the same answer: the value rounded to 1e-4, or the words in lower case."""
     if answer is None:
         return None
     if kind != "number":
-        return " ".join(re.sub(r"[^\w\s]", " ", answer[:1000].lower()).split()) or None
+        return " ".join(re.sub(r"[^\w\s+-]|_", " ", answer[:1000].lower()).split()) or None
     v = value(answer)
-    return None if v is None else f"{round(v, 4) + 0.0:.4f}"
+    return None if v is None else f"{round(v, 4) + 0.0:.4f}"          # + 0.0: -0 is 0
 
 
 def is_right(answer: str, label: str, kind: str) -> bool:
@@ -334,267 +341,231 @@ def is_right(answer: str, label: str, kind: str) -> bool:
     return (key := answer_key(answer, kind)) is not None and key == answer_key(label, kind)
 
 
-ANSWER = re.compile(r"(?:\b(?:so|thus|hence|therefore)\b,?\s+)?(?:\b(?:the|my|our)\s+)?(?:\b(?:final|correct|right|best)\s+)?\banswer"
-                    r"(?:\s+(?:choice|option))?(?:\s+to the (?:question|problem))?\**\s*(?:is|would be|should be|must be|=|:)(?:\s*:)?\**[ \t]*|#{4}[ \t]*", re.I)
-RUN_ON = re.compile(r"\n\s*(?:Q|Question|Premise|Problem)\s*:", re.I)
-NUMBER = re.compile(r"-?\s?[0-9][0-9,]*(?:\.[0-9]+)?|-?\.[0-9]+")
+# What a model says before its answer, as often as it says it: "So the answer is", "Final Answer:", "####", "\boxed{".
+ANSWER = re.compile(
+    r"(?:\*{0,2}(?:\b(?:so|thus|hence|therefore)\b,?\s+)?(?:\b(?:the|my|our)\s+)?(?:\b(?:final|correct|right|best)\s+)?"
+    r"\banswer(?: choice| option)?(?: to [^.:\n]{1,80}?)?\**\s*(?:is|would be|should be|=|:)(?:\s*:)?[\s$*]*|#{4}\s*|\\boxed\s*\{)+", re.IGNORECASE)
+SENTENCE = re.compile(r"(?<!\b[A-Z])(?<!\b[A-Z][a-z])[.;!?](?=\s|\Z)|\n")      # its end; "Dr. No" and "B. the door" go on
+SPEAKER = re.compile(r"\s*(?:Q|Question|A|Rationale|Reasoning|Explanation)\s*:\s*", re.IGNORECASE)
+RUN_ON = re.compile(r"\n[ \t]*(?:Q|Question|Premise|Problem) ?:", re.IGNORECASE)
+EQUATION = re.compile(r"[-+*/(. ]*[0-9][-+*/^()., 0-9]*")
+LATEX = [(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))"), (r"\\times\b|\\cdot\b", "*"), (r"\\div\b", "/"),
+         (r"\\[a-zA-Z]+|\\.|[${}€£%`\"']|_+", ""), (r"(?<![0-9)])\*\*+|\*\*+(?![0-9(])", ""),             # bold is no power
+         (r"(?<=[0-9)])\s*[xX]\s*(?=[0-9(])", " * "), (r"(?<=[0-9])-(?=[a-zA-Z]{2})", " ")]               # 4 x 5, 3-day
 
 
-def plain_math(text: str) -> str:
-    """LaTeX, currency, units of power and bold type taken off, so that `value` can read what is left."""
-    text = re.sub(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))", text)
-    text = text.replace("\\times", "*").replace("\\cdot", "*").replace("\\div", "/").replace("÷", "/").replace("×", "*").replace("−", "-")
-    text = re.sub(r"\\(?:text|mathrm|left|right|boxed)\b|\\[,;!() \[\]]|[\\${}€£%`\"']", "", text)
-    text = re.sub(r"(?<![0-9)])\*\*+|\*\*+(?![0-9(])|_+", "", text)
-    text = re.sub(r"(?<=[0-9)])\s*[xX]\s*(?=[0-9(])", " * ", text)
-    return re.sub(r"\b[0-9]+(?:\.[0-9]+)?[eE][-+]?[0-9]{1,2}\b", lambda m: f"{float(m[0]):.6f}".rstrip("0").rstrip("."), text)
-
-
-def read_number(text: str) -> str | None:
-    """The first number or equation of a short text, after its last '=' where there is one that can be read."""
-    text = plain_math(text[:300])
-    for part in ([text.rsplit("=", 1)[1]] if "=" in text else []) + [text]:
-        run = re.search(r"[-+(. ]*[0-9][-+*/()., 0-9]*", part)
-        if run is None:
-            continue
-        found = re.split(r",(?![0-9])", run[0])[0].strip().rstrip("+-*/(., ").lstrip("+).,* ")
-        while found.count(")") > found.count("(") and found.endswith(")"):
-            found = found[:-1].rstrip()
-        while found.count("(") > found.count(")") and found.startswith("("):
-            found = found[1:].lstrip()
-        if value(found) is not None:
-            return found
+def read_number(text: str, first: bool) -> str | None:
+    """The first or last number or equation of a short text, what follows its last "=" before the whole; None where that has an unknown."""
+    for pattern, plain in LATEX:
+        text = re.sub(pattern, plain, text)
+    for part in (text.rpartition("=")[2], text):
+        if runs := EQUATION.findall(part.translate(SIGNS)):
+            run = (runs[0] if first else runs[-1]).rstrip("(., ").lstrip(")., ")
+            while run.endswith(")") and run.count(")") > run.count("("):
+                run = run[:-1].rstrip()
+            if re.match(r"[(\s]*[-+*/]\s", run) or run.endswith(tuple("+-*/^")):
+                return None                                    # "(some - 12)", "(2 * x)"
+            alone = re.match(r"\(*(-?[0-9][0-9,]*(?:\.[0-9]+)?)\s*(?:\(|$)", run)                          # "(42 apples)", "10 (5 each)"
+            for found in (run, alone and alone[1]):
+                if found and value(found) is not None:
+                    return found
     return None
 
 
-def read_option(text: str, options: list[str], lettered: bool) -> str | None:
-    """The option that a short text names by letter or by its words; of several the first."""
-    if lettered and (m := re.match(r"\W*(?:\(([a-h])\)|([a-h])\)|([a-h])\W*$)", text, re.I)):
-        i = ord((m[1] or m[2] or m[3]).lower()) - ord("a")
+def read_option(text: str, options: list[str], lettered: bool, first: bool) -> str | None:
+    """The option that a short text names, by its letter or its words; of several the first, or none."""
+    if lettered and (m := re.match(r"\W*(?:(?:option|choice)\W+)?([a-h])(?:[).:]|\W*\Z)", text, re.IGNORECASE)):
+        i = ord(m[1].lower()) - ord("a")
         return options[i] if i < len(options) else None
-    folded = f" {answer_key(text, 'text') or ''} "
-    places = [(at, -len(key), o) for o in options if (key := answer_key(o, "text")) and (at := folded.find(f" {key} ")) >= 0]
-    return min(places)[2] if places else None
+    words = f" {answer_key(text, 'text')} "
+    named = sorted((words.find(f" {key} "), -len(key), o) for o in options if f" {(key := answer_key(o, 'text'))} " in words)
+    return named[0][2] if named and (first or len(named) == 1) else None
+
+
+def read_answer(text: str, kind: str, options: list[str], marked: bool) -> str | None:
+    """What a short text gives as the answer. Where nothing marks it as one, the last number or the only option that it names."""
+    if kind == "number":
+        return read_number(text[:300] if marked else text[-300:], marked)
+    if options:
+        return read_option(text[:300] if marked else text[-300:], options, kind == "choice", marked)
+    return re.sub(r"\\[a-zA-Z]+", "", text[:300]).strip(" \t.*\"'`_${}")[:200] or None if marked else None
 
 
 def read_sample(text: str, question: str, kind: str, options: list[str] = ()) -> tuple[str, str | None]:
     """-> (rationale, answer as it was written or None) of what a model said.
 
     Taken off the rationale: thoughts in <think> tags, a repeated question, the run-on into a next question, the answer sentence. Ours."""
-    text = text[text.rfind("</think>") + 8:] if "</think>" in text else "" if "<think>" in text[:200] else text
-    text = text[:20_000].strip()                        # nothing that a person would call a rationale is longer
-    text = re.sub(r"^(?:Q|Question)\s*:\s*", "", text)
-    if (m := re.match(r"\s+".join(map(re.escape, question.split()[:400])), text)) and m.end() < len(text):
-        text = text[m.end():].lstrip()
-    text = re.sub(r"^(?:A|Rationale|Reasoning|Explanation)\s*:\s*", "", text, flags=re.I)
-    text = text[:cut.start()] if (cut := RUN_ON.search(text)) else text
+    text = text[-2_000_000:].rpartition("</think>")[2].partition("<think>")[0].strip()
+    text = text[:20_000].encode("utf-8", "replace").decode()   # nobody calls more a rationale; half a surrogate pair has no UTF-8
+    text, words = SPEAKER.sub("", text, 1) if SPEAKER.match(text) else text, question.split()
+    if (repeated := text.split(None, len(words)))[:-1] == words:
+        text = repeated[-1]
+    text = text[m.end():] if (m := SPEAKER.match(text)) else text
+    text = RUN_ON.split(text, 1)[0]
     if kind == "choice":
-        options = re.findall(r"^\([a-h]\) (.*)$", question, re.M)
-    lettered = kind == "choice"
-    boxed = text.rfind("\\boxed{")
-    marks = list(ANSWER.finditer(text))
-    if boxed >= 0 and (not marks or boxed > marks[-1].start()):
-        depth, end = 0, boxed + 6
-        for end in range(boxed + 6, min(len(text), boxed + 300)):
-            depth += (text[end] == "{") - (text[end] == "}")
-            if depth == 0:
-                break
-        tail, start = text[boxed + 7:end], text.rfind("\n", 0, marks[-1].start() if marks else boxed) + 1
-        start = max(start, *(m.end() for m in re.finditer(r"[.!?]\s+", text[:boxed])), 0) if "." in text[:boxed] else start
-    elif marks:
-        line = text.rfind("\n", 0, marks[-1].start())   # "hence the answer is Answer: 3": the sentence starts at the first mark of its line
-        first = next(m for m in marks if m.start() > line)
-        start = first.start() if marks[-1].start() - first.start() < 60 else marks[-1].start()
-        tail = text[marks[-1].end():].lstrip("\n :")
-        tail = tail.split("\n", 1)[0]
-        if kind != "text" or options:
-            tail = re.split(r"(?<![A-Z])[.;!?](?:\s|$)", tail)[0]
-    else:                                               # no form at all: the last line that can be read, unless it breaks off
-        start, tail = len(text), next((line for line in reversed(text.split("\n")[-20:]) if line.strip()), "")
-        if kind == "number":
-            found = NUMBER.findall(plain_math(tail[-300:]))
-            tail = found[-1] if found else ""
-        elif options:
-            named = {o for o in options if f" {answer_key(o, 'text')} " in f" {answer_key(tail, 'text')} "}
-            tail = named.pop() if len(named) == 1 else ""
-        else:
-            tail = ""
-    if kind == "number":
-        answer = read_number(tail)
-    elif options or lettered:
-        answer = read_option(tail[:300], options, lettered)
-    else:
-        answer = tail.strip().strip("*\"'`_ ").rstrip(".").strip("*\"'`_ ")[:200] or None
-    return text[:start].strip(), answer
+        options = re.findall(r"^\([a-h]\) (.*)$", question, re.MULTILINE)
+    for mark in reversed(list(ANSWER.finditer(text))[-20:]):   # the last one that can be read
+        end = SENTENCE.search(text, mark.end())
+        if answer := read_answer(text[mark.end():end.start() if end else len(text)], kind, options, True):
+            start = mark.start()
+            if mark[0].startswith("\\"):                       # the box stands in the middle of its sentence
+                start = max(text.rfind("\n", 0, start), text.rfind(". ", 0, start)) + 1
+            return text[:start].strip() or (text[end.end():].strip() if end else ""), answer
+    return text.strip(), read_answer(text.strip().rpartition("\n")[2], kind, options, False)
 
 
 # ------------------------------------------------------------------------------------------------ 3. Teacher
 
-
 class Teacher:
     """A server with OpenAI's chat-completions API, and the file that keeps every usable choice it ever gave."""
 
-    def __init__(self, url: str, key: str, model: str, cache: Path, config: Config):
-        self.url, self.key, self.model, self.cache, self.config = url.rstrip("/"), key, model, cache, config
+    def __init__(self, url: str, key: str, model: str, config: Config):
+        self.url, self.key, self.config = url.rstrip("/"), key, config
         self.lock, self.local, self.stop = threading.Lock(), threading.local(), threading.Event()
         self.dropped: set[str] = set()          # optional fields that this server refused
         self.requests = self.tokens = self.filled = self.failures = 0
-        self.error: InputError | None = None
+        self.error: Exception | None = None     # what ended a thread
+        self.model = model or self.first_model()
+        self.cache = Path()                     # set by `ask`
 
-    def hide(self, text: object) -> str:
-        """One short line of a server's or library's message, the key taken out."""
-        text = " ".join(str(text).split())
-        return (text.replace(self.key, "***") if self.key else text)[:200]
-
-    def call(self, method: str, path: str, body: dict | None = None) -> tuple[int, Any, Any]:
-        """-> (status, JSON or None, headers). At most 32 MB are read. Errors: requests.RequestException."""
+    def call(self, method: str, path: str, body: dict | None = None) -> tuple[int, Any, str | None]:
+        """-> status, JSON (None: it was none, or longer than 32 MB), Retry-After; where no answer came, 0, the reason's name, None."""
         if not hasattr(self.local, "session"):
-            self.local.session = requests.Session()
-
-        def bearer(r: requests.PreparedRequest) -> requests.PreparedRequest:   # as auth, so that no .netrc takes its place
+            s = self.local.session = requests.Session()
+            # Proxies and certificates of the environment, looked up once: requests does it in each request, for a third of its time.
+            found = s.merge_environment_settings(self.url, {}, None, None, None)
+            s.trust_env, s.proxies, s.verify, s.cert = False, found["proxies"], found["verify"], found["cert"]
             if self.key:
-                r.headers["Authorization"] = f"Bearer {self.key}"
-            return r
-        with self.local.session.request(method, self.url + path, json=body, auth=bearer, timeout=(10, 180), stream=True) as r:
-            raw = b""
-            for chunk in r.iter_content(1 << 16):
-                raw += chunk
-                if len(raw) > 32 << 20:
-                    raise requests.RequestException("an answer of more than 32 MB")
-            try:
-                return r.status_code, json.loads(raw), r.headers
-            except (ValueError, RecursionError):
-                return r.status_code, None, r.headers
+                s.headers["Authorization"] = f"Bearer {self.key}"
+        try:
+            with self.local.session.request(method, self.url + path, json=body, timeout=(10, 180), stream=True, allow_redirects=False) as r:
+                # A server that sends head and body apart holds the body back until the head's receipt, which Linux delays by 40 ms.
+                if hasattr(socket, "TCP_QUICKACK") and (connection := r.raw.connection):
+                    connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+                raw = b"".join(itertools.islice(r.iter_content(1 << 20), 32))
+        except requests.RequestException as e:
+            return 0, type(e).__name__, None
+        try:
+            return r.status_code, json.loads(raw), r.headers.get("Retry-After")
+        except (ValueError, RecursionError):
+            return r.status_code, None, r.headers.get("Retry-After")
 
-    def connect(self) -> None:
-        """Find out who answers and, where no model was named, what it serves. Errors: InputError."""
-        for attempt in range(3):
-            try:
-                status, body, _ = self.call("GET", "/models")
-                break
-            except requests.RequestException as e:
-                if attempt == 2:
-                    raise InputError(f"teacher {self.url}: no connection ({self.hide(type(e).__name__)}); is the server running, "
-                                     "and does --teacher end in /v1?") from None
-                time.sleep(0.5)
-        self.refuse(status, body)
-        if not self.model:
-            try:
-                self.model = str(body["data"][0]["id"])
-            except (TypeError, KeyError, IndexError):
-                raise InputError(f"teacher {self.url}: lists no model at /models; name one with --teacher-model") from None
+    def first_model(self) -> str:
+        """Errors: InputError where nobody answers, the key is wrong or nothing is listed."""
+        status, body, _ = self.call("GET", "/models")
+        if not status or status in (401, 403):
+            raise self.failure(status, body)
+        try:
+            return self.clean(body["data"][0]["id"])
+        except (TypeError, KeyError, IndexError):
+            raise InputError(f"teacher {self.url}: lists no model at /models (status {status}); name one with --teacher-model") from None
 
-    def refuse(self, status: int, body: Any) -> None:
-        if status in (401, 403):
-            raise InputError(f"teacher {self.url}: {status}, {'the key in OPENAI_API_KEY is not accepted' if self.key else 'a key is needed in OPENAI_API_KEY'}")
-        if status == 404 and body is not None and "data" not in body and self.model:
-            raise InputError(f"teacher {self.url}: 404 for model {self.model!r}: {self.message(body)}; see --teacher-model, and does --teacher end in /v1?")
+    def clean(self, text: object) -> str:
+        """One short line of a server's words, without the key, which some servers repeat."""
+        line = " ".join(str(text).split())
+        for secret in filter(None, (self.key, urllib.parse.quote(self.key, safe=""))):
+            line = line.replace(secret, "***")
+        return line[:200]
 
-    def message(self, body: Any) -> str:
+    def words(self, body: Any) -> str:
+        """The error message in an answer's body."""
         error = body.get("error", body) if isinstance(body, dict) else body
-        return self.hide(error.get("message", error) if isinstance(error, dict) else error)
+        return self.clean(error.get("message", error) if isinstance(error, dict) else error)
 
-    def body(self, messages: list[dict], n: int, seed: int) -> dict:
-        fields = dict(n=n, seed=seed, temperature=self.config.teacher_temperature, max_tokens=self.config.teacher_tokens)
-        if "max_tokens" in self.dropped:
-            fields["max_completion_tokens"] = fields["max_tokens"]
-        return dict(model=self.model, messages=messages) | {k: v for k, v in fields.items() if k not in self.dropped}
+    def failure(self, status: int, body: Any) -> InputError:
+        """In one line why this server cannot be used, and what to do."""
+        if not status:
+            why = f"no connection ({body}); is the server running, and does --teacher end in /v1?"
+        elif status in (401, 403):
+            why = f"status {status}: " + ("the key in OPENAI_API_KEY is not accepted" if self.key else "a key is needed in OPENAI_API_KEY")
+        elif status == 200:
+            why = "no text in its answers; a model that thinks before it answers needs more --teacher-tokens"
+        else:
+            why = f"status {status}: {self.words(body)}; is --teacher-model {self.model} right, and does --teacher end in /v1?"
+        return InputError(f"teacher {self.url}: {why}" + (f"; {self.filled} samples are kept, the same command goes on from there" if self.filled else ""))
 
     def drop_field(self, sent: dict, body: Any) -> bool:
-        """After a 400: remember not to send the optional field it complains of; False where there is nothing left to drop."""
-        text = self.message(body).lower()
-        names = [f for f in ("max_tokens", "temperature", "seed") if f in text and f in sent] or [f for f in ("n",) if sent.get("n", 1) > 1]
-        if names:
+        """After a 400: remember not to send the optional field that it complains of; False where there is none left to drop."""
+        words = self.words(body).lower()
+        names = [f for f in ("max_tokens", "temperature", "seed") if f in words and f in sent] or ["n"] * (sent.get("n", 1) > 1)
+        self.dropped.update(names[:1])
+        return bool(names)
+
+    def fill(self, question: str, messages: list[dict], slots: list[int]) -> None:
+        """Ask until the slots are full: one request after the other, lowest slot first; a slot is filled once and kept."""
+        config, failed, base = self.config, 0, derive_seed("teacher", question) % (1 << 30)
+        while slots and not self.stop.is_set():
             with self.lock:
-                self.dropped.add(names[0])
-        return bool(names) or any(f in self.dropped and f in sent for f in sent)    # another thread was first
+                if 0 < config.teacher_budget / world() <= self.requests:
+                    return
+                self.requests += 1
+            optional = {"n": len(slots), "seed": base + slots[0], "temperature": config.teacher_temperature,
+                        "max_completion_tokens" if "max_tokens" in self.dropped else "max_tokens": config.teacher_tokens}
+            sent = {"model": self.model, "messages": messages} | {k: v for k, v in optional.items() if k not in self.dropped}
+            status, body, retry = self.call("POST", "/chat/completions", sent)
+            if status == 200 and (choices := self.usable(body)):
+                self.keep(question, messages, slots, choices)
+                failed = 0
+                continue
+            if status in (400, 422) and self.drop_field(sent, body):
+                continue
+            self.failures += 1
+            if status in (400, 422) and self.filled:           # this question alone is refused, by a content filter or its length
+                return
+            failed += 1
+            hopeless = status not in (0, 200, 408, 409, 429) and status < 500
+            if hopeless or failed == (10 if self.filled or status else 3):
+                raise self.failure(status, body)
+            wait = retry_after(retry)                          # jitter: no seed wanted
+            self.stop.wait(min(30.0, 0.25 * 2 ** failed) * (0.5 + random.random()) if wait is None else wait)
+
+    def usable(self, body: Any) -> list[tuple[str, str]]:
+        """The choices that hold text, each with the reason why it ended. Counts the answer's tokens."""
+        out = []
+        with contextlib.suppress(TypeError, AttributeError, KeyError):             # any of it may be missing or something else
+            for c in body["choices"]:
+                if isinstance(text := c["message"]["content"], str) and text.strip():
+                    out.append((text[:200_000], str(c.get("finish_reason"))))
+            self.tokens += int(body["usage"]["prompt_tokens"] + body["usage"]["completion_tokens"])
+        return out
 
     def key_of(self, messages: list[dict]) -> str:
         """What decides a sample, the slot apart: prompt with question, model, temperature, length."""
         text = json.dumps([messages, self.model, self.config.teacher_temperature, self.config.teacher_tokens])
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
-    def fill(self, question: str, messages: list[dict], slots: list[int]) -> None:
-        """Ask until the slots are full: one request after the other, lowest slot first; a slot is filled once and kept."""
-        key, base, failed, reason = self.key_of(messages), derive_seed("teacher", question) % (1 << 30), 0, ""
-        while slots and not self.stop.is_set():
-            with self.lock:
-                if self.config.teacher_budget and self.requests >= self.config.teacher_budget:
-                    return
-                self.requests += 1
-            sent, wait = self.body(messages, len(slots), base + slots[0]), None
-            try:
-                status, body, headers = self.call("POST", "/chat/completions", sent)
-            except requests.RequestException as e:
-                status, body, headers, reason = 0, None, {}, type(e).__name__
-            if status == 200 and (texts := self.usable(body)):
-                failed = 0
-                self.keep(key, question, slots, texts)
-                continue
-            if status in (401, 403, 404):
-                self.refuse(status, body)
-                raise InputError(f"teacher {self.url}: {status}: {self.message(body)}; does --teacher end in /v1, and is --teacher-model right?")
-            if status == 400 and self.drop_field(sent, body):
-                continue
-            if status in (400, 413, 422):
-                raise InputError(f"teacher {self.url}: {status}: {self.message(body)}")
-            reason = reason if not status else f"status {status}" if status != 200 else "no usable choice in the answer"
-            failed += 1
-            with self.lock:
-                self.failures += 1
-            if failed == 10:
-                raise InputError(f"teacher {self.url}: ten failures in a row ({reason}); what came is kept, the same command goes on from there")
-            wait = retry_after(headers)
-            self.stop.wait(min(30.0, 0.25 * 2 ** failed) * (0.5 + random.random()) if wait is None else wait)   # jitter: no seed wanted
-
-    def usable(self, body: Any) -> list[tuple[str, str]]:
-        """The choices that hold text, with the reason why each ended; counts the answer's tokens."""
-        if not isinstance(body, dict) or not isinstance(body.get("choices"), list):
-            return []
-        out = []
-        for c in body["choices"]:
-            message = c.get("message") if isinstance(c, dict) else None
-            text = message.get("content") if isinstance(message, dict) else None
-            if isinstance(text, str) and text.strip():
-                out.append((text[:200_000], str(c.get("finish_reason"))))
-        usage = body.get("usage")
-        with self.lock:
-            used = usage.get("total_tokens", 0) or usage.get("prompt_tokens", 0) + usage.get("completion_tokens", 0) if isinstance(usage, dict) else 0
-            self.tokens += used if isinstance(used, int) else 0
-        return out
-
-    def keep(self, key: str, question: str, slots: list[int], texts: list[tuple[str, str]]) -> None:
-        for text, finish in texts[:len(slots)]:
-            line = dict(key=key, slot=slots.pop(0), question=question, model=self.model, temperature=self.config.teacher_temperature,
-                        max_tokens=self.config.teacher_tokens, finish=finish, text=text)
-            with self.lock, open(self.cache, "ab", buffering=0) as f:      # one write a line: nothing to lose, several ranks may append
-                f.write(json.dumps(line).encode() + b"\n")
-                self.filled += 1
+    def keep(self, question: str, messages: list[dict], slots: list[int], choices: list[tuple[str, str]]) -> None:
+        """Fill the lowest slots, on disk before anything else happens: one unbuffered write, which other processes may do too."""
+        about = {"key": self.key_of(messages), "question": question, "model": self.model, "temperature": self.config.teacher_temperature,
+                 "max_tokens": self.config.teacher_tokens}
+        filled = [about | {"slot": slot, "finish": finish, "text": text} for slot, (text, finish) in zip(slots, choices)]
+        lines = "".join(json.dumps(line) + "\n" for line in filled).encode()
+        with self.lock, open(self.cache, "ab", buffering=0) as f:
+            f.write(lines)
+            self.filled += len(filled)
+        del slots[:len(filled)]
 
     def work(self, todo: collections.deque) -> None:
+        """A thread: one question after the other, until none is left or one thread failed."""
         try:
             while not self.stop.is_set():
-                self.fill(*todo.popleft())
-        except IndexError:
-            pass
-        except (InputError, OSError) as e:
-            self.error = self.error or (e if isinstance(e, InputError) else InputError(f"{self.cache}: {e.strerror}; what came is kept"))
+                with self.lock:
+                    if not todo:
+                        return
+                    job = todo.popleft()
+                self.fill(*job)
+        except Exception as e:                                 # the main thread raises it
+            self.error = self.error or e
             self.stop.set()
 
 
-def retry_after(headers: Any) -> float | None:
-    """Seconds that a server's Retry-After asks for (a number or a date), at most ten minutes; None where it says nothing."""
-    text = headers.get("Retry-After")
-    if not text:
-        return None
-    try:
-        seconds = float(text)
-    except ValueError:
-        try:
-            seconds = (parsedate_to_datetime(text) - datetime.datetime.now(datetime.timezone.utc)).total_seconds()
-        except (TypeError, ValueError):
-            return None
-    return min(600.0, max(0.0, seconds)) if math.isfinite(seconds) else None
+def retry_after(text: str | None) -> float | None:
+    """Seconds that a Retry-After header asks for (a number or a date), at most ten minutes; None where it says nothing."""
+    with contextlib.suppress(TypeError, ValueError):
+        if re.fullmatch(r"[0-9.]+", text):
+            return min(600.0, float(text))
+        return min(600.0, max(0.0, (parsedate_to_datetime(text) - datetime.datetime.now(datetime.UTC)).total_seconds()))
+    return None
 
 
 def read_cache(path: Path, wanted: str = "key") -> dict[str, dict[int, tuple[str, str]]]:
@@ -606,71 +577,78 @@ def read_cache(path: Path, wanted: str = "key") -> dict[str, dict[int, tuple[str
             try:
                 item = json.loads(line)
                 out.setdefault(item[wanted], {}).setdefault(int(item["slot"]), (str(item["text"]), str(item.get("finish"))))
-            except (ValueError, KeyError, TypeError, RecursionError):
+            except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError):
                 torn += bool(line.strip())
     if torn:
         say(f"note: {path}: {torn} line{'s' * (torn > 1)} cut off by a crash, passed over")
     return out
 
 
+def read_prompt(config: Config) -> str:
+    """The user's own prompt, or "". Errors: InputError."""
+    try:
+        return Path(config.prompt).read_text("utf-8") if config.prompt else ""
+    except (OSError, UnicodeError) as e:
+        raise InputError(f"--prompt {config.prompt}: {e}; must be a file of UTF-8 text") from None
+
+
 def collect(task: Task, config: Config) -> tuple[list[list], list[list]]:
     """-> for the training and the validation questions, K slots each: (text, finish) or None. Asks only for what is not on disk."""
-    url, key, model, server = config.teacher, os.environ.get("OPENAI_API_KEY", ""), config.teacher_model, None
+    url, key, model, server = config.teacher, os.environ.get("OPENAI_API_KEY", "").strip(), config.teacher_model, None
     questions = task.train.inputs + ([] if config.overfit else task.valid.inputs)
-    if not url and task.name == "demo" and config.task == "demo":
-        url, server = fetch_data.demo_teacher()
-        key = ""
-    elif not url:
-        url = os.environ.get("OPENAI_BASE_URL") or ("openai" if key else "palm")
+    if not url and task.name == "demo":
+        (url, server), key = fetch_data.demo_teacher(), ""
+    url = url or os.environ.get("OPENAI_BASE_URL") or ("openai" if key else "palm")
     if url == "palm":
-        by_question, k = read_cache(fetch_data.ensure_palm(config.task, archive=config.archive or None), "question"), 1
+        by_question = read_cache(fetch_data.ensure_palm(config.task, archive=config.archive or None), "question")
         say(f"teacher: PaLM-540B's published rationales, ONE a question: no vote and no teacher negatives.\n"
             f"  For the paper's {config.samples} samples name a teacher: --teacher http://localhost:11434/v1 (Ollama, vLLM, llama.cpp), or set OPENAI_API_KEY.")
-        slots = [[by_question.get(q, {}).get(s) for s in range(k)] for q in questions]
+        slots = [[by_question.get(q, {}).get(0)] for q in questions]
     else:
         if url == "openai":
             url, model = "https://api.openai.com/v1", model or "gpt-3.5-turbo"
-        if not url.startswith(("http://", "https://")) or urllib.parse.urlsplit(url).username:
-            raise InputError(f"--teacher {urllib.parse.urlsplit(url).hostname or url}: must be palm, openai or a URL like http://localhost:11434/v1; "
-                             "a key belongs into OPENAI_API_KEY, not into the URL")
-        teacher = Teacher(url, key, model, Path(), config)
-        teacher.connect()
-        teacher.cache = task.folder / f"teacher-{re.sub(r'[^A-Za-z0-9.-]+', '_', teacher.model)[:80]}.jsonl"
-        slots = ask(teacher, task, config, questions)
+        if not re.fullmatch(r"https?://[^@?#\s]+", url):       # not repeated here: it may hold a key
+            raise InputError("--teacher must be palm, openai or a URL like http://localhost:11434/v1; a key belongs into OPENAI_API_KEY, not into the URL")
+        if not (key.isascii() and key.isprintable()):
+            raise InputError("OPENAI_API_KEY holds characters that no key has; set it again")
+        slots = ask(Teacher(url, key, model, config), task, questions)
     if server:
         server.shutdown()
+    if missing := sum(s is None for row in slots for s in row):
+        say(f"warning: {missing} samples are missing (over --teacher-budget, or refused); the vote goes on without them")
     n = len(task.train.inputs)
     return slots[:n], slots[n:]
 
 
-def ask(teacher: Teacher, task: Task, config: Config, questions: list[str]) -> list[list]:
+def ask(teacher: Teacher, task: Task, questions: list[str]) -> list[list]:
     """Fill the empty slots of all questions through `concurrency` threads, this rank's share; then read what all ranks have."""
-    try:
-        own = Path(config.prompt).read_text("utf-8") if config.prompt else ""
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"--prompt {config.prompt}: {e}") from None
+    config, own = teacher.config, read_prompt(teacher.config)
+    teacher.cache = task.folder / f"teacher-{re.sub(r'[^A-Za-z0-9.-]+', '_', teacher.model)[:80]}.jsonl"
     prompts = [prompt_for(task, q, own) for q in questions]
     keys, have = [teacher.key_of(p) for p in prompts], read_cache(teacher.cache)
-    empty = {k: (q, p, [s for s in range(config.samples) if s not in have.get(k, {})]) for q, p, k in zip(questions, prompts, keys)}
-    todo = [job for job in empty.values() if job[2]]
-    total = sum(len(job[2]) for job in todo)
+    wanted = {k: (q, p, [s for s in range(config.samples) if s not in have.get(k, {})]) for q, p, k in zip(questions, prompts, keys)}
+    todo = [job for job in wanted.values() if job[2]]
     say(f"teacher: {teacher.model} at {teacher.url}, {config.samples} samples a question at temperature {config.teacher_temperature}, kept in {teacher.cache}")
     if todo:
+        total = sum(len(slots) for _, _, slots in todo)
         tokens = sum(len(p[0]["content"]) for _, p, _ in todo) // 4 + total * 120
         say(f"  {len(questions)} questions, {total} samples to ask for: {len(todo)} to {total} requests, roughly {tokens / 1000:,.0f} k tokens")
         todo = collections.deque(todo[rank()::world()])
+        total = sum(len(slots) for _, _, slots in todo)
         teacher.cache.parent.mkdir(parents=True, exist_ok=True)
-        if teacher.cache.exists() and teacher.cache.read_bytes()[-1:] not in (b"", b"\n"):
-            with open(teacher.cache, "ab") as f:          # a torn last line ends here, so that the next one starts afresh
+        with open(teacher.cache, "ab+") as f:
+            f.seek(-1, os.SEEK_END) if f.tell() else None
+            if f.read(1) not in (b"", b"\n"):                  # a torn last line ends here
                 f.write(b"\n")
         threads = [threading.Thread(target=teacher.work, args=(todo,), daemon=True) for _ in range(config.concurrency)]
-        mine, progress = sum(len(job[2]) for job in todo), Progress("  teacher", total // world())
+        progress = Progress("  teacher", total)
         try:
             for t in threads:
                 t.start()
-            while any(t.is_alive() for t in threads):
-                progress.update(min(teacher.filled, mine), f"{teacher.requests} requests, {teacher.tokens} tokens, {teacher.failures} failures")
-                threads[0].join(0.05) if threads[0].is_alive() else time.sleep(0.05)
+            for t in threads:
+                while t.is_alive():
+                    progress.update(teacher.filled, f"{teacher.requests} requests, {teacher.tokens} tokens, {teacher.failures} failures")
+                    t.join(0.1)
         except KeyboardInterrupt:
             teacher.stop.set()
             raise InputError(f"stopped; {teacher.filled} samples of this run are kept in {teacher.cache}, the same command goes on from there") from None
@@ -680,13 +658,9 @@ def ask(teacher: Teacher, task: Task, config: Config, questions: list[str]) -> l
             raise teacher.error
         say(f"  {teacher.filled} samples from {teacher.requests} requests, {teacher.tokens:,} tokens, {teacher.failures} failures"
             + (f"; without {', '.join(sorted(teacher.dropped))}, which this server refuses" if teacher.dropped else ""))
-        gather([])                                        # wait for the other ranks' files
+        gather([])                                             # wait for the other ranks' files
         have = read_cache(teacher.cache)
-    slots = [[have.get(k, {}).get(s) for s in range(config.samples)] for k in keys]
-    unfilled = sum(s is None for row in slots for s in row)
-    if unfilled:
-        say(f"warning: {unfilled} samples are missing (--teacher-budget {config.teacher_budget}); the vote goes on without them")
-    return slots
+    return [[have.get(k, {}).get(s) for s in range(config.samples)] for k in keys]
 
 
 # ------------------------------------------------------------------------------------------------ 4. Vote
@@ -895,7 +869,7 @@ def sample_negatives(past: Student, data: Data, config: Config, iteration: int, 
     kept: dict[int, list[array]] = {}
     for i, row in enumerate(rows):
         q = unique[i // config.student_samples]
-        if len(row) > (row[-1] == 1) and row not in data.of(q, True) and row not in kept.get(q, []):
+        if set(row) - {0, 1} and row not in data.of(q, True) and row not in kept.get(q, []):
             kept.setdefault(q, []).append(row)
     return kept, dict(sampled=len(rows), dropped=len(rows) - sum(map(len, kept.values())), tokens=sum(map(len, rows)),
                       seconds=time.perf_counter() - start)
@@ -1270,8 +1244,7 @@ class Trainer:
             losses[r] = loss
         picks = choose(student, self.d, train, mine, c, losses, config)
         self.state.tokens += sum(len(c.rows[r]) for r in needed + picks.rows) + sum(len(train.labels[q]) for q in mine)
-        for p in self.params:                                        # zeros, not None: a rank without rationales joins the all-reduce too
-            p.grad = torch.zeros_like(p)
+        self.optimizer.zero_grad()
         student.model.train()
         labels, rationales = backward(student, train, config, mine, c, picks, alphas, len(batch), self.scaler.scale)
         l_d = torch.zeros((), device=student.device)
@@ -1283,11 +1256,11 @@ class Trainer:
                 self.scaler.scale(total_loss(0.0, 0.0, l_d, alphas) * len(mine) / len(batch)).backward()
         stats = step_stats(labels, rationales, picks, l_d.detach(), config)
         if world() > 1:                                              # one all-reduce after the local backward passes
-            flat = torch.cat([p.grad.flatten() for p in self.params] + [stats])
+            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.params] + [stats])
             dist.all_reduce(flat)
             *grads, stats = flat.split([p.numel() for p in self.params] + [len(STATS)])
             for p, grad in zip(self.params, grads):
-                p.grad.copy_(grad.view_as(p))
+                p.grad = grad.view_as(p)
         optimizer_step(self.optimizer, self.scaler, config.lr * (1 - number / (config.iterations * self.per_iteration)))
         return stats
 

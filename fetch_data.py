@@ -43,7 +43,7 @@ HERE = Path(__file__).resolve().parent
 TASKS = ("svamp", "cqa", "anli1", "esnli", "demo")
 SPLITS = ("train", "valid", "test")
 T = TypeVar("T")
-OURS = ("demo", "golden")              # the folders of weights/ that come with the code
+COMMITTED = ("demo", "golden")              # the folders of weights/ that come with the code
 
 
 def root() -> Path:
@@ -514,30 +514,30 @@ class Teacher(BaseHTTPRequestHandler):
     def log_message(self, *args: object) -> None:
         """Say nothing: a run makes hundreds of requests."""
 
-    def reply(self, status: int, body: dict) -> None:
-        raw = json.dumps(body).encode()
+    def reply(self, status: int, body: dict | str) -> None:
+        """Send a body, or a text as an error in OpenAI's form."""
+        error = {"message": body, "type": "invalid_request_error", "param": None, "code": None}
+        raw = json.dumps(body if isinstance(body, dict) else {"error": error}).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(raw)))
         self.end_headers()
         self.wfile.write(raw)
 
-    def refuse(self, status: int, message: str) -> None:
-        self.reply(status, {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}})
-
     def do_GET(self) -> None:
-        if self.path != "/v1/models":
-            return self.refuse(404, f"GET {self.path} is unknown; there is GET /v1/models")
-        self.reply(200, {"object": "list", "data": [{"id": "demo-teacher", "object": "model", "created": 0, "owned_by": "qcrd"}]})
+        if self.path == "/v1/models":
+            self.reply(200, {"object": "list", "data": [{"id": "demo-teacher", "object": "model", "created": 0, "owned_by": "qcrd"}]})
+        else:
+            self.reply(404, f"{self.path}: there are GET /v1/models and POST /v1/chat/completions")
 
     def do_POST(self) -> None:
         raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.path != "/v1/chat/completions":
-            return self.refuse(404, f"POST {self.path} is unknown; there is POST /v1/chat/completions")
+            return self.reply(404, f"{self.path}: there are GET /v1/models and POST /v1/chat/completions")
         try:
             answer = complete(json.loads(raw), self.server.problems)
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as why:
-            return self.refuse(400, f"not a chat completion that can be answered: {type(why).__name__} {why}")
+            return self.reply(400, f"no chat completion that can be answered: {type(why).__name__} {why}")
         self.reply(200, answer)
 
 
@@ -593,7 +593,7 @@ PUBLISHED = {
 
 def ensure_student(name: str) -> Path:
     """weights/<name>/ of a published student, downloaded and converted once; the demo's stands beside the code. Raises InputError."""
-    folder = (HERE if name in OURS else root()) / "weights" / name
+    folder = (HERE if name in COMMITTED else root()) / "weights" / name
     if all((folder / file).is_file() for file in ("config.json", "model.pt", "spiece.model")):
         return folder
     if name not in PUBLISHED:
@@ -607,7 +607,7 @@ def ensure_student(name: str) -> Path:
 def convert(source: str | Path, name: str | None = None, vocab: str | Path | None = None) -> Path:
     """A Hugging Face T5 folder -> weights/<name>/, by default its own name; vocab: its spiece.model, where the folder has none."""
     name, vocab = name or Path(source).resolve().name, Path(vocab or Path(source) / "spiece.model")
-    if not re.fullmatch(r"[\w-][\w.-]*", name) or name in OURS:
+    if not re.fullmatch(r"[\w-][\w.-]*", name) or name in COMMITTED:
         raise InputError(f"{name!r} cannot be a folder of weights/; choose another --name of letters, digits, '.', '_' and '-'")
     model = t5.T5.from_hf(source)
     if not vocab.is_file():
@@ -621,8 +621,6 @@ def convert(source: str | Path, name: str | None = None, vocab: str | Path | Non
 
 # What made weights/demo/: see weights/README.md. A mixture like T5 1.0's, in small: span corruption, and supervised pairs.
 SHAPE = {"d_model": 128, "d_kv": 32, "d_ff": 512, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
-
-
 TAUGHT = ("share", "gap", "both", "ungain", "unloss")     # left to the demo's training set: no pretraining pair has them
 
 
@@ -650,7 +648,7 @@ def train_vocabulary(texts: list[str], path: Path) -> None:
             user_defined_symbols=[f"▁{n}" for n in (*range(100), *"()+-*/=")], hard_vocab_limit=False, num_threads=1, minloglevel=2)
 
 
-def pretrain_demo(folder: Path = HERE / "weights" / "demo", steps: int = 4000) -> Path:
+def pretrain_demo(folder: Path = HERE / "weights" / "demo", steps: int = 8000) -> Path:
     """Make the demo's student: vocabulary, pretraining, half precision on disk. Same machine, same code: same weights."""
     texts, pairs = pretraining_data()
     folder.mkdir(parents=True, exist_ok=True)
@@ -658,7 +656,7 @@ def pretrain_demo(folder: Path = HERE / "weights" / "demo", steps: int = 4000) -
     tokenizer = t5.Tokenizer(folder / "spiece.model")
     torch.manual_seed(0)
     model = t5.T5(t5.Config(vocab_size=tokenizer.size + 100, **SHAPE))
-    t5.pretrain(model, tokenizer, texts, steps, pairs=pairs, lr=2e-3)
+    t5.pretrain(model, tokenizer, texts, steps, batch=32, lr=1e-3, pairs=pairs, share=0.85)
     model.save(folder, vocab=folder / "spiece.model", dtype=torch.float16)
     return folder
 

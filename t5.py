@@ -135,8 +135,8 @@ class Config:
                 f"{where}: not a configuration that this program wrote")
         for field in dataclasses.fields(Config):
             value, kind = values.get(field.name, field.default), type(field.default)
-            good = type(value) is kind and (kind is not int or value > 0) or kind is float and type(value) in (int, float) and 0 <= value < 1
-            require(good, f"{where}: {field.name} is {value!r}, which is no {'positive ' * (kind is int)}{kind.__name__}")
+            good = 0 <= value < 1 if kind is float and type(value) in (int, float) else type(value) is kind and (kind is bool or value > 0)
+            require(good, f"{where}: {field.name} is {value!r}, not a {'positive int' if kind is int else 'bool' if kind is bool else 'number in [0, 1)'}")
         config = Config(**values)
         require(4 <= config.relative_attention_num_buckets < 2 * config.relative_attention_max_distance,
                 f"{where}: relative attention needs at least 4 buckets and a maximal distance above half their number")

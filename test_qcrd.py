@@ -6,11 +6,13 @@
 """
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import io
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -21,12 +23,14 @@ import tempfile
 import threading
 import time
 import traceback
+import unittest.mock
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import requests
+import sentencepiece
 import torch
 
 import fetch_data
@@ -42,6 +46,556 @@ class Skip(Exception):
 
 
 # ---------------------------------------------------------------- t5.py
+
+# Shapes that break habits: heads * d_kv != d_model, more layers on one side, odd vocabularies, few buckets, short maximal distances
+ODD_SHAPES = [dict(vocab_size=v, d_model=d, d_kv=k, d_ff=f, num_layers=e, num_decoder_layers=n, num_heads=h,
+                   relative_attention_num_buckets=b, relative_attention_max_distance=m)
+              for v, d, k, f, e, n, h, b, m in [
+                  (101, 32, 8, 64, 2, 2, 4, 32, 128), (97, 24, 16, 40, 1, 3, 3, 32, 128), (130, 40, 4, 96, 3, 1, 5, 8, 16),
+                  (256, 16, 32, 16, 2, 2, 1, 4, 5), (64, 48, 12, 100, 2, 1, 2, 16, 300), (201, 8, 8, 24, 1, 1, 7, 6, 20),
+                  (333, 64, 16, 32, 2, 4, 4, 64, 128), (75, 20, 10, 33, 4, 2, 2, 10, 11), (129, 36, 6, 72, 1, 2, 6, 32, 64),
+                  (1000, 28, 14, 56, 2, 2, 2, 12, 100)]]
+
+
+def peer_or_skip():
+    try:
+        import transformers
+    except ImportError:
+        raise Skip("transformers is not installed") from None
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def hf_model(shape: dict, v11: bool, seed: int = 0, untied: bool = False):
+    """A random T5 of transformers with norms and biases away from their degenerate start; untied brings a head of its own."""
+    peer = peer_or_skip()
+    torch.manual_seed(seed)
+    config = peer.T5Config(decoder_start_token_id=0, tie_word_embeddings=not v11, feed_forward_proj="gated-gelu" if v11 else "relu",
+                           attn_implementation="eager", **shape)
+    model = peer.T5ForConditionalGeneration(config).eval()
+    if untied:
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.3)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "relative" in name or "layer_norm" in name:
+                weight += 0.3 * torch.randn_like(weight)
+    return model
+
+
+def through_disk(model, **how) -> t5.T5:
+    """The same weights as t5.T5, by way of transformers' own file."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, **how)
+        if any("lm_head" in name for name in model.state_dict()) and not torch.equal(model.lm_head.weight, model.shared.weight):
+            state = t5.read_hf_tensors(Path(folder))[0] | {"lm_head.weight": model.lm_head.weight.detach()}
+            t5.write_safetensors(Path(folder) / "model.safetensors", state)
+        return t5.T5.from_hf(folder)
+
+
+def random_batch(vocab: int, rows: int, width: int, seed: int = 0, least: int = 1):
+    """Right-padded ids (rows, width) that end in </s>, and their mask; the first row is full."""
+    rng = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, vocab, (rows, width), generator=rng)
+    lengths = torch.randint(least, width + 1, (rows,), generator=rng)
+    lengths[0] = width
+    mask = torch.arange(width)[None] < lengths[:, None]
+    ids[torch.arange(rows), lengths - 1] = t5.EOS
+    return ids * mask, mask
+
+
+def shifted(targets: torch.Tensor) -> torch.Tensor:
+    return torch.cat([torch.zeros_like(targets[:, :1]), targets[:, :-1]], 1)
+
+
+def small_t5(seed: int = 0, **changes) -> t5.T5:
+    torch.manual_seed(seed)
+    return t5.T5(t5.Config(**dict(dict(vocab_size=67, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_decoder_layers=2, num_heads=2), **changes))).eval()
+
+
+def one_line(call, *words: str) -> str:
+    """The text of the InputError that `call` must raise: one line with all the words."""
+    try:
+        call()
+    except t5.InputError as error:
+        text = str(error)
+    else:
+        raise AssertionError(f"not refused: {words}")
+    assert "\n" not in text and all(word in text for word in words), (text, words)
+    return text
+
+
+def test_t5_equals_transformers_on_odd_shapes():
+    for i, shape in enumerate(ODD_SHAPES):
+        for v11 in (False, True):
+            model = hf_model(shape, v11, seed=i, untied=v11 and i % 2 == 0)
+            ours = through_disk(model)
+            assert ours.config.tied == (not (v11 and i % 2 == 0)) and ours.config.scaled == (not v11) and ours.config.gated == v11
+            x, x_mask = random_batch(shape["vocab_size"], 5, 23, seed=i)
+            y, y_mask = random_batch(shape["vocab_size"], 5, 14, seed=i + 50)
+            with torch.no_grad():
+                expected = model(input_ids=x, attention_mask=x_mask.long(), decoder_input_ids=shifted(y)).logits
+                logits = ours(x, x_mask, shifted(y))
+                assert (logits - expected)[y_mask].abs().max() <= 1e-4 * expected.abs().max(), (i, v11)
+                greedy = model.generate(input_ids=x, attention_mask=x_mask.long(), max_new_tokens=12, do_sample=False, use_cache=False)[:, 1:]
+                written = ours.generate(x, x_mask, 12)
+            width = min(greedy.shape[1], written.shape[1])
+            assert torch.equal(greedy[:, :width], written[:, :width]) and not greedy[:, width:].any() and not written[:, width:].any()
+
+
+def test_t5_gradients_and_step_equal_transformers():
+    for v11 in (False, True):
+        shape = dict(ODD_SHAPES[6], dropout_rate=0.0)
+        model = hf_model(shape, v11, untied=v11)
+        ours = through_disk(model)
+        x, x_mask = random_batch(333, 6, 19)
+        y, y_mask = random_batch(333, 6, 11, seed=1)
+        model.train(), ours.train()
+        logits = model(input_ids=x, attention_mask=x_mask.long(), decoder_input_ids=shifted(y)).logits
+        rows = torch.nn.functional.cross_entropy(logits.transpose(1, 2), y, reduction="none").mul(y_mask).sum(1) / y_mask.sum(1)
+        losses = ours.loss(x, x_mask, y, y_mask)
+        assert torch.allclose(losses, rows, rtol=1e-5)
+        (rows * torch.arange(1.0, 7)).sum().backward()
+        (losses * torch.arange(1.0, 7)).sum().backward()
+        theirs = dict(model.named_parameters())
+        optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, ours)]
+        for step in (False, True):
+            for name, parts in t5.hf_names(ours.config).items():
+                parameter = ours.get_parameter(name)
+                a = torch.cat([theirs[part] if step else theirs[part].grad for part in parts])
+                b = parameter if step else parameter.grad
+                assert (a - b).abs().max() <= 1e-4 * a.abs().max(), (name, step)
+            [optimizer.step() for optimizer in optimizers]
+
+
+def test_t5_dropout_places_equal_transformers():
+    """Both libraries drop every seventh element, so that equal losses mean equal places and equal scaling."""
+    def every_seventh(x, p):
+        return x * (torch.arange(x.numel()).view(x.shape) % 7 != 0)
+
+    for v11 in (False, True):
+        model = hf_model(dict(ODD_SHAPES[0], dropout_rate=0.1), v11).train()
+        ours = through_disk(model).train()
+        x, y = (random_batch(101, 4, width, seed=width, least=width)[0] for width in (9, 7))
+        full = [torch.ones(z.shape, dtype=torch.bool) for z in (x, y)]
+        fake = lambda x, p=0.5, training=True, inplace=False: every_seventh(x, p) / (1 - p) if training else x    # noqa: E731
+        with unittest.mock.patch("torch.nn.functional.dropout", fake), \
+                unittest.mock.patch.object(t5.Dropout, "__call__", lambda self, x: every_seventh(x, self.p)):
+            expected = model(input_ids=x, attention_mask=full[0].long(), labels=y).loss
+            loss = ours.loss(x, full[0], y, full[1]).mean()
+            plain = ours.eval().loss(x, full[0], y, full[1]).mean()
+        assert abs(loss - expected) <= 1e-5 * expected and abs(plain - expected) > 1e-3 * expected
+
+
+def test_t5_dropout_is_bernoulli_and_seeded():
+    x = torch.ones(2000, 1000)
+    for p in (0.1, 0.02, 0.6):
+        torch.manual_seed(3)
+        drop = t5.Dropout(p, x.device)
+        first, second = drop(x) == 0, drop(x) == 0
+        torch.manual_seed(3)
+        assert torch.equal(first, t5.Dropout(p, x.device)(x) == 0) and not torch.equal(first, second)
+        sigma = (p * (1 - p) / x.numel()) ** 0.5
+        assert abs(first.float().mean() - p) < 5 * sigma and abs(second.float().mean() - p) < 5 * sigma
+        for lag in (1, 2, 1000):                                   # independent of the neighbour and of the element above
+            flat = first.flatten()
+            both = (flat[lag:] & flat[:-lag]).float().mean()
+            assert abs(both - p * p) < 6 * (p * p / x.numel()) ** 0.5 + 2 * p * 5 * sigma * 0.1, (p, lag)
+        assert first[0, 0] is not None and 0.5 * p < first[:, -1].float().mean() < 1.5 * p    # the end is dropped as often
+    leaf = torch.ones(50, 50, requires_grad=True)
+    out = t5.Dropout(0.3, leaf.device)(leaf)
+    out.sum().backward()
+    assert torch.equal(out.detach(), leaf.grad) and 0 < int((leaf.grad == 0).sum()) < 2500
+
+
+def test_t5_loss_shares_memory_and_rows():
+    model = small_t5()
+    x, x_mask = random_batch(67, 4, 9)
+    y, y_mask = random_batch(67, 7, 6, seed=1)
+    rows = torch.tensor([0, 2, 2, 3, 1, 0, 2])
+    weights = torch.linspace(-1, 2, 7)
+    plain = model.loss(x[rows], x_mask[rows], y, y_mask)
+    (plain * weights).sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    shared = model.loss(x, x_mask, y, y_mask, rows=rows)
+    assert shared.dtype == torch.float32 and torch.allclose(shared, plain, rtol=1e-5)
+    memory = model.encode(x, x_mask)
+    assert not memory[~x_mask].any()
+    leaf = memory.detach().requires_grad_()
+    for group in (slice(0, 3), slice(3, 7)):                       # two calls, one encoding, one backward through the encoder
+        (model.loss(None, x_mask, y[group], y_mask[group], memory=leaf, rows=rows[group]) * weights[group]).sum().backward()
+    memory.backward(leaf.grad)
+    for name, p in model.named_parameters():
+        assert torch.allclose(p.grad, expected[name], rtol=1e-4, atol=1e-6), name
+    with torch.no_grad():
+        assert torch.allclose(model.loss(x, x_mask, y, y_mask, rows=rows), plain, rtol=1e-5)
+
+
+def test_t5_encoder_works_without_the_decoder():
+    model = small_t5()
+    half = copy.deepcopy(model)
+    del half.decoder
+    x, x_mask = random_batch(67, 4, 9)
+    assert torch.equal(half.encode(x, x_mask), model.encode(x, x_mask))
+
+
+def test_t5_cached_generation_equals_uncached():
+    model = small_t5(vocab_size=30)
+    x, x_mask = random_batch(30, 12, 9)
+    uniforms = torch.rand(12, 25, generator=torch.Generator().manual_seed(5))
+    for temperature in (0.0, 1.5):
+        written = model.generate(x, x_mask, 25, temperature=temperature, generator=torch.Generator().manual_seed(5))
+        tokens, done = torch.zeros(12, 1, dtype=torch.long), torch.zeros(12, dtype=torch.bool)
+        for t in range(written.shape[1]):
+            with torch.no_grad():
+                logits = model(x, x_mask, tokens)[:, -1]
+            new = logits.argmax(1) if temperature == 0 else t5.draw(logits / temperature, uniforms[:, t])
+            new[done] = 0
+            done |= new == t5.EOS
+            tokens = torch.cat([tokens, new[:, None]], 1)
+        assert torch.equal(tokens[:, 1:], written)
+        assert temperature == 0 or done.sum() > 3                  # rows did finish early, and caches were compacted
+
+
+def test_t5_sampled_rows_depend_on_their_own_numbers():
+    model = small_t5(vocab_size=30).train()
+    x, x_mask = random_batch(30, 16, 9)
+    uniforms = torch.rand(16, 30)
+
+    def sample(rows):
+        with unittest.mock.patch("torch.rand", lambda *size, generator=None: uniforms[rows]):
+            out = model.generate(x[rows], x_mask[rows], 30, temperature=1.5)
+        return torch.nn.functional.pad(out, (0, 30 - out.shape[1]))
+
+    everything = sample(torch.arange(16))
+    for rows in ([3], [15, 0, 7], [9, 8, 7, 6, 5]):
+        assert torch.equal(sample(torch.tensor(rows)), everything[rows])
+    assert model.training
+
+
+def test_t5_sampling_fits_the_softmax():
+    """Chi-square over 20,000 draws at the two temperatures in use, </s> included; limit holds; one token more than 128 blocks."""
+    model = small_t5(seed=3, vocab_size=300)                       # a seed that gives </s> a few per cent
+    x, x_mask = random_batch(300, 1, 6)
+    with torch.no_grad():
+        logits = model(x, x_mask, torch.zeros(1, 1, dtype=torch.long))[0, 0] * 1.0
+    for temperature, limit in ((0.7, None), (1.5, None), (1.5, 140)):
+        p = (logits / temperature).masked_fill(torch.arange(300) >= (limit or 300), float("-inf")).softmax(-1)
+        drawn = model.generate(x.expand(20000, -1), x_mask.expand(20000, -1), 1, temperature=temperature, limit=limit,
+                               generator=torch.Generator().manual_seed(11))[:, 0]
+        expected, seen = p * 20000, torch.bincount(drawn, minlength=300).float()
+        assert expected[t5.EOS] > 20 and not seen[limit or 300:].any()
+        rare = expected < 5                                        # pooled, as the test's approximation needs
+        expected, seen = (torch.cat([z[~rare], z[rare].sum()[None]]) for z in (expected, seen))
+        expected, seen = expected[expected > 0], seen[expected > 0]
+        freedom = len(expected) - 1
+        statistic = float(((seen - expected) ** 2 / expected).sum())
+        # Wilson and Hilferty: the cube root of chi-square / freedom is nearly normal
+        z = ((statistic / freedom) ** (1 / 3) - 1 + 2 / (9 * freedom)) / (2 / (9 * freedom)) ** 0.5
+        assert -4 < z < 4, (temperature, statistic, freedom)
+
+
+def test_t5_draw_never_takes_what_has_no_probability():
+    logits = torch.full((6, 260), float("-inf"))
+    logits[:, [5, 130, 131]] = torch.tensor([0.0, 1.0, 0.5])
+    edges = torch.tensor([0.0, 1e-7, 0.5, 0.999, 1 - 2**-23, 1 - 2**-24])
+    drawn = t5.draw(logits, edges)
+    assert set(drawn.tolist()) <= {5, 130, 131} and drawn[0] == 5 and drawn[-1] == 131
+
+
+def test_t5_low_precision():
+    torch.manual_seed(0)
+    x, x_mask = random_batch(32000, 3, 20)
+    y, y_mask = random_batch(32000, 3, 12, seed=1)
+    for shape in (dict(), dict(d_ff=1024, num_layers=2, num_decoder_layers=2, num_heads=6, gated=True, tied=False, scaled=False)):
+        model = t5.T5(t5.Config(**shape)).eval()
+        full = model.loss(x, x_mask, y, y_mask).mean()
+        with torch.autocast("cpu", torch.bfloat16):
+            low = model.loss(x, x_mask, y, y_mask).mean()
+        low.backward()
+        assert low.dtype == torch.float32 and abs(low - full) < 0.02 * full, (low, full)
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    for gated in (False, True):                                    # activations that pass 65,504, as t5-base's and larger do
+        model = small_t5(gated=gated)
+        with torch.no_grad():
+            for layer in [*model.encoder.layers, *model.decoder.layers]:
+                layer.feed_forward.wi.weight *= 300 if gated else 3000
+                layer.feed_forward.wo.weight *= 30
+        x, x_mask = random_batch(67, 4, 9)
+        y, y_mask = random_batch(67, 4, 6, seed=1)
+        peaks = []
+        hooks = [layer.feed_forward.wo.register_forward_hook(lambda m, a, out: peaks.append((out.abs().max(), out.dtype)))
+                 for layer in [*model.encoder.layers, *model.decoder.layers]]
+        full = model.loss(x, x_mask, y, y_mask)
+        with torch.autocast("cpu", torch.float16):
+            low = model.loss(x, x_mask, y, y_mask)
+        assert max(peak for peak, _ in peaks) > 65504 and all(dtype == torch.float32 for _, dtype in peaks), peaks
+        assert low.isfinite().all() and torch.allclose(low, full, rtol=0.02), (low, full)
+        (low.mean() * 1024).backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+        [hook.remove() for hook in hooks]
+
+
+def test_t5_files_round_trip():
+    for changes in (dict(), dict(gated=True, tied=False, scaled=False), dict(gated=True, scaled=False), dict(tied=False)):
+        model = small_t5(**changes)
+        x, x_mask = random_batch(67, 4, 9)
+        y, _ = random_batch(67, 4, 6, seed=1)
+        expected = model(x, x_mask, shifted(y))
+        with tempfile.TemporaryDirectory() as folder:
+            folder = Path(folder)
+            (folder / "vocab").write_bytes(b"pieces")
+            model.save(folder / "ours", vocab=folder / "vocab")
+            model.save(folder / "half", dtype=torch.float16)
+            model.save_hf(folder / "hf")
+            assert (folder / "ours" / "spiece.model").read_bytes() == b"pieces" and not list(folder.rglob("*.tmp"))
+            for back in (t5.T5.load(folder / "ours"), t5.T5.from_hf(folder / "hf")):
+                assert back.config == model.config and torch.equal(back(x, x_mask, shifted(y)), expected)
+                assert all(p.requires_grad for p in back.parameters()) and not back.training
+            half = t5.T5.load(folder / "half")
+            assert half.shared.weight.dtype == torch.float32 and torch.allclose(half(x, x_mask, shifted(y)), expected, atol=0.02, rtol=0.02)
+            peer = peer_or_skip().T5ForConditionalGeneration.from_pretrained(folder / "hf").eval()
+            theirs = peer(input_ids=x, attention_mask=x_mask.long(), decoder_input_ids=shifted(y)).logits
+            assert (theirs - expected).abs().max() <= 1e-4 * expected.abs().max(), changes
+
+
+def test_t5_reads_shards_and_bin():
+    model = small_t5(gated=True, tied=False, scaled=False)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        model.save_hf(folder)
+        tensors = t5.read_safetensors(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        names = sorted(tensors)
+        places = {name: f"model-{1 + i % 2:05d}-of-00002.safetensors" for i, name in enumerate(names)}
+        for file in set(places.values()):
+            t5.write_safetensors(folder / file, {name: tensors[name] for name in names if places[name] == file})
+        index = folder / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": places}))
+        for name, weight in t5.T5.from_hf(folder).state_dict().items():
+            assert torch.equal(weight, model.state_dict()[name])
+        index.write_text(json.dumps({"weight_map": {"shared.weight": "../elsewhere.safetensors"}}))
+        one_line(lambda: t5.T5.from_hf(folder), "index.json", "weight_map")
+        index.unlink()
+        one_line(lambda: t5.T5.from_hf(folder), "neither")
+        torch.save(tensors | {"encoder.embed_tokens.weight": tensors["shared.weight"]}, folder / "pytorch_model.bin")
+        assert torch.equal(t5.T5.from_hf(folder).head.weight, model.head.weight)
+        torch.save({"shared.weight": Bomb(folder / "ran")}, folder / "pytorch_model.bin")
+        one_line(lambda: t5.T5.from_hf(folder), "pytorch_model.bin", "never run")
+        assert not (folder / "ran").exists()
+
+
+class Bomb:
+    """Unpickling it with a careless reader writes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_t5_refuses_broken_checkpoints():
+    model = small_t5()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        model.save_hf(folder)
+        file, config = folder / "model.safetensors", folder / "config.json"
+        good, settings = file.read_bytes(), json.loads(config.read_text())
+        length = int.from_bytes(good[:8], "little")
+        header = json.loads(good[8:8 + length])
+
+        def broken(*words, head=None, **entry):
+            """Refused after header[shared.weight] or the whole header is changed, or for the file as it stands."""
+            if entry or head is not None:
+                changed = json.loads(json.dumps(header)) if head is None else head
+                if entry:
+                    changed["shared.weight"].update(entry)
+                text = json.dumps(changed).encode()
+                file.write_bytes(len(text).to_bytes(8, "little") + text + good[8 + length:])
+            one_line(lambda: t5.T5.from_hf(folder), *words)
+
+        for cut in (0, 5, 8, 100, 8 + length, len(good) // 2, len(good) - 1):
+            file.write_bytes(good[:cut])
+            broken("model.safetensors")
+        broken("truncated")
+        file.write_bytes((2**62).to_bytes(8, "little") + good[8:])
+        broken("header", "fetch it again")
+        file.write_bytes((4).to_bytes(8, "little") + good[8:])
+        broken("not JSON")
+        size = header["shared.weight"]["data_offsets"][1] - header["shared.weight"]["data_offsets"][0]
+        broken("shared.weight", "truncated", data_offsets=[10**9, 10**9 + size])
+        broken("overlaps", data_offsets=[8, 8 + size])
+        for bad in ([8, 0], [-4, 0], [0], "0", None, [0, 2.5], [True, 4]):
+            broken("shared.weight", data_offsets=bad)
+        broken("shared.weight", "F64", dtype="F64")
+        broken("shared.weight", "I32", dtype="I32")
+        broken("shared.weight", "BF16", dtype="BF16")              # half the bytes that the offsets hold
+        broken("shared.weight", "shape", shape=[66, 16])
+        broken("shared.weight", "shape", shape=[-67, -16])
+        broken("shared.weight", "shape", "config.json", shape=[16, 67])
+        broken("header", head=[1, 2])
+        broken("header", head={"shared.weight": 3})
+        lost = {name: entry for name, entry in header.items() if "EncDecAttention.k" not in name}
+        broken("EncDecAttention.k.weight", "missing", head=lost)
+        broken("shared.weight", "missing", head={name: entry for name, entry in header.items() if name != "shared.weight"})
+        broken("encoder.block.7.extra", head=header | {"encoder.block.7.extra": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}})
+        file.write_bytes(good)
+        for key, value, word in (("model_type", "mt5", "mT5"), ("model_type", None, "t5"), ("feed_forward_proj", "gated-silu", "gated-silu"),
+                                 ("feed_forward_proj", "gelu", "gelu"), ("eos_token_id", 2, "eos_token_id"), ("pad_token_id", 1, "pad_token_id"),
+                                 ("decoder_start_token_id", 5, "decoder_start_token_id"), ("d_model", -1, "d_model"), ("d_kv", "64", "d_kv"),
+                                 ("num_heads", None, "num_heads"), ("d_ff", 25, "config.json says"), ("dropout_rate", 1.5, "dropout_rate"),
+                                 ("relative_attention_num_buckets", 2, "buckets"), ("num_layers", 3, "encoder.block.2")):
+            config.write_text(json.dumps(settings | {key: value}))
+            broken(word)
+        config.write_text("{")
+        broken("config.json", "not JSON")
+        config.unlink()
+        broken("config.json")
+        ours = folder / "ours"
+        model.save(ours)
+        (ours / "model.pt").write_bytes((ours / "model.pt").read_bytes()[:-100])
+        one_line(lambda: t5.T5.load(ours), "model.pt")
+        torch.save({"shared.weight": Bomb(folder / "ran")}, ours / "model.pt")
+        one_line(lambda: t5.T5.load(ours), "model.pt", "never run")
+        torch.save([1, 2], ours / "model.pt")
+        one_line(lambda: t5.T5.load(ours), "model.pt", "tensors")
+        torch.save(dict(model.state_dict(), **{"shared.weight": torch.ones(67, 16, dtype=torch.long)}), ours / "model.pt")
+        one_line(lambda: t5.T5.load(ours), "shared.weight", "int64")
+        (ours / "config.json").write_text(json.dumps({"layers": 2}))
+        one_line(lambda: t5.T5.load(ours), "config.json")
+        assert not (folder / "ran").exists()
+
+
+def test_t5_golden_checkpoint():
+    """A checkpoint that transformers 5.23 made, with the logits and the greedy tokens that it gave: parity where it is not installed."""
+    for name in ("v1_0", "v1_1"):
+        folder = HERE / "weights" / "golden" / name
+        model, golden = t5.T5.from_hf(folder), torch.load(folder / "expected.pt", weights_only=True)
+        with torch.no_grad():
+            logits = model(golden["input_ids"], golden["mask"], golden["target_in"])
+        assert (logits - golden["logits"]).abs().max() <= 1e-4 * golden["logits"].abs().max()
+        assert torch.equal(model.generate(golden["input_ids"], golden["mask"], golden["greedy"].shape[1]), golden["greedy"])
+
+
+def make_golden() -> None:
+    """Writes weights/golden with the transformers that is installed:  python -c "import test_qcrd; test_qcrd.make_golden()"."""
+    for name, v11 in (("v1_0", False), ("v1_1", True)):
+        folder = HERE / "weights" / "golden" / name
+        shape = dict(vocab_size=97, d_model=24, d_kv=16, d_ff=40, num_layers=2, num_decoder_layers=2, num_heads=3)
+        model = hf_model(shape, v11, seed=7, untied=v11)
+        model.save_pretrained(folder)
+        if v11:
+            state = t5.read_hf_tensors(folder)[0] | {"lm_head.weight": model.lm_head.weight.detach()}
+            t5.write_safetensors(folder / "model.safetensors", state)
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        x, x_mask = random_batch(97, 3, 40)
+        y, _ = random_batch(97, 3, 12, seed=1, least=12)
+        with torch.no_grad():
+            logits = model(input_ids=x, attention_mask=x_mask.long(), decoder_input_ids=shifted(y)).logits
+            greedy = model.generate(input_ids=x, attention_mask=x_mask.long(), max_new_tokens=20, do_sample=False, use_cache=False)[:, 1:]
+        torch.save(dict(input_ids=x, mask=x_mask, target_in=shifted(y), logits=logits, greedy=greedy), folder / "expected.pt")
+
+
+def small_tokenizer(folder: Path) -> t5.Tokenizer:
+    """A SentencePiece model trained here, with T5's special ids."""
+    rng = random.Random(0)
+    words = "how many apples pears did Tom Ann buy sell give 1 2 3 17 28 then more were left in the box , . ( + ) ?".split()
+    texts = [" ".join(rng.choices(words, k=12)) for _ in range(300)]
+    with open(folder / "spiece.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=file, vocab_size=90, pad_id=0, eos_id=1, unk_id=2,
+                                                 bos_id=-1, hard_vocab_limit=False, minloglevel=2)
+    return t5.Tokenizer(folder / "spiece.model")
+
+
+def test_t5_tokenizer():
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        tokenizer = small_tokenizer(folder)
+        ids = tokenizer.encode("how many apples did Tom buy ?")
+        assert ids[-1] == t5.EOS and t5.UNK not in ids and tokenizer.decode(ids) == "how many apples did Tom buy ?"
+        assert tokenizer.encode("") == [t5.EOS] and tokenizer.encode("apples " * 50, 7)[-1] == t5.EOS and len(tokenizer.encode("apples " * 50, 7)) == 7
+        assert tokenizer.encode("Tom</s>Ann") == tokenizer.encode("Tom") + tokenizer.encode("Ann")
+        assert tokenizer.encode("<extra_id_0>")[0] == tokenizer.size + 99 == tokenizer.sentinel(0) and tokenizer.sentinel(99) == tokenizer.size
+        assert tokenizer.decode([tokenizer.sentinel(3), 0, 1, 10**6]) == ""
+        (folder / "other").write_bytes(b"nothing of the kind")
+        one_line(lambda: t5.Tokenizer(folder / "other"), "other")
+        one_line(lambda: t5.Tokenizer(folder / "absent"), "absent")
+
+
+def test_t5_tokenizer_equals_transformers():
+    peer = peer_or_skip()
+    texts = ["", " ", "\n", "Hello  world ", "line\nbreak\ttab", "( 3 + 4 ) * 2 = 14", "1,234.5", "5 ÷ 6 × 7", "naïve café", "e\u0301", "日本語", "🙂",
+             "premise</s>hypothesis", "a </s> b", "x <extra_id_0> y<extra_id_12>z", "<pad> <unk>", "<s>", "\u00a0nbsp\u3000wide", "a" * 300, "word " * 300]
+    with tempfile.TemporaryDirectory() as folder:
+        small_tokenizer(Path(folder))
+        for file in (Path(folder) / "spiece.model", *SHARED.glob("mirror/huggingface.co/google-t5/t5-small/resolve/*/spiece.model")):
+            if file.parent != Path(folder):
+                shutil.copyfile(file, Path(folder) / "spiece.model")
+                lines = (SHARED / "teacher" / "svamp_train.jsonl").read_text(encoding="utf-8").splitlines()[:150]
+                texts += [text for line in lines for text in [json.loads(line)["input"], *json.loads(line)["samples"][:2]]]
+            try:
+                theirs = peer.T5Tokenizer.from_pretrained(folder)
+            except (ImportError, ValueError):
+                raise Skip("transformers reads spiece.model only with protobuf installed") from None
+            ours = t5.Tokenizer(Path(folder) / "spiece.model")
+            assert len(theirs) == ours.size + 100
+            for text in texts:
+                assert theirs(text).input_ids == ours.encode(text), text
+                assert theirs(text, truncation=True, max_length=5).input_ids == ours.encode(text, 5), text
+
+
+def test_t5_span_corruption():
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = small_tokenizer(Path(folder))
+    rng = random.Random(0)
+    masked = total = 0
+    for length in [2, 3, 5, 20, 100, 400] * 20:
+        ids = [rng.randrange(3, tokenizer.size) for _ in range(length)]
+        source, target = t5.corrupt(ids, tokenizer, rng)
+        assert source[-1] == target[-1] == t5.EOS
+        pieces, current = {}, None
+        for token in target[:-1]:
+            if token >= tokenizer.size:
+                current = token
+                pieces[current] = []
+            else:
+                pieces[current].append(token)
+        assert all(pieces.values()) and [t for s in source[:-1] for t in pieces.get(s, [s])] == ids
+        if length >= 20:
+            masked, total = masked + sum(map(len, pieces.values())), total + length
+    assert abs(masked / total - 0.15) < 0.01
+
+
+def test_t5_pretraining_learns_and_repeats():
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = small_tokenizer(Path(folder))
+    pairs = [(f"say {word}", word) for word in "apples pears Tom Ann box more".split()]
+    runs = []
+    for _ in range(2):
+        model = small_t5(vocab_size=tokenizer.size + 100, d_model=32, d_ff=64, dropout_rate=0.1)
+        before = model.loss(*t5.pad([tokenizer.encode(x) for x, _ in pairs]), *t5.pad([tokenizer.encode(y) for _, y in pairs])).mean().item()
+        last = t5.pretrain(model, tokenizer, ["how many apples did Tom buy ?", "Ann did sell 17 pears"], 60, batch=16, lr=3e-3, pairs=pairs, seed=4)
+        after = model.loss(*t5.pad([tokenizer.encode(x) for x, _ in pairs]), *t5.pad([tokenizer.encode(y) for _, y in pairs])).mean().item()
+        runs.append((last, model.state_dict()))
+        assert not model.training and after < 0.5 * before, (before, after)
+    assert runs[0][0] == runs[1][0] and all(torch.equal(a, b) for a, b in zip(runs[0][1].values(), runs[1][1].values()))
+    one_line(lambda: t5.pretrain(model, tokenizer, [], 1), "texts")
+
+
+def test_t5_atomic_leaves_no_half_file():
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "file"
+        path.write_text("old")
+        with contextlib.suppress(ZeroDivisionError), t5.atomic(path) as temporary:
+            temporary.write_text("half")
+            1 / 0
+        assert path.read_text() == "old" and os.listdir(folder) == ["file"]
+        with t5.atomic(path) as temporary:
+            assert temporary.parent == path.parent and temporary.name.endswith(".tmp")
+            temporary.write_text("new")
+        assert path.read_text() == "new" and os.listdir(folder) == ["file"]
 
 # ---------------------------------------------------------------- fetch_data.py
 
@@ -185,7 +739,7 @@ def test_mirror_folder():
         assert fetch_data.download("x").read_bytes() == b"content"
 
 
-DEMO_DIGEST = ""                           # of the demo's problems, first characters
+DEMO_DIGEST = "54c39e24750fb378"           # of all problems; the numbers in the README were measured on these
 ARCHIVE = {
     "datasets/cqa/cqa_train.json": "".join(json.dumps(
         {"id": str(i), "question": f"Which one is {i}?", "choices": [f"{i}", "x", "y", "z", "é"], "answer": f"{i}"}) + "\n" for i in range(20)),
@@ -293,7 +847,7 @@ def test_demo_splits():
     assert {split: len(rows) for split, rows in problems.items()} == {"train": 600, "valid": 100, "test": 1000}
     assert len({p.text for rows in problems.values() for p in rows}) == 1700
     digest = hashlib.sha256("".join(p.text + p.label for rows in problems.values() for p in rows).encode()).hexdigest()
-    assert digest.startswith(DEMO_DIGEST), digest     # the task is what the README's numbers were measured on
+    assert digest.startswith(DEMO_DIGEST), digest
     for p in problems["train"][:200] + problems["test"][:200]:
         numbers = [n for n in re.findall(r"\d+", p.text) if n != str(p.distractor)]
         assert sorted(numbers) == sorted(re.findall(r"\d+", p.label)) and len(set(numbers)) == len(numbers), p
@@ -331,6 +885,15 @@ def test_demo_student():
         assert len(tokenizer.encode(f"{n}")) == 2, n
     for text in ("Luke scored 84 points, 12.5% of 1,024 (or ~3)!", "".join(map(chr, range(33, 127))), "( ( 100.0 - 7.0 ) / 365.0 )"):
         assert tokenizer.decode(tokenizer.encode(text)) == text, text
+
+
+def test_pretrain_demo_makes_the_committed_vocabulary():
+    with tempfile.TemporaryDirectory() as folder:
+        made = fetch_data.pretrain_demo(Path(folder, "demo"), steps=2)
+        committed = HERE / "weights" / "demo"
+        assert (made / "spiece.model").read_bytes() == (committed / "spiece.model").read_bytes()
+        assert t5.T5.load(made).config == t5.T5.load(committed).config
+        assert next(iter(torch.load(made / "model.pt", weights_only=True).values())).dtype == torch.float16
 
 
 def test_demo_teacher_over_http():
@@ -843,7 +1406,7 @@ def test_overfit_reaches_everything():
         assert "test accuracy 100.0% on 8 questions" in text, text[-600:]
 
 
-def test_export_answers_alike():
+def test_export_equals_transformers():
     try:
         import transformers
     except ImportError:
@@ -865,6 +1428,422 @@ def test_export_answers_alike():
                 y = theirs.generate(input_ids=x, attention_mask=torch.ones_like(x), max_new_tokens=12, do_sample=False, use_cache=False,
                                     suppress_tokens=unused)[0, 1:].tolist()
                 assert list(row) == (y[:y.index(1) + 1] if 1 in y else y), (gated, i)
+
+
+# -- tasks, answers, teacher
+
+CHOICES = "Where do people keep jam?\nAnswer Choices:\n(a) cellar\n(b) train\n(c) kitchen cupboard\n(d) train station\n(e) math problem"
+# kind, what a model says, the answer that a person reads in it (numbers by value; None: no answer can be read)
+ANSWER_FORMS = [
+    ("number", "There are 84 sweets for 2 children. The answer is (84 / 2).", "42"),
+    ("number", "Half of 84 is 42.\nAnswer: 42", "42"),
+    ("number", "So 84 / 2 = 42. Hence the answer is 42.", "42"),
+    ("number", "It is half.\n#### 42", "42"),
+    ("number", "Half of them, thus \\boxed{42}.", "42"),
+    ("number", "We get $84 / 2 = \\boxed{42}$ sweets.", "42"),
+    ("number", "The final answer is: $\\boxed{\\frac{84}{2}}$", "42"),
+    ("number", "Final Answer: The final answer is $42$. I hope it is correct.", "42"),
+    ("number", "**Answer:** 42 sweets", "42"),
+    ("number", "**Answer: 42**", "42"),
+    ("number", "### Solution\nHalve it.\n\n**The answer is 42.**", "42"),
+    ("number", "The answer is **42**.", "42"),
+    ("number", "the answer is $1,234.50.", "1234.5"),
+    ("number", "The answer is 1,234,567 people.", "1234567"),
+    ("number", "The answer is 42 sweets for each child.", "42"),
+    ("number", "The answer is (42 sweets).", "42"),
+    ("number", "The answer is 10 (5 for each of 2).", "10"),
+    ("number", "The answer is: 42", "42"),
+    ("number", "Answer = 42", "42"),
+    ("number", "ANSWER:\n\n42", "42"),
+    ("number", "The correct answer is 84 / 2 = 42 sweets.", "42"),
+    ("number", "So, the answer to the question is 6 * 7.", "42"),
+    ("number", "The answer should be 42.", "42"),
+    ("number", "The answer is 6 × 7.", "42"),
+    ("number", "The answer is 84 ÷ 2.", "42"),
+    ("number", "The answer is 6 x 7.", "42"),
+    ("number", "The answer is \\(6 \\times 7\\).", "42"),
+    ("number", "The answer is 50 − 8.", "42"),
+    ("number", "The answer is -3.", "-3"),
+    ("number", "The answer is +5.", "5"),
+    ("number", "The answer is .5", "0.5"),
+    ("number", "The answer is 0.5.", "0.5"),
+    ("number", "The answer is 25%.", "25"),
+    ("number", "The answer is 007.", "7"),
+    ("number", "The answer is ((52 - 17) + 30)).", "65"),
+    ("number", "The answer is ( ( 52.0 - 17.0 ) + 30.0 ).", "65"),
+    ("number", "My answer is 4. Wait, that forgets two of them. The answer is 6.", "6"),
+    ("number", "The answer is 42. I hope this answer is helpful!", "42"),
+    ("number", "<think>The answer is 7? No, 8.</think>Eight of them. The answer is 8.", "8"),
+    ("number", "<think>The answer is 7? Let me see", None),
+    ("number", "84 shared by 2 children are 42 each.", "42"),
+    ("number", "Therefore each child has 84 / 2 = 42 sweets.", "42"),
+    ("number", "Each child has\n84 / 2", "42"),
+    ("number", "Rationale: Half of 84 is 42. Hence the answer is 42.\n\nQ: Tom has 3 cats. How many?\nA: The answer is 3.", "42"),
+    ("number", "A 3-day trip costs 42.", "42"),
+    ("number", "We need more information. How many were there at first?", None),
+    ("number", "", None),
+    ("number", "The answer is (some - 12).", None),
+    ("number", "The answer is (2 * x).", None),
+    ("number", "The answer is (some pens + 4 pens).", None),
+    ("number", "He had 491 - 216 left. The answer is ((491 - 21", None),
+    ("number", "The answer is 9**9**9.", None),
+    ("number", "The answer is 1 / 0.", None),
+    ("number", "The answer is not known.", None),
+    ("choice", "Jam keeps in a cupboard. So the answer is (c) kitchen cupboard.", "kitchen cupboard"),
+    ("choice", "It asks for a sum. So the answer is (e) math problem.\n\nQ: What is red?\nAnswer Choices:\n(a) blood", "math problem"),
+    ("choice", "So the answer is (c).", "kitchen cupboard"),
+    ("choice", "Answer: c", "kitchen cupboard"),
+    ("choice", "Answer: C) kitchen cupboard", "kitchen cupboard"),
+    ("choice", "The answer is B. The others make no sense.", "train"),
+    ("choice", "The correct answer is option (d).", "train station"),
+    ("choice", "The correct choice. Final answer: **(d) train station**", "train station"),
+    ("choice", "The answer is kitchen cupboard, because jam is food.", "kitchen cupboard"),
+    ("choice", "The answer is a train station.", "train station"),
+    ("choice", "(a) cellar", "cellar"),
+    ("choice", "c. kitchen cupboard", "kitchen cupboard"),
+    ("choice", "Jam belongs into the kitchen cupboard.", "kitchen cupboard"),
+    ("choice", "The answer must be a place for jam. Of the above choices, only the cellar fits. So the answer is (a) cellar.", "cellar"),
+    ("choice", "The answer is \\boxed{\\text{(b)}}", "train"),
+    ("choice", "So the answer is one of these four.", None),
+    ("choice", "So the answer is either (c) or (d).", None),
+    ("choice", "So the answer is (h).", None),
+    ("choice", "It may be the cellar or the kitchen cupboard.", None),
+    ("nli", "Rain is wet. So the answer is entailment.", "entailment"),
+    ("nli", "So the answer is Contradiction.", "contradiction"),
+    ("nli", "Answer: neutral, since nothing is said of the girls.", "neutral"),
+    ("nli", "The answer is \"neutral\".", "neutral"),
+    ("nli", "Nothing is said of it.\n\n**Neutral**", "neutral"),
+    ("nli", "Asleep people repair nothing, so this is a contradiction.", "contradiction"),
+    ("nli", "It is entailment. So the answer is entailment.\n\nPremise: A dog runs.\nHypothesis: It sits.\nAnswer: contradiction", "entailment"),
+    ("nli", "It could be entailment or neutral.", None),
+    ("nli", "I cannot say.", None),
+    ("text", "Two weeks later. The answer is 05/17/2021.", "05/17/2021"),
+    ("text", "The answer is Paris. It is the capital.", "Paris"),
+    ("text", "The answer is Dr. No.", "Dr. No"),
+    ("text", "So the answer is \"green tea\".", "green tea"),
+    ("text", "Answer:\n\n**Monday**", "Monday"),
+    ("text", "It is \\boxed{\\text{Monday}}.", "Monday"),
+    ("text", "It is a Monday, I think.", None),
+]
+QUESTION_OF = {"choice": CHOICES, "nli": "A dog runs.</s>It sits."}
+
+
+def test_answers_as_models_write_them():
+    assert len(ANSWER_FORMS) >= 60
+    for kind, said, wanted in ANSWER_FORMS:
+        options = qcrd.NLI if kind == "nli" else []
+        rationale, answer = qcrd.read_sample(said, QUESTION_OF.get(kind, "How many sweets?"), kind, options)
+        assert qcrd.answer_key(answer, kind) == qcrd.answer_key(wanted, kind) and (wanted is None) == (answer is None), (said, answer, wanted)
+        assert rationale in said
+
+
+def test_rationale_is_cleaned():
+    question = "Tom has 84 sweets for 2 children.\nHow many for each?"
+    for said, wanted in [
+        ("Half of 84 is 42. So the answer is 42.", "Half of 84 is 42."),
+        ("Rationale: Half of 84 is 42. Hence the answer is Answer: 42", "Half of 84 is 42."),
+        ("Q: Tom has 84 sweets for 2 children. How many for each?\nA: Half of 84 is 42. The answer is 42.", "Half of 84 is 42."),
+        ("Tom has 84 sweets for 2 children.\nHow many for each? Half of 84 is 42. The answer is 42.", "Half of 84 is 42."),
+        ("Half of 84 is 42. The answer is 42.\n\nQ: How many legs has a cat?\nA: It has 4. The answer is 4.", "Half of 84 is 42."),
+        ("<think>Hm. The answer is 3?</think>\nHalf of 84 is 42.\n\n**Answer:** 42", "Half of 84 is 42."),
+        ("Half of 84 is 42. This gives \\boxed{42} sweets.", "Half of 84 is 42."),
+        ("Answer: 42. Half of 84 is 42.", "Half of 84 is 42."),                     # the answer first, its reason after it
+        ("The answer is 42.", ""),
+        ("Half of 84 \ud83d is 42. The answer is 42.", "Half of 84 ? is 42."),        # half an emoji, where max_tokens cut it
+    ]:
+        rationale, answer = qcrd.read_sample(said, question, "number")
+        assert (rationale, qcrd.answer_key(answer, "number")) == (wanted, "42.0000"), (said, rationale, answer)
+
+
+def test_no_answer_is_an_exception_or_takes_long():
+    rng, kinds = random.Random(0), ["number", "choice", "nli", "text"]
+    forms = [said for _, said, _ in ANSWER_FORMS]
+    pieces = ["(" * 50, ")" * 50, "{" * 50, "\\boxed{", "answer is ", "the answer ", "so, ", "####", " \n", "-", "**", ",", ".", "=", "\0", "९", "４²", "½", "\ud800",
+              "9" * 40, "\\frac{1}{", "</think>", "<think>", "Q:", "e9", "x", "_" * 9]
+    hostile = [piece * n for piece in [*pieces, "\n\t ", "so the answer", "answer to ", "(1+", "1,", "a. ", "\n(a) ", "The answer is 1\n"] for n in (100, 400_000 // len(piece))]
+    for i in range(3000 + len(hostile)):
+        text = hostile[i - 3000] if i >= 3000 else rng.choice(forms)
+        for _ in range(rng.randrange(4) if i < 3000 else 0):
+            at, end = sorted(rng.randrange(len(text) + 1) for _ in range(2))
+            text = rng.choice([text[:at] + text[end:], text[:end] + text[at:end] * 3 + text[end:], text[end:] + text[at:end] + text[:at],
+                               text[:at] + rng.choice(pieces) + text[at:]])
+        for kind in kinds if i >= 3000 else (kinds[i % 4],):
+            start = time.perf_counter()
+            rationale, answer = qcrd.read_sample(text, QUESTION_OF.get(kind, "How many?"), kind, qcrd.NLI if kind == "nli" else [])
+            assert time.perf_counter() - start < 2, (kind, text[:50])                # a hundred times what it takes
+            assert answer is None or (answer and len(answer) <= 300), (kind, text[:50])
+            assert kind != "number" or answer is None or qcrd.value(answer) is not None
+            rationale.encode()
+
+
+def test_value_is_arithmetic_and_nothing_else():
+    for text, wanted in {"( 84.0 / 2.0 )": 42, "-(3 + 4) * 2": -14, "1,234.5": 1234.5, "6 × 7": 42, "84 ÷ 2": 42, "5 − 8": -3, "+5": 5, "--5": 5, ".5": 0.5, "007": 7,
+                         "1 / 3": 1 / 3, "((((1))))": 1, "12,34": None, "1 / 0": None, "9**9": None, "9**9**9": None, "7 // 2": None, "5 % 3": None, "(1)(2)": None,
+                         "()": None, "": None, "1 2": None, "1.2.3": None, "9" * 16: None, "1e5": None, "0x10": None, "x": None, "len('a')": None, "__import__('os')": None,
+                         "４２": None, "1+" * 100 + "1": None, "(" * 150 + "1" + ")" * 40: None, "-" * 199 + "1": -1, "(" * 99 + "1" + ")" * 99: 1,
+                         "1" + "0" * 14 + "* 999999999999999" * 11: None, "3 +": None, "1\n+ 2": None, "True": None}.items():
+        got = qcrd.value(text)
+        assert got == wanted or (got is not None and wanted is not None and abs(got - wanted) < 1e-12), (text, got)
+    assert qcrd.is_right("1 / 3", "0.33333", "number") and not qcrd.is_right("0.3332", "1 / 3", "number")
+    assert qcrd.is_right("-0.00001", "0", "number") and not qcrd.is_right("1 / 0", "1 / 0", "number")
+    assert qcrd.is_right("Stand by the  door.", "stand by the door", "choice") and not qcrd.is_right("-5", "5", "text") and not qcrd.is_right("", "", "text")
+
+
+def task_folder(folder: Path, **files: list | bytes) -> Path:
+    """A folder task: a list of (input, label) or raw bytes for each split."""
+    folder.mkdir(exist_ok=True)
+    for name, rows in files.items():
+        raw = rows if isinstance(rows, bytes) else "".join(json.dumps({"input": x, "label": y}) + "\n" for x, y in rows).encode()
+        (folder / f"{name}.jsonl").write_bytes(raw)
+    return folder
+
+
+def test_broken_data_files_name_line_and_remedy():
+    good = b'{"input": "One and one?", "label": "2"}\n'
+    with elsewhere() as home:
+        for raw, words in [(good + b"no JSON\n", ":2: not JSON; each line must be an object"), (b"[" * 5000, ":1: not JSON"),
+                           (b'{"input": "1?"}\n', ':1: no "label"'), (good + b"\n[1, 2]\n", ':3: no "input"'), (b'"text"\n', ':1: no "input"'),
+                           (b'{"input": ["1?"], "label": "2"}\n', ':1: "input" must be text'), (b'{"input": "1?", "label": true}\n', ':1: "label" must be text'),
+                           (b'{"input": " ", "label": "2"}\n', ':1: "input" must be text'), (b"", ": holds no question"), (b"\n\n", ": holds no question"),
+                           (good + b'{"input": "caf\xe9", "label": "2"}\n', ":2: not UTF-8; save the file as UTF-8"),
+                           (b'{"input": "half \\ud800", "label": "2"}\n', ":1: not UTF-8"), (good.decode().encode("utf-16"), ":1: not UTF-8"),
+                           (b'{"input": "1?", "label": "two"}\n', ":1: label 'two' is neither a number nor an equation; --answer text")]:
+            folder = task_folder(home / "mine", train=good * 3, test=raw)
+            printed = command("--task", folder, "--answer", "number", "--show-prompt", code=2)
+            last = printed.strip().splitlines()[-1]
+            assert last.startswith(f"error: {folder / 'test.jsonl'}{words}"), (raw, printed)
+        (home / "mine" / "test.jsonl").unlink()
+        assert "test.jsonl: No such file or directory; a task is a folder with" in command("--task", home / "mine", code=2)
+        assert "neither one of demo, svamp" in command("--task", home / "absent", code=2)
+        try:
+            qcrd.read_split(task_folder(home / "nli", test=[("It rains.</s>It is wet.", "maybe")]) / "test.jsonl", "nli")
+            raise AssertionError("a label outside the three was accepted")
+        except t5.InputError as e:
+            assert ":1: label 'maybe' must be one of entailment, neutral, contradiction" in str(e)
+        rows = [(f"{i} + {i}?", str(2 * i)) for i in range(20)]
+        folder = task_folder(home / "notes", train=b"\xef\xbb\xbf" + good * 2 + task_folder(home / "x", y=rows).joinpath("y.jsonl").read_bytes(), test=rows[:3])
+        printed = command("--task", folder, "--show-prompt")
+        assert "note: " in printed and "train.jsonl:2: 1 questions stand there twice" in printed
+        assert "no valid.jsonl; the last 2 training questions are held out" in printed and "warning: 3 training questions" in printed
+        task = qcrd.load_task(qcrd.Config(task=str(folder), fraction=0.5))
+        assert (len(task.train.inputs), len(task.valid.inputs), len(task.test.inputs)) == (10, 2, 3)
+        assert task_folder(home / "one", train=rows[:1], test=rows) and "too few to hold any out" in command("--task", home / "one", code=2)
+
+
+def test_prompts_end_in_a_form_that_the_parser_knows():
+    for name, kind in qcrd.KINDS.items():
+        task = qcrd.Task(name, kind, Path(), *[qcrd.Split([], [])] * 3, qcrd.NLI if kind == "nli" else [])
+        prompt = qcrd.prompt_for(task, QUESTION_OF.get(kind, "How many?"))[0]["content"]
+        shots = prompt.split("\n\nQ: ")[1:-1]
+        assert len(shots) >= 2 and prompt.endswith("\nA:") and prompt.count(QUESTION_OF.get(kind, "How many?").split("</s>")[-1]) == 1
+        for shot in shots:
+            question, _, said = shot.partition("\nA: ")
+            rationale, answer = qcrd.read_sample(said, question, kind, task.options)
+            assert rationale and qcrd.answer_key(answer, kind), shot
+    few = qcrd.Task("mine", "text", Path(), *[qcrd.Split([], [])] * 3, ["good", "bad"])
+    assert "one of: good, bad." in qcrd.prompt_for(few, "How was it?")[0]["content"]
+    assert qcrd.prompt_for(few, "How was it?", "My own prompt.\n")[0]["content"] == "My own prompt.\n\nQ: How was it?\nA:"
+
+
+def said(*texts: object, finish: str = "stop") -> dict:
+    """The body of a good answer."""
+    return {"choices": [{"message": {"content": text}, "finish_reason": finish} for text in texts], "usage": {"prompt_tokens": 10, "completion_tokens": 5}}
+
+
+@contextlib.contextmanager
+def stub_teacher(answer):
+    """A server whose POSTs are answered by answer(body, number of this request) -> body as JSON or bytes, or (status, body, headers), or None: hang up.
+
+    Yields its URL and the list of what it was sent, (headers, body)."""
+    asked, lock = [], threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            self.send({"data": [{"id": "stub/model"}]})
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with lock:
+                asked.append((dict(self.headers), body))
+                number = len(asked)
+            got = answer(body, number)
+            if got is None:
+                self.close_connection = True
+                return
+            status, content, headers = got if isinstance(got, tuple) else (200, got, {})
+            self.send(content, status, headers)
+
+        def send(self, content: object, status: int = 200, headers: dict | None = None) -> None:
+            raw = content if isinstance(content, bytes) else json.dumps(content).encode()
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(raw)), **(headers or {})}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(raw)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1", asked
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def collected(url: str, questions: int = 4, **changes) -> tuple[list[list], str]:
+    """All slots of a small folder task, asked from `url` with quick retries -> slots, what was printed."""
+    rows = [(f"What is {i} plus {i}?", str(2 * i)) for i in range(questions)]
+    folder, out = task_folder(Path("sums"), train=rows, valid=rows[:1], test=[("1?", "1")]), io.StringIO()
+    config = qcrd.Config(task=str(folder), answer="number", teacher=url, concurrency=3, **changes)
+    wait = threading.Event.wait
+    with contextlib.redirect_stdout(out), unittest.mock.patch.object(threading.Event, "wait", lambda self, s=None: wait(self, s and min(s, 0.01))):
+        train, valid = qcrd.collect(qcrd.load_task(config), config)
+    assert valid == train[:1]                                                          # the same question is asked once
+    return train, out.getvalue()
+
+
+def test_teacher_survives_what_servers_do():
+    trouble = [b"<html>bad gateway</html>", (500, {"error": "down"}, {}), (429, {"error": {"message": "slow"}}, {"Retry-After": "0.01"}), None, {"choices": []},
+               said(None), said(""), {}, [], b"", b"[" * 100000, (503, b"", {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}), {"choices": [None, {"message": 3}]},
+               {"choices": "none"}, (200, b'{"choices": [{"mess', {}), (408, {}, {"Retry-After": "nonsense"}), {"choices": {"a": 1}}, (429, {}, {"Retry-After": "nan"})]
+    with elsewhere(), stub_teacher(lambda body, n: trouble[n // 2 % len(trouble)] if n % 2 else said(*[f"The answer is {n}."] * body["n"])) as (url, asked):
+        slots, printed = collected(url, questions=30)
+        assert all(slot and slot[1] == "stop" for row in slots for slot in row) and "failures" in printed
+        assert all(len({slot[0] for slot in row}) == 1 for row in slots)
+        assert {(b["temperature"], b["max_tokens"], b["n"], b["model"]) for _, b in asked} == {(0.7, 512, 5, "stub/model")}
+        before = len(asked)
+        assert collected(url, questions=30)[0] == slots and len(asked) == before       # filled slots are not asked for again
+        more, _ = collected(url, questions=30, samples=7)
+        assert [row[:5] for row in more] == slots and all(b["n"] == 2 for _, b in asked[before:])
+        for changed in ({"teacher_temperature": 0.5}, {"teacher_tokens": 99}, {"teacher_model": "other"}):
+            before = len(asked)
+            assert collected(url, questions=1, **changed)[0] and len(asked) > before   # what decides a sample is part of its key
+
+
+def test_teacher_meets_servers_that_know_fewer_fields():
+    def refuse(name: str, message: str, limit: int = 5, status: int = 400):
+        def answer(body: dict, n: int) -> object:
+            if name in body and (name != "n" or body["n"] > 1):
+                return status, {"error": {"message": message}}, {}
+            return said(*[f"The answer is {body.get('seed')}."] * min(limit, body.get("n", 1)))
+        return answer
+    for name, message, status in [("n", "Only one completion choice is allowed", 400), ("seed", "Extra inputs are not permitted: seed", 422),
+                                  ("temperature", "Unsupported value: 'temperature' does not support 0.7", 400),
+                                  ("max_tokens", "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.", 400)]:
+        with elsewhere(), stub_teacher(refuse(name, message, status=status)) as (url, asked):
+            slots, printed = collected(url)
+            assert all(slot for row in slots for slot in row) and f"without {name}, which this server refuses" in printed
+            assert sum(name in b and (name != "n" or b["n"] > 1) for _, b in asked) <= 3           # once for each thread, then remembered
+            assert name != "max_tokens" or asked[-1][1]["max_completion_tokens"] == 512
+    with elsewhere(), stub_teacher(refuse("nothing", "", limit=1)) as (url, asked):                # n is ignored
+        slots, _ = collected(url)
+        assert len(asked) == 20 and all(len({slot[0] for slot in row}) == 5 for row in slots)      # each slot has its own seed
+
+
+def test_teacher_stops_where_no_retry_helps():
+    key = "sk-Secret/0123+456"
+    echo = {"error": {"message": f"Incorrect API key provided: {key}, see https://example.org/keys?key=sk-Secret%2F0123%2B456"}}
+    environment = unittest.mock.patch.dict(os.environ, OPENAI_API_KEY=key)
+    for status, words in [(401, "the key in OPENAI_API_KEY is not accepted"), (403, "not accepted"), (404, "is --teacher-model stub/model right"),
+                          (400, "status 400: Incorrect API key provided: ***, see https://example.org/keys?key=***"), (301, "status 301")]:
+        with elsewhere() as home, environment, stub_teacher(lambda body, n, status=status: (status, echo, {})) as (url, asked):
+            folder = task_folder(home / "sums", train=[(f"{i}?", "1") for i in range(50)], test=[("a?", "1")])
+            flags = ["--task", folder, "--stage", "teacher", "--teacher", url, "--model", HERE / "weights" / "demo", "--concurrency", 4]
+            printed = command(*flags, code=2)
+            assert words in printed.strip().splitlines()[-1] and printed.count("error:") == 1 and "Traceback" not in printed, printed
+            assert len(asked) <= 4 * (2 if status == 400 else 1) and asked[0][0]["Authorization"] == f"Bearer {key}"
+            files = [path.read_bytes() for path in home.rglob("*") if path.is_file()]
+            assert not any(secret in text for secret in ("Secret", "0123") for text in [printed, *map(repr, files)])
+    with elsewhere(), unittest.mock.patch.dict(os.environ, OPENAI_API_KEY=key + "\ncut"):
+        for url in (f"http://me:{key}@127.0.0.1:9/v1", f"http://127.0.0.1:9/v1?key={key}", "gpt-4", "http://127.0.0.1:9/v1"):
+            message = refused_collect(url)
+            assert "OPENAI_API_KEY" in message and "Secret" not in message
+    with elsewhere():
+        assert "no connection (ConnectionError); is the server running" in refused_collect("http://127.0.0.1:9/v1")
+        with stub_teacher(lambda body, n: said("")) as (url, asked):
+            assert "--teacher-tokens" in refused_collect(url)
+            assert len(asked) <= 10 * 3                                                            # the bound, for each thread
+
+
+def refused_collect(url: str) -> str:
+    try:
+        collected(url)
+    except t5.InputError as e:
+        return str(e)
+    raise AssertionError(f"{url} was accepted")
+
+
+def test_teacher_budget_refusals_and_torn_cache():
+    with elsewhere(), stub_teacher(lambda body, n: said("The answer is 1.", finish="length")) as (url, asked):
+        slots, printed = collected(url, teacher_budget=7)
+        assert len(asked) == 7 and sum(slot is not None for row in slots for slot in row) == 7 and "samples are missing (over --teacher-budget" in printed
+        assert all(slot[1] == "length" for row in slots for slot in row if slot)                   # cut ones are kept
+        cache = next(Path("data/sums").glob("teacher-*.jsonl"))
+        assert cache.name == "teacher-stub_model.jsonl"
+        cache.write_bytes(cache.read_bytes()[:-20])                                                # a kill in the middle of a line
+        slots, printed = collected(url)
+        assert all(slot for row in slots for slot in row) and len(asked) == 7 + 14 and "1 line cut off by a crash" in printed
+        lines = cache.read_bytes().splitlines()
+        assert len(lines) == 21 and sum(line.endswith(b"}") for line in lines) == 20
+    with elsewhere(), stub_teacher(lambda body, n: (400, {"error": {"message": "content policy"}}, {}) if "3 plus" in body["messages"][0]["content"] and n > 9
+                                   else said(*["The answer is 1."] * body.get("n", 1))) as (url, asked):
+        slots, printed = collected(url, questions=12)                                              # one question is refused, the others go on
+        assert sum(row.count(None) for row in slots) in (0, 5) and all(None not in row for i, row in enumerate(slots) if i != 3)
+
+
+def test_a_folder_goes_from_teacher_to_student():
+    """40 date problems, made here; a teacher that solves four of five; nothing but flags."""
+    day = __import__("datetime").date
+    dates = [(day.fromordinal(737000 + 37 * i), 3 + i % 9) for i in range(40)]
+    texts = [f"Today is {d:%d.%m.%Y}. What day of the month is it {n} days later?" for d, n in dates]
+    numbers = [day.fromordinal(d.toordinal() + n).day for d, n in dates]
+
+    def answer(body: dict, count: int) -> dict:
+        i = max(range(40), key=lambda i: body["messages"][-1]["content"].rfind(texts[i]))
+        return said(*[f"Day by day, {dates[i][1]} days on it is day {numbers[i] + (k == 4)}. The answer is {numbers[i] + (k == 4)}." for k in range(body["n"])])
+    with elsewhere() as home, stub_teacher(answer) as (url, asked):
+        rows = list(zip(texts, map(str, numbers)))
+        folder, student = task_folder(home / "dates", train=rows[:26], valid=rows[26:32], test=rows[32:]), tiny_student(qcrd.Config())
+        student.model.save(home / "tiny", vocab=student.vocab)
+        for kind in ("number", "text"):
+            printed = command("--task", folder, "--answer", kind, "--teacher", url, "--model", home / "tiny", "--iterations", 2, "--iteration-steps", 2, "--batch", 8,
+                              "--lag", 1, "--rationale-tokens", 24, "--discriminator-pretrain", 2, "--discriminator-steps", 1, "--run", home / kind)
+            assert "vote, training questions: 4.00 positives and 1.00 negatives a question" in printed and "majority right on 100.0% of 26" in printed, printed
+            assert len((home / kind / "predictions.jsonl").read_text().splitlines()) == 8 and (home / kind / "student" / "model.pt").exists()
+        assert len(asked) == 32                                                                    # the second run asked for nothing
+
+
+def test_real_answers_of_language_models():
+    if not (SHARED / "teacher").is_dir():
+        raise Skip("no ../shared with the published answers")
+    with elsewhere(), unittest.mock.patch.dict(os.environ, QCRD_MIRROR=str(SHARED / "mirror")):
+        rows = [json.loads(line) for line in (SHARED / "teacher" / "svamp_train.jsonl").read_text("utf-8").splitlines()]
+        task = qcrd.load_task(qcrd.Config(task="svamp"))
+        labels = {fetch_data.fold(x): y for split in (task.train, task.valid) for x, y in zip(*split)}
+        positives = right = 0
+        turbo = [row for row in rows if row["source"] == "gpt-3.5-turbo"]
+        for row in turbo:                                                                          # two votes of five samples drawn from its ten
+            keys = [qcrd.answer_key(qcrd.read_sample(s, row["input"], "number")[1], "number") for s in row["samples"]]
+            assert keys.count(None) <= 8
+            random.Random(row["input"]).shuffle(keys)
+            for five in (keys[:5], keys[5:]):
+                best, same_answer, _ = qcrd.majority(five)
+                positives, right = positives + len(same_answer), right + (best == qcrd.answer_key(labels[fetch_data.fold(row["input"])], "number"))
+        assert len(turbo) == 564 and abs(positives / 1128 - 3.87) < 0.05 and abs(right / 1128 - 0.83) < 0.02, (positives / 1128, right / 1128)
+    with elsewhere():
+        config = qcrd.Config(task="svamp", archive=str(SHARED / "upstream" / "datasets.zip"), teacher="palm")
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()) as printed:
+            task = qcrd.load_task(config)
+            slots = sum(qcrd.collect(task, config), [])
+        answers = [qcrd.read_sample(row[0][0], x, "number")[1] for row, x in zip(slots, task.train.inputs + task.valid.inputs)]
+        right = sum(qcrd.is_right(a or "", y, "number") for a, y in zip(answers, task.train.labels + task.valid.labels))
+        assert len(answers) == 800 and abs(right / 800 - 0.735) < 0.0101 and "ONE a question" in printed.getvalue(), right
 
 
 # ---------------------------------------------------------------- benchmark

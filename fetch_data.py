@@ -550,7 +550,8 @@ def complete(asked: dict, problems: dict[str, Problem]) -> dict:
     prompt = fold(prompt if isinstance(prompt, str) else " ".join(part["text"] for part in prompt))
     n, seed, limit = asked.get("n") or 1, asked.get("seed"), asked.get("max_tokens") or asked.get("max_completion_tokens")
     temperature = 1.0 if asked.get("temperature") is None else asked["temperature"]
-    if n not in range(1, 129) or not 0 <= temperature <= 2 or (limit or 1) < 1 or not isinstance(seed, int | None):
+    if not (n in range(1, 129) and isinstance(temperature, int | float) and 0 <= temperature <= 2 and isinstance(limit, int | None)
+            and (limit is None or limit > 0) and isinstance(seed, int | None)):
         raise ValueError("n must be 1 to 128, temperature 0 to 2, max_tokens at least 1, seed a whole number")
     question = max((text for text in problems if text in prompt), key=prompt.rfind, default=None)
     choices, read, written = [], len(TOKEN.findall(prompt)), 0

@@ -8,12 +8,14 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import io
 import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -32,6 +34,7 @@ import numpy as np
 import requests
 import sentencepiece
 import torch
+import torch.utils.flop_counter
 
 import fetch_data
 import qcrd
@@ -851,7 +854,8 @@ def test_demo_splits():
     for p in problems["train"][:200] + problems["test"][:200]:
         numbers = [n for n in re.findall(r"\d+", p.text) if n != str(p.distractor)]
         assert sorted(numbers) == sorted(re.findall(r"\d+", p.label)) and len(set(numbers)) == len(numbers), p
-        assert None not in fetch_data.amounts(p.first, p.steps) and p.label == fetch_data.equation(p.first, p.steps)
+        equation, amounts = fetch_data.solve(p.first, p.steps)
+        assert equation == p.label and None not in amounts and max(amounts) < 100, p
     def shapes(split: str) -> list[set[str]]:      # each problem's sentences with names, things and numbers blanked
         names = "|".join(fetch_data.PEOPLE + fetch_data.THINGS) + r"|\d+"
         return [set(re.split(r"(?<=[.?])\s", re.sub(rf"\b({names})\b", "_", p.text))) for p in problems[split]]
@@ -919,8 +923,8 @@ def test_demo_teacher_over_http():
         assert "The answer is" not in texts(ask("Q: How many stars are there?"))[0]
         for fields, name in (({"n": 200}, "n"), ({"temperature": "hot"}, "temperature"), ({"max_tokens": -1}, "max_tokens"), ({"seed": "x"}, "seed")):
             r = ask(prompt, **fields)
-            assert r.status_code == 400 and name in r.json()["error"]["message"]
-        for body in (b"{", b"[]", b'{"messages": []}', b'{"messages": [{"content": null}]}', b"[" * 100_000):
+            assert r.status_code == 400 and name in r.json()["error"]["message"], (fields, r.text)
+        for body in (b"", b"{", b"[]", b'{"messages": []}', b'{"messages": [{"content": null}]}', b"[" * 100_000):
             assert requests.post(url + "/chat/completions", data=body).status_code == 400
         assert requests.post(url + "/completions", json={}).status_code == 404 and requests.get(url).status_code == 404
         assert f"port {server.server_port} cannot be used" in refused(fetch_data.demo_teacher, server.server_port)
@@ -1849,8 +1853,48 @@ def test_real_answers_of_language_models():
 # ---------------------------------------------------------------- benchmark
 
 
+def bench_step(questions: str) -> None:
+    """One QCRD step (five positives, two negatives a question) in t5-small's shape, float32, on the CPU: seconds, tokens, memory, arithmetic.
+
+    On real rationales of a language model where ../shared has them, else on the demo's."""
+    n, vocab = int(questions), HERE / "weights" / "demo" / "spiece.model"
+    if SHARED.exists():
+        sys.path.insert(0, str(SHARED / "bench"))
+        import plain_step
+        vocab = next((SHARED / "mirror/huggingface.co/google-t5/t5-small/resolve").glob("*/spiece.model"))
+        items = plain_step.batch(n)
+    else:
+        problems = fetch_data.demo_problems("train")[:n]
+        said = [[fetch_data.teacher_answer(p, k, 0.7).rpartition("The answer")[0].strip() for k in range(7)] for p in problems]
+        items = [(p.text, p.label, texts[:5], texts[5:]) for p, texts in zip(problems, said)]
+    torch.manual_seed(0)
+    config = qcrd.Config(iterations=1, batch=n)
+    student = qcrd.Student(t5.T5(t5.Config()), vocab, config, torch.device("cpu"))
+    voted = [qcrd.Voted(label, [*map(qcrd.to_student, pos)], [*map(qcrd.to_student, neg)]) for _, label, pos, neg in items]
+    data = qcrd.Data(student, qcrd.Split([x for x, *_ in items], [label for _, label, *_ in items]), voted)
+    trainer = qcrd.Trainer(config, student, Path(), None, data, data)
+    step, seconds = functools.partial(trainer.step, list(range(n)), {}, (0.5, 0.5, 0.5), 0, torch.zeros(0)), []
+    step()
+    trainer.state.tokens = 0
+    for _ in range(3):
+        start = time.perf_counter()
+        step().tolist()
+        seconds.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        step()
+    a, start = torch.randn(2048, 2048), time.perf_counter()
+    for _ in range(5):
+        a @ a
+    rate, second = 5 * 2 * 2048**3 / (time.perf_counter() - start), sorted(seconds)[1]
+    print(f"one QCRD step, {n} questions: {second:.2f} s, {trainer.state.tokens / 3 / second:,.0f} target tokens scored or trained on a second, peak memory "
+          f"{peak:.2f} GiB, {counter.get_total_flops() / second / 1e9:.0f} GFLOP/s of the {rate / 1e9:.0f} that a matrix product alone reaches "
+          f"({counter.get_total_flops() / second / rate:.0%})", flush=True)
+
+
 def bench() -> None:
-    print("nothing to time yet")
+    for questions in ("4", "16"):                    # a process each, for its peak memory
+        subprocess.run([sys.executable, __file__, "bench_step", questions], check=True)
 
 
 def main() -> int:
@@ -1860,6 +1904,9 @@ def main() -> int:
         return 0
     if words == ["bench"]:
         bench()
+        return 0
+    if words[:1] == ["bench_step"]:
+        bench_step(*words[1:])
         return 0
     tests = [(name, f) for name, f in globals().items() if name.startswith("test_") and callable(f)]
     tests = [(name, f) for name, f in tests if not words or any(w in name for w in words)]

@@ -348,7 +348,7 @@ ANSWER = re.compile(
 SENTENCE = re.compile(r"(?<!\b[A-Z])(?<!\b[A-Z][a-z])[.;!?](?=\s|\Z)|\n")      # its end; "Dr. No" and "B. the door" go on
 SPEAKER = re.compile(r"\s*(?:Q|Question|A|Rationale|Reasoning|Explanation)\s*:\s*", re.IGNORECASE)
 RUN_ON = re.compile(r"\n[ \t]*(?:Q|Question|Premise|Problem) ?:", re.IGNORECASE)
-EQUATION = re.compile(r"[-+*/(. ]*[0-9][-+*/^()., 0-9]*")
+EQUATION = re.compile(r"[-+*/( ]*\.?[0-9][-+*/^()., 0-9]*")
 LATEX = [(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))"), (r"\\times\b|\\cdot\b", "*"), (r"\\div\b", "/"),
          (r"\\[a-zA-Z]+|\\.|[${}€£%`\"']|_+", ""), (r"(?<![0-9)])\*\*+|\*\*+(?![0-9(])", ""),             # bold is no power
          (r"(?<=[0-9)])\s*[xX]\s*(?=[0-9(])", " * "), (r"(?<=[0-9])-(?=[a-zA-Z]{2})", " ")]               # 4 x 5, 3-day
@@ -360,7 +360,7 @@ def read_number(text: str, first: bool) -> str | None:
         text = re.sub(pattern, plain, text)
     for part in (text.rpartition("=")[2], text):
         if runs := EQUATION.findall(part.translate(SIGNS)):
-            run = (runs[0] if first else runs[-1]).rstrip("(., ").lstrip(")., ")
+            run = (runs[0] if first else runs[-1]).rstrip("(., ").lstrip()
             while run.endswith(")") and run.count(")") > run.count("("):
                 run = run[:-1].rstrip()
             if re.match(r"[(\s]*[-+*/]\s", run) or run.endswith(tuple("+-*/^")):
@@ -564,7 +564,7 @@ def retry_after(text: str | None) -> float | None:
     with contextlib.suppress(TypeError, ValueError):
         if re.fullmatch(r"[0-9.]+", text):
             return min(600.0, float(text))
-        return min(600.0, max(0.0, (parsedate_to_datetime(text) - datetime.datetime.now(datetime.UTC)).total_seconds()))
+        return min(600.0, max(0.0, parsedate_to_datetime(text).timestamp() - time.time()))
     return None
 
 
@@ -1439,9 +1439,9 @@ def load_student(folder: Path | str, config: Config, device: torch.device) -> St
     return Student(T5.load(folder), folder / "spiece.model", config, device)
 
 
-def load_trained(run: Path) -> tuple[Config, dict, Student, Discriminator | None]:
-    """The best student of a run, with its discriminator."""
-    config, saved = read_config(run)
+def load_trained(run: Path, **changes: Any) -> tuple[Config, dict, Student, Discriminator | None]:
+    """The best student of a run, with its discriminator; `changes`: other settings than the run's."""
+    config, saved = read_config(run, **changes)
     student, d, file = load_student(run / "student", config, pick_device(config)), None, run / "student" / "discriminator.pt"
     if file.exists():
         d = Discriminator(student, config)
@@ -1449,10 +1449,10 @@ def load_trained(run: Path) -> tuple[Config, dict, Student, Discriminator | None
     return config, saved, student, d
 
 
-def read_config(run: Path) -> tuple[Config, dict]:
+def read_config(run: Path, **changes: Any) -> tuple[Config, dict]:
     try:
         saved = json.loads((run / "config.json").read_text("utf-8"))
-        return Config(**saved["config"]), saved
+        return Config(**saved["config"] | changes), saved
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise InputError(f"{run}/config.json: no run there ({type(e).__name__}); runs are folders like runs/demo-qcrd-0") from None
 
@@ -1566,9 +1566,9 @@ def explain(student: Student, d: Discriminator | None, data: Data) -> tuple[list
     return student.read(rows), scores
 
 
-def audit(run: Path, count: int, as_json: bool) -> None:
+def audit(run: Path, count: int, as_json: bool, **changes: Any) -> None:
     """`count` training questions as the next iteration would use them, dropout off, by the functions that train."""
-    config, _ = read_config(run)
+    config, _ = read_config(run, **changes)
     with contextlib.redirect_stdout(sys.stderr):                     # stdout is for the audit alone
         student, task, data, valid = prepare(config)
         slots = collect(task, config)[0] if config.method != "finetune" else None
@@ -1632,9 +1632,9 @@ def audit_text(a: dict) -> None:
           f"+ {three:.6f} · L_D {a['L_D']:.6f} = {a['total']:.6f}")
 
 
-def ask_student(run: Path, questions: list[str], as_json: bool) -> None:
+def ask_student(run: Path, questions: list[str], as_json: bool, **changes: Any) -> None:
     """Label, rationale and quality of each question."""
-    config, _, student, d = load_trained(run)
+    config, _, student, d = load_trained(run, **changes)
     data = Data(student, Split(questions, [""] * len(questions)))
     rows = [data.questions[i] for i in range(len(data))]
     labels = student.read(student.write(student.predict, rows, min(config.rationale_tokens, 64), 0.0, (), "  labels"))
@@ -1644,9 +1644,9 @@ def ask_student(run: Path, questions: list[str], as_json: bool) -> None:
               f"label:     {label}{'' if v is None else f' = {v:g}'}\nrationale: {rationale}\nquality:   {quality:.3f}")
 
 
-def evaluate_run(run: Path, file: str) -> None:
+def evaluate_run(run: Path, file: str, **changes: Any) -> None:
     """Accuracy with its interval on a JSONL file, the task's test questions without one; predictions on stdout."""
-    config, saved, student, _ = load_trained(run)
+    config, saved, student, _ = load_trained(run, **changes)
     split = read_split(Path(file), saved["kind"]) if file else load_task(config).test
     accuracy, answers = evaluate(student, Data(student, split), split.labels, saved["kind"], "  evaluate")
     for x, gold, a in zip(*split, answers):
@@ -1718,16 +1718,21 @@ def check(config: Config) -> Config:
 def main() -> None:
     args = vars(parser().parse_args())
     use = {name: args.pop(name) for name in ("resume", "ask", "audit", "eval", "export", "json", "show_prompt")}
+    verb = next((name for name in ("ask", "audit", "eval", "export") if use[name]), None)
+    if verb and (unused := set(args) - {"device", "precision", "micro_batch"}):
+        raise InputError(f"--{verb} takes its settings from the run: --{unused.pop().replace('_', '-')} has no effect on it")
     if use["ask"]:
         run, *questions = use["ask"]
-        ask_student(Path(run), questions or [line.strip() for line in sys.stdin if line.strip()], use["json"] or not questions)
+        if not (questions := questions or [line.strip() for line in sys.stdin if line.strip()]):
+            raise InputError("--ask: no question; put it after the run's folder, or one a line on standard input")
+        ask_student(Path(run), questions, use["json"] or len(use["ask"]) == 1, **args)
     elif use["audit"]:
         run, count = use["audit"]
         if not count.isdecimal():
             raise InputError(f"--audit RUN N: N is {count!r}, must be a number of questions")
-        audit(Path(run), int(count), use["json"])
+        audit(Path(run), int(count), use["json"], **args)
     elif use["eval"]:
-        evaluate_run(Path(use["eval"][0]), use["eval"][1] if len(use["eval"]) > 1 else "")
+        evaluate_run(Path(use["eval"][0]), use["eval"][1] if len(use["eval"]) > 1 else "", **args)
     elif use["export"]:
         export(*map(Path, use["export"]))
     elif use["resume"]:

@@ -1112,15 +1112,15 @@ def test_loss_by_hand():
         config = qcrd.Config(positive=positive, negative=negative)
         picked, share, out = qcrd.pick(losses, c, config)
         assert (picked, out) == (rows, left_out), (positive, negative, picked, out)
-        ℓ = torch.tensor([losses[r] for r in picked], requires_grad=True)
+        chosen = torch.tensor([losses[r] for r in picked], requires_grad=True)
         s = torch.tensor([score[r] for r in picked], requires_grad=True)
         is_pos = torch.tensor([c.positive[r] for r in picked])
-        cl = qcrd.contrastive_terms(ℓ, s, torch.tensor(share), is_pos, config.beta, config.delta).sum()
+        cl = qcrd.contrastive_terms(chosen, s, torch.tensor(share), is_pos, config.beta, config.delta).sum()
         assert abs(cl.item() - expected) < 1e-6, (positive, negative, cl.item(), expected)
         cl.backward()
         assert s.grad is None                                                    # weights carry no gradient
         if (positive, negative) == ("min", "max"):
-            assert torch.allclose(ℓ.grad, torch.tensor([0.5, -0.2 * 0.9, 1.0]))
+            assert torch.allclose(chosen.grad, torch.tensor([0.5, -0.2 * 0.9, 1.0]))
     clipped = torch.tensor([3.5, 2.9], requires_grad=True)                       # the training pass clamps again
     terms = qcrd.contrastive_terms(clipped, torch.tensor([0.0, 0.0]), torch.ones(2), torch.tensor([False, False]), 0.2, 3.0)
     terms.sum().backward()

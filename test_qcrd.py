@@ -113,7 +113,8 @@ def shifted(targets: torch.Tensor) -> torch.Tensor:
 
 def small_t5(seed: int = 0, **changes) -> t5.T5:
     torch.manual_seed(seed)
-    return t5.T5(t5.Config(**dict(dict(vocab_size=67, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_decoder_layers=2, num_heads=2), **changes))).eval()
+    shape = {"vocab_size": 67, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2}
+    return t5.T5(t5.Config(**shape | changes)).eval()
 
 
 def one_line(call, *words: str) -> str:
@@ -140,7 +141,8 @@ def test_t5_equals_transformers_on_odd_shapes():
                 expected = model(input_ids=x, attention_mask=x_mask.long(), decoder_input_ids=shifted(y)).logits
                 logits = ours(x, x_mask, shifted(y))
                 assert (logits - expected)[y_mask].abs().max() <= 1e-4 * expected.abs().max(), (i, v11)
-                greedy = model.generate(input_ids=x, attention_mask=x_mask.long(), max_new_tokens=12, do_sample=False, use_cache=False)[:, 1:]
+                greedy = model.generate(input_ids=x, attention_mask=x_mask.long(), max_new_tokens=12, do_sample=False, use_cache=False)
+                greedy = greedy[:, 1:]                             # without the start token
                 written = ours.generate(x, x_mask, 12)
             width = min(greedy.shape[1], written.shape[1])
             assert torch.equal(greedy[:, :width], written[:, :width]) and not greedy[:, width:].any() and not written[:, width:].any()
@@ -328,7 +330,7 @@ def test_t5_low_precision():
         x, x_mask = random_batch(67, 4, 9)
         y, y_mask = random_batch(67, 4, 6, seed=1)
         peaks = []
-        hooks = [layer.feed_forward.wo.register_forward_hook(lambda m, a, out: peaks.append((out.abs().max(), out.dtype)))
+        hooks = [layer.feed_forward.wo.register_forward_hook(lambda m, a, out, peaks=peaks: peaks.append((out.abs().max(), out.dtype)))
                  for layer in [*model.encoder.layers, *model.decoder.layers]]
         full = model.loss(x, x_mask, y, y_mask)
         with torch.autocast("cpu", torch.float16):
@@ -445,11 +447,12 @@ def test_t5_refuses_broken_checkpoints():
         broken("shared.weight", "missing", head={name: entry for name, entry in header.items() if name != "shared.weight"})
         broken("encoder.block.7.extra", head=header | {"encoder.block.7.extra": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}})
         file.write_bytes(good)
-        for key, value, word in (("model_type", "mt5", "mT5"), ("model_type", None, "t5"), ("feed_forward_proj", "gated-silu", "gated-silu"),
-                                 ("feed_forward_proj", "gelu", "gelu"), ("eos_token_id", 2, "eos_token_id"), ("pad_token_id", 1, "pad_token_id"),
-                                 ("decoder_start_token_id", 5, "decoder_start_token_id"), ("d_model", -1, "d_model"), ("d_kv", "64", "d_kv"),
-                                 ("num_heads", None, "num_heads"), ("d_ff", 25, "config.json says"), ("dropout_rate", 1.5, "dropout_rate"),
-                                 ("relative_attention_num_buckets", 2, "buckets"), ("num_layers", 3, "encoder.block.2")):
+        for key, value, word in (
+                ("model_type", "mt5", "mT5"), ("model_type", None, "t5"), ("feed_forward_proj", "gated-silu", "gated-silu"),
+                ("feed_forward_proj", "gelu", "gelu"), ("eos_token_id", 2, "eos_token_id"), ("pad_token_id", 1, "pad_token_id"),
+                ("decoder_start_token_id", 5, "decoder_start_token_id"), ("d_model", -1, "d_model"), ("d_kv", "64", "d_kv"),
+                ("num_heads", None, "num_heads"), ("d_ff", 25, "config.json says"), ("dropout_rate", 1.5, "dropout_rate"),
+                ("relative_attention_num_buckets", 2, "buckets"), ("num_layers", 3, "encoder.block.2")):
             config.write_text(json.dumps(settings | {key: value}))
             broken(word)
         config.write_text("{")
@@ -507,8 +510,8 @@ def small_tokenizer(folder: Path) -> t5.Tokenizer:
     words = "how many apples pears did Tom Ann buy sell give 1 2 3 17 28 then more were left in the box , . ( + ) ?".split()
     texts = [" ".join(rng.choices(words, k=12)) for _ in range(300)]
     with open(folder / "spiece.model", "wb") as file:
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=file, vocab_size=90, pad_id=0, eos_id=1, unk_id=2,
-                                                 bos_id=-1, hard_vocab_limit=False, minloglevel=2)
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=file, vocab_size=90, minloglevel=2,
+                                                 pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False)
     return t5.Tokenizer(folder / "spiece.model")
 
 
@@ -518,9 +521,11 @@ def test_t5_tokenizer():
         tokenizer = small_tokenizer(folder)
         ids = tokenizer.encode("how many apples did Tom buy ?")
         assert ids[-1] == t5.EOS and t5.UNK not in ids and tokenizer.decode(ids) == "how many apples did Tom buy ?"
-        assert tokenizer.encode("") == [t5.EOS] and tokenizer.encode("apples " * 50, 7)[-1] == t5.EOS and len(tokenizer.encode("apples " * 50, 7)) == 7
+        cut = tokenizer.encode("apples " * 50, 7)
+        assert tokenizer.encode("") == [t5.EOS] and len(cut) == 7 and cut[-1] == t5.EOS
         assert tokenizer.encode("Tom</s>Ann") == tokenizer.encode("Tom") + tokenizer.encode("Ann")
-        assert tokenizer.encode("<extra_id_0>")[0] == tokenizer.size + 99 == tokenizer.sentinel(0) and tokenizer.sentinel(99) == tokenizer.size
+        assert tokenizer.encode("<extra_id_0>")[0] == tokenizer.size + 99 == tokenizer.sentinel(0)
+        assert tokenizer.sentinel(99) == tokenizer.size
         assert tokenizer.decode([tokenizer.sentinel(3), 0, 1, 10**6]) == ""
         (folder / "other").write_bytes(b"nothing of the kind")
         one_line(lambda: t5.Tokenizer(folder / "other"), "other")
@@ -1892,7 +1897,56 @@ def bench_step(questions: str) -> None:
           f"({counter.get_total_flops() / second / rate:.0%})", flush=True)
 
 
+def bench_t5() -> None:
+    """t5.py in t5-small's shape, float32; beside it, where transformers is installed, the same weights and batches there."""
+    print(f"t5.py, t5-small's shape, random weights, {torch.get_num_threads()} threads; ratio: transformers' time / ours")
+    shape = {"vocab_size": 32128, "d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8}
+    try:
+        peer = hf_model(shape, v11=False)
+        ours = through_disk(peer)
+    except Skip as why:
+        peer, ours = None, t5.T5(t5.Config())
+        print(f"no ratios: {why}")
+
+    def line(what: str, mine, theirs, note: str = "") -> None:
+        """Median of three turns each, taken alternately, so that a drift of the machine falls on both."""
+        seconds = {f: [] for f in ([mine] if peer is None else [mine, theirs])}
+        for turn in range(4):
+            for f, taken in seconds.items():
+                start = time.perf_counter()
+                f()
+                taken += [time.perf_counter() - start] if turn else []        # the first turn warms up
+        medians = [sorted(taken)[1] for taken in seconds.values()]
+        ratio = f"{medians[1]:9.3f} {medians[1] / medians[0]:7.2f}" if peer is not None else ""
+        print(f"{what:34s} {medians[0]:9.3f} {ratio}   {note}", flush=True)
+
+    def backward(model, loss) -> None:
+        model.train().zero_grad(set_to_none=True)
+        loss().backward()
+
+    print(f"{'work':34s} {'ours s':>9s}" + (f" {'peer s':>9s} {'ratio':>7s}" if peer is not None else ""))
+    for name, least in (("full", 64), ("padded", 19)):
+        (x, x_mask), (y, y_mask) = (random_batch(32000, 16, 64, seed, least) for seed in (0, 1))
+        note = ""
+        if peer is not None:
+            with torch.no_grad():
+                a = peer.eval()(input_ids=x, attention_mask=x_mask.long(), decoder_input_ids=shifted(y)).logits
+                b = ours.eval()(x, x_mask, shifted(y))
+            note = f"largest logit difference {(a - b)[y_mask].abs().max() / a.abs().max():.0e} of the largest logit"
+        labels = y.masked_fill(~y_mask, -100)
+        line(f"16 x 64 forward+backward, {name}", lambda: backward(ours, lambda: ours.loss(x, x_mask, y, y_mask).mean()),
+             lambda: backward(peer, lambda: peer(input_ids=x, attention_mask=x_mask.long(), labels=labels).loss), note)
+    x, x_mask = random_batch(32000, 64, 64, 0, 19)
+    if peer is not None:
+        peer.eval()
+    for name, temperature, how in (("greedy", 0.0, {"do_sample": False}),
+                                   ("sample at 1.5", 1.5, {"do_sample": True, "temperature": 1.5, "top_k": 0})):
+        line(f"64 rows, 64 tokens, {name}", lambda: ours.generate(x, x_mask, 64, temperature=temperature),
+             lambda: peer.generate(input_ids=x, attention_mask=x_mask.long(), max_new_tokens=64, **how))
+
+
 def bench() -> None:
+    bench_t5()
     for questions in ("4", "16"):                    # a process each, for its peak memory
         subprocess.run([sys.executable, __file__, "bench_step", questions], check=True)
 

@@ -79,7 +79,8 @@ class Progress:
             return
         self.shown = now
         left = (now - self.start) / max(done, 1) * (self.total - done)
-        line = f"{self.what}: {done}/{self.total} ({100 * done / max(self.total, 1):.0f} %), {left // 60:.0f} min {left % 60:02.0f} s left  {note}"
+        share = 100 * done / max(self.total, 1)
+        line = f"{self.what}: {done}/{self.total} ({share:.0f} %), {left // 60:.0f} min {left % 60:02.0f} s left  {note}"
         print("\r" + line[:139] + "\033[K" if self.live else line, end="" if self.live else "\n", file=sys.stderr, flush=True)
 
     def close(self) -> None:
@@ -118,7 +119,7 @@ class Config:
         require(isinstance(hf, dict) and hf.get("model_type") == "t5",
                 f"{where}: model_type is not 't5' (T5 1.0, 1.1, Flan-T5); mT5, UMT5 and other models are not supported")
         activation = hf.get("feed_forward_proj", "relu")
-        require(activation in ("relu", "gated-gelu"), f"{where}: feed_forward_proj {activation!r} is not supported, only relu and gated-gelu are")
+        require(activation in ("relu", "gated-gelu"), f"{where}: feed_forward_proj {activation!r} is not supported (relu, gated-gelu are)")
         for key, value in (("pad_token_id", PAD), ("eos_token_id", EOS), ("decoder_start_token_id", PAD)):
             require(hf.get(key) in (value, None), f"{where}: {key} is {hf.get(key)!r}, only {value} is supported")
         values = {f.name: hf[f.name] for f in dataclasses.fields(Config) if hf.get(f.name) is not None and f.name not in OURS}
@@ -136,7 +137,8 @@ class Config:
         for field in dataclasses.fields(Config):
             value, kind = values.get(field.name, field.default), type(field.default)
             good = 0 <= value < 1 if kind is float and type(value) in (int, float) else type(value) is kind and (kind is bool or value > 0)
-            require(good, f"{where}: {field.name} is {value!r}, not a {'positive int' if kind is int else 'bool' if kind is bool else 'number in [0, 1)'}")
+            wanted = {int: "a positive whole number", float: "a number in [0, 1)", bool: "true or false"}[kind]
+            require(good, f"{where}: {field.name} is {value!r}, not {wanted}")
         config = Config(**values)
         require(4 <= config.relative_attention_num_buckets < 2 * config.relative_attention_max_distance,
                 f"{where}: relative attention needs at least 4 buckets and a maximal distance above half their number")
@@ -703,7 +705,8 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, AttributeError, TypeError):  # torch raises several kinds for damaged and for forbidden contents, with pages of advice to lift the ban
+    # torch raises many kinds for damaged and for forbidden contents, with pages of advice to lift the ban
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, AttributeError, TypeError):
         raise InputError(f"{path}: not a plain file of weights (damaged, or it holds more than tensors, which is never run)") from None
     require(isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()),
             f"{path}: not a dictionary of tensors")
@@ -751,7 +754,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
     for name, entry in header.items():
         offsets, shape = entry.get("data_offsets"), entry.get("shape")
-        require(entry.get("dtype") in SAFE_DTYPES, f"{path}: {name} has dtype {entry.get('dtype')!r}, only {', '.join(SAFE_DTYPES)} are read")
+        require(entry.get("dtype") in SAFE_DTYPES, f"{path}: {name} has dtype {entry.get('dtype')!r}; {', '.join(SAFE_DTYPES)} are read")
         require(counts(offsets) and len(offsets) == 2, f"{path}: {name} has data_offsets {offsets!r}")
         require(counts(shape) and math.prod(shape) * SAFE_DTYPES[entry["dtype"]].itemsize == offsets[1] - offsets[0],
                 f"{path}: {name} has shape {shape!r} and dtype {entry['dtype']}, but offsets {offsets}")

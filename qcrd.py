@@ -35,7 +35,7 @@ import threading
 import time
 import urllib.parse
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -164,7 +164,6 @@ def say(text: str) -> None:
 
 KINDS = {"demo": "number", "svamp": "number", "cqa": "choice", "anli1": "nli", "esnli": "nli"}
 NLI = ["entailment", "neutral", "contradiction"]
-LINE = 'each line must be an object like {"input": "...", "label": "..."}'
 
 # Few-shot chain-of-thought prompts [review], in words and with examples of ours; the question follows as one more "Q:".
 PROMPTS = {
@@ -215,51 +214,43 @@ class Task(NamedTuple):
     options: list[str]            # the labels, where they are few and the same for all questions; else empty
 
 
-def read_line(raw: bytes, kind: str) -> tuple[str, str]:
-    """One line of a task's file -> input and label. Errors: ValueError saying what is wrong with the line and what helps."""
-    try:
-        item = json.loads(raw)
-        json.dumps(item, ensure_ascii=False).encode()          # half a surrogate pair is JSON, but no text that can be stored
-    except UnicodeError:
-        raise ValueError("not UTF-8; save the file as UTF-8") from None
-    except (ValueError, RecursionError):
-        raise ValueError(f"not JSON; {LINE}") from None
-    texts = []
-    for name in ("input", "label"):
-        if not isinstance(item, dict) or name not in item:
-            raise ValueError(f'no "{name}"; {LINE}')
-        text = str(item[name]) if name == "label" and type(item[name]) in (int, float) else item[name]
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f'"{name}" must be text that is not empty; {LINE}')
-        texts.append(text)
-    if kind == "nli" and text not in NLI:
-        raise ValueError(f"label {text[:40]!r} must be one of {', '.join(NLI)}")
-    if kind == "number" and value(text) is None:
-        raise ValueError(f"label {text[:40]!r} is neither a number nor an equation; --answer text compares text")
-    return texts[0], texts[1]
-
-
 def read_split(path: Path, kind: str) -> Split:
     """A JSONL file of {"input", "label"}. Errors: InputError with file, line and remedy."""
-    split, seen, repeated = Split([], []), set(), []
+    rows, seen, repeated, shape = [], set(), 0, 'each line must be an object like {"input": "...", "label": "..."}'
     try:
-        with open(path, "rb") as f:
-            for number, raw in enumerate(f, 1):
-                if raw.strip():
-                    question, label = read_line(raw, kind)
-                    split.inputs.append(question)
-                    split.labels.append(label)
-                    repeated += [number] * (question in seen)
-                    seen.add(question)
+        lines = path.read_bytes().split(b"\n")
     except OSError as e:
         raise InputError(f"{path}: {e.strerror}; a task is a folder with train.jsonl, valid.jsonl and test.jsonl") from None
-    except ValueError as e:
-        raise InputError(f"{path}:{number}: {e}") from None
-    if not seen:
-        raise InputError(f"{path}: holds no question; {LINE}")
+    for number, raw in enumerate(lines, 1):
+        if not raw.strip():
+            continue
+        wrong = None
+        try:
+            item = json.loads(raw)
+            json.dumps(item, ensure_ascii=False).encode()      # half a surrogate pair is JSON, but no text that can be stored
+            question, label = item["input"], str(item["label"]) if type(item["label"]) in (int, float) else item["label"]
+            if not (isinstance(question, str) and question.strip() and isinstance(label, str) and label.strip()):
+                wrong = f'"input" and "label" must be text that is not empty; {shape}'
+            elif kind == "nli" and label not in NLI:
+                wrong = f"label {label[:40]!r} must be one of {', '.join(NLI)}"
+            elif kind == "number" and value(label) is None:
+                wrong = f"label {label[:40]!r} is neither a number nor an equation; --answer text compares text"
+        except UnicodeError:
+            wrong = "not UTF-8; save the file as UTF-8"
+        except (ValueError, RecursionError):
+            wrong = f"not JSON; {shape}"
+        except (KeyError, TypeError):
+            wrong = f'no "input" or no "label"; {shape}'
+        if wrong:
+            raise InputError(f"{path}:{number}: {wrong}")
+        repeated += question in seen
+        seen.add(question)
+        rows.append((question, label))
+    if not rows:
+        raise InputError(f"{path}: holds no question; {shape}")
     if repeated:
-        say(f"note: {path}:{repeated[0]}: {len(repeated)} questions stand there twice or more; remove them if that was not meant")
-    return split
+        say(f"note: {path}: {repeated} questions stand there twice or more; remove them if that was not meant")
+    return Split(*map(list, zip(*rows)))
 
 
 def load_task(config: Config) -> Task:
@@ -344,9 +335,9 @@ def is_right(answer: str, label: str, kind: str) -> bool:
 # What a model says before its answer, as often as it says it: "So the answer is", "Final Answer:", "####", "\boxed{".
 ANSWER = re.compile(
     r"(?:\*{0,2}(?:\b(?:so|thus|hence|therefore)\b,?\s+)?(?:\b(?:the|my|our)\s+)?(?:\b(?:final|correct|right|best)\s+)?"
-    r"\banswer(?: choice| option)?(?: to [^.:\n]{1,80}?)?\**\s*(?:is|would be|should be|=|:)(?:\s*:)?[\s$*]*|#{4}\s*|\\boxed\s*\{)+", re.IGNORECASE)
+    r"\banswer(?: choice| option)?(?: to [^.:\n]{1,40}?)?\**\s*(?:is|would be|should be|=|:)(?:\s*:)?[\s$*]*|#{4}\s*|\\boxed\s*\{)+", re.IGNORECASE)
 SENTENCE = re.compile(r"(?<!\b[A-Z])(?<!\b[A-Z][a-z])[.;!?](?=\s|\Z)|\n")      # its end; "Dr. No" and "B. the door" go on
-SPEAKER = re.compile(r"\s*(?:Q|Question|A|Rationale|Reasoning|Explanation)\s*:\s*", re.IGNORECASE)
+SPEAKER = re.compile(r"\A\s*(?:Q|Question|A|Rationale|Reasoning|Explanation)\s*:\s*", re.IGNORECASE)
 RUN_ON = re.compile(r"\n[ \t]*(?:Q|Question|Premise|Problem) ?:", re.IGNORECASE)
 EQUATION = re.compile(r"[-+*/( ]*\.?[0-9][-+*/^()., 0-9]*")
 LATEX = [(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))"), (r"\\times\b|\\cdot\b", "*"), (r"\\div\b", "/"),
@@ -384,11 +375,13 @@ def read_option(text: str, options: list[str], lettered: bool, first: bool) -> s
 
 def read_answer(text: str, kind: str, options: list[str], marked: bool) -> str | None:
     """What a short text gives as the answer. Where nothing marks it as one, the last number or the only option that it names."""
+    text = text[:300] if marked else text[-300:]
     if kind == "number":
-        return read_number(text[:300] if marked else text[-300:], marked)
+        return read_number(text, marked)
+    text = re.sub(r"\\[a-zA-Z]+", "", text)                    # \text{Monday}
     if options:
-        return read_option(text[:300] if marked else text[-300:], options, kind == "choice", marked)
-    return re.sub(r"\\[a-zA-Z]+", "", text[:300]).strip(" \t.*\"'`_${}")[:200] or None if marked else None
+        return read_option(text, options, kind == "choice", marked)
+    return text.strip(" \t.*\"'`_${}")[:200] or None if marked else None
 
 
 def read_sample(text: str, question: str, kind: str, options: list[str] = ()) -> tuple[str, str | None]:
@@ -397,11 +390,10 @@ def read_sample(text: str, question: str, kind: str, options: list[str] = ()) ->
     Taken off the rationale: thoughts in <think> tags, a repeated question, the run-on into a next question, the answer sentence. Ours."""
     text = text[-2_000_000:].rpartition("</think>")[2].partition("<think>")[0].strip()
     text = text[:20_000].encode("utf-8", "replace").decode()   # nobody calls more a rationale; half a surrogate pair has no UTF-8
-    text, words = SPEAKER.sub("", text, 1) if SPEAKER.match(text) else text, question.split()
+    text, words = SPEAKER.sub("", text), question.split()
     if (repeated := text.split(None, len(words)))[:-1] == words:
         text = repeated[-1]
-    text = text[m.end():] if (m := SPEAKER.match(text)) else text
-    text = RUN_ON.split(text, 1)[0]
+    text = RUN_ON.split(SPEAKER.sub("", text), maxsplit=1)[0]
     if kind == "choice":
         options = re.findall(r"^\([a-h]\) (.*)$", question, re.MULTILINE)
     for mark in reversed(list(ANSWER.finditer(text))[-20:]):   # the last one that can be read
@@ -445,10 +437,9 @@ class Teacher:
                 raw = b"".join(itertools.islice(r.iter_content(1 << 20), 32))
         except requests.RequestException as e:
             return 0, type(e).__name__, None
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             return r.status_code, json.loads(raw), r.headers.get("Retry-After")
-        except (ValueError, RecursionError):
-            return r.status_code, None, r.headers.get("Retry-After")
+        return r.status_code, None, r.headers.get("Retry-After")
 
     def first_model(self) -> str:
         """Errors: InputError where nobody answers, the key is wrong or nothing is listed."""
@@ -462,15 +453,12 @@ class Teacher:
 
     def clean(self, text: object) -> str:
         """One short line of a server's words, without the key, which some servers repeat."""
+        for name in ("error", "message"):                      # where it has the form of OpenAI's errors
+            text = text.get(name, text) if isinstance(text, dict) else text
         line = " ".join(str(text).split())
         for secret in filter(None, (self.key, urllib.parse.quote(self.key, safe=""))):
             line = line.replace(secret, "***")
         return line[:200]
-
-    def words(self, body: Any) -> str:
-        """The error message in an answer's body."""
-        error = body.get("error", body) if isinstance(body, dict) else body
-        return self.clean(error.get("message", error) if isinstance(error, dict) else error)
 
     def failure(self, status: int, body: Any) -> InputError:
         """In one line why this server cannot be used, and what to do."""
@@ -481,12 +469,12 @@ class Teacher:
         elif status == 200:
             why = "no text in its answers; a model that thinks before it answers needs more --teacher-tokens"
         else:
-            why = f"status {status}: {self.words(body)}; is --teacher-model {self.model} right, and does --teacher end in /v1?"
+            why = f"status {status}: {self.clean(body)}; is --teacher-model {self.model} right, and does --teacher end in /v1?"
         return InputError(f"teacher {self.url}: {why}" + (f"; {self.filled} samples are kept, the same command goes on from there" if self.filled else ""))
 
     def drop_field(self, sent: dict, body: Any) -> bool:
         """After a 400: remember not to send the optional field that it complains of; False where there is none left to drop."""
-        words = self.words(body).lower()
+        words = self.clean(body).lower()
         names = [f for f in ("max_tokens", "temperature", "seed") if f in words and f in sent] or ["n"] * (sent.get("n", 1) > 1)
         self.dropped.update(names[:1])
         return bool(names)
@@ -545,14 +533,10 @@ class Teacher:
             self.filled += len(filled)
         del slots[:len(filled)]
 
-    def work(self, todo: collections.deque) -> None:
-        """A thread: one question after the other, until none is left or one thread failed."""
+    def work(self, jobs: Iterator) -> None:
+        """A thread: one question after the other of those that all threads share, until none is left or one thread failed."""
         try:
-            while not self.stop.is_set():
-                with self.lock:
-                    if not todo:
-                        return
-                    job = todo.popleft()
+            for job in jobs:
                 self.fill(*job)
         except Exception as e:                                 # the main thread raises it
             self.error = self.error or e
@@ -633,15 +617,13 @@ def ask(teacher: Teacher, task: Task, questions: list[str]) -> list[list]:
         total = sum(len(slots) for _, _, slots in todo)
         tokens = sum(len(p[0]["content"]) for _, p, _ in todo) // 4 + total * 120
         say(f"  {len(questions)} questions, {total} samples to ask for: {len(todo)} to {total} requests, roughly {tokens / 1000:,.0f} k tokens")
-        todo = collections.deque(todo[rank()::world()])
+        todo = todo[rank()::world()]
         total = sum(len(slots) for _, _, slots in todo)
         teacher.cache.parent.mkdir(parents=True, exist_ok=True)
-        with open(teacher.cache, "ab+") as f:
-            f.seek(-1, os.SEEK_END) if f.tell() else None
-            if f.read(1) not in (b"", b"\n"):                  # a torn last line ends here
-                f.write(b"\n")
-        threads = [threading.Thread(target=teacher.work, args=(todo,), daemon=True) for _ in range(config.concurrency)]
-        progress = Progress("  teacher", total)
+        with open(teacher.cache, "ab") as f:                   # a line that a crash tore ends here; empty ones are passed over
+            f.write(b"\n" * (f.tell() > 0))
+        jobs, progress = iter(todo), Progress("  teacher", total)
+        threads = [threading.Thread(target=teacher.work, args=(jobs,), daemon=True) for _ in range(config.concurrency)]
         try:
             for t in threads:
                 t.start()

@@ -226,7 +226,7 @@ def read_split(path: Path, kind: str) -> Split:
             continue
         wrong = None
         try:
-            item = json.loads(raw)
+            item = json.loads(raw.decode("utf-8-sig"))
             json.dumps(item, ensure_ascii=False).encode()      # half a surrogate pair is JSON, but no text that can be stored
             question, label = item["input"], str(item["label"]) if type(item["label"]) in (int, float) else item["label"]
             if not (isinstance(question, str) and question.strip() and isinstance(label, str) and label.strip()):

@@ -489,7 +489,7 @@ def make_golden() -> None:
     """Writes weights/golden with the transformers that is installed:  python -c "import test_qcrd; test_qcrd.make_golden()"."""
     for name, v11 in (("v1_0", False), ("v1_1", True)):
         folder = HERE / "weights" / "golden" / name
-        shape = dict(vocab_size=97, d_model=24, d_kv=16, d_ff=40, num_layers=2, num_decoder_layers=2, num_heads=3)
+        shape = {"vocab_size": 97, "d_model": 16, "d_kv": 12, "d_ff": 24, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 3}
         model = hf_model(shape, v11, seed=7, untied=v11)
         model.save_pretrained(folder)
         if v11:

@@ -595,7 +595,10 @@ def collect(task: Task, config: Config) -> tuple[list[list], list[list]]:
             raise InputError("--teacher must be palm, openai or a URL like http://localhost:11434/v1; a key belongs into OPENAI_API_KEY, not into the URL")
         if not (key.isascii() and key.isprintable()):
             raise InputError("OPENAI_API_KEY holds characters that no key has; set it again")
-        slots = ask(Teacher(url, key, model, config), task, questions)
+        teacher = Teacher(url, key, model, config)
+        slots = ask(teacher, task, questions)
+        if task.name != "demo":                                # a resumed run need not reach the server to know whose samples it has
+            config.teacher, config.teacher_model = url, teacher.model
     if server:
         server.shutdown()
     if missing := sum(s is None for row in slots for s in row):
@@ -1730,7 +1733,7 @@ def main() -> None:
         config = check(Config(**MODEL_DEFAULTS.get(model, {}) | TASK_DEFAULTS.get(task, {}) | args))
         if use["show_prompt"]:
             loaded = load_task(config)
-            print(prompt_for(loaded, loaded.train.inputs[0], Path(config.prompt).read_text("utf-8") if config.prompt else "")[0]["content"])
+            print(prompt_for(loaded, loaded.train.inputs[0], read_prompt(config))[0]["content"])
         else:
             train(config)
 

@@ -649,7 +649,7 @@ def train_vocabulary(texts: list[str], path: Path) -> None:
             user_defined_symbols=[f"▁{n}" for n in (*range(100), *"()+-*/=")], hard_vocab_limit=False, num_threads=1, minloglevel=2)
 
 
-def pretrain_demo(folder: Path = HERE / "weights" / "demo", steps: int = 8000) -> Path:
+def pretrain_demo(folder: Path = HERE / "weights" / "demo", steps: int = 6000) -> Path:
     """Make the demo's student: vocabulary, pretraining, half precision on disk. Same machine, same code: same weights."""
     texts, pairs = pretraining_data()
     folder.mkdir(parents=True, exist_ok=True)

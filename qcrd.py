@@ -66,7 +66,7 @@ class Config:
                        "label}")
     answer: str = option("text", "ours", "what a folder's labels are; numbers and equations are compared by value", ("text", "number"))
     labels: str = option("gold", "review", "labels to learn: the data's, or the teacher's majority answer as it was written", ("gold", "teacher"))
-    fraction: float = option(1.0, "review", "part of the training questions that is used")
+    fraction: float = option(1.0, "review", "part of the training questions that is used, the first of the file")
     overfit: int = option(0, "ours", "train on this many questions and evaluate on the same ones: must reach 100 %% (0: off)")
     archive: str = option("", "ours", "a datasets.zip of Distilling Step-by-Step on disk, instead of downloading it")
     # Teacher and vote
@@ -115,8 +115,8 @@ class Config:
     iterations: int = option(0, "ours", "iterations in all (0: as many as --steps need)")
     iteration_steps: int = option(0, "ours", "optimizer steps an iteration (0: one pass over the training questions)")
     batch: int = option(64, "DSS", "questions an optimizer step")
-    micro_batch: int = option(0, "ours", "questions that go through the student at once: less memory, same gradients (0: all on CUDA, 16 "
-                              "on a CPU)")
+    micro_batch: int = option(0, "ours", "questions that go through the student at once: less memory, same gradients but for the draw "
+                              "of dropout (0: all on CUDA, 16 on a CPU)")
     lr: float = option(5e-5, "DSS", "AdamW's learning rate, decaying linearly to 0")
     seed: int = option(0, "ours", "moves initialisation, order, dropout and sampling; never data, split or teacher samples")
     precision: str = option("auto", "ours", "auto: bf16 or fp16 on CUDA, float32 on a CPU", ("auto", "float32", "bf16", "fp16"))
@@ -126,7 +126,10 @@ class Config:
 
 
 # What differs from the paper's setting, and for whom: a task's share of the work, and what a model of 1M parameters needs.
-TASK_DEFAULTS = {"demo": dict(iterations=15, batch=32, discriminator_pretrain=100, rationale_tokens=96, teacher_tokens=256)}
+# An iteration ends with a validation, a snapshot and a checkpoint: svamp's 12 steps a pass are too few for that, esnli's 8,584 too many
+# (no negatives of its own past in 10,000 steps).
+TASK_DEFAULTS = {"svamp": dict(iteration_steps=100), "esnli": dict(iteration_steps=500),
+                 "demo": dict(iterations=15, batch=32, discriminator_pretrain=100, rationale_tokens=96, teacher_tokens=256)}
 MODEL_DEFAULTS = {"demo": dict(lr=1e-3, discriminator_lr=1e-3)}
 FREE_ON_RESUME = ("iterations", "device", "concurrency", "micro_batch")
 GROUPS = {"task": "Task", "teacher": "Teacher and vote", "method": "Student", "negatives": "Negatives from its own past",
@@ -417,6 +420,7 @@ class Teacher:
         self.dropped: set[str] = set()          # optional fields that this server refused
         self.requests = self.tokens = self.filled = self.failures = 0
         self.error: Exception | None = None     # what ended a thread
+        self.known = False                      # samples of this teacher are on disk: it works
         self.model = model or self.first_model()
         self.cache = Path()                     # set by `ask`
 
@@ -475,7 +479,7 @@ class Teacher:
     def drop_field(self, sent: dict, body: Any) -> bool:
         """After a 400: remember not to send the optional field that it complains of; False where there is none left to drop."""
         words = self.clean(body).lower()
-        names = [f for f in ("max_tokens", "temperature", "seed") if f in words and f in sent] or ["n"] * (sent.get("n", 1) > 1)
+        names = [f for f in ("max_tokens", "temperature", "seed") if f in words and f in sent] or ["n"] * (sent.get("n", 1) > 1 and ("n" in self.dropped or not self.filled))
         self.dropped.update(names[:1])
         return bool(names)
 
@@ -498,9 +502,9 @@ class Teacher:
             if status in (400, 422) and self.drop_field(sent, body):
                 continue
             self.failures += 1
-            if status in (400, 422) and self.filled:           # this question alone is refused, by a content filter or its length
-                return
             failed += 1
+            if (self.filled or self.known) and (status in (400, 422) or (status == 200 and failed == 10)):
+                return                                         # this question alone is refused, by a content filter or its length
             hopeless = status not in (0, 200, 408, 409, 429) and status < 500
             if hopeless or failed == (10 if self.filled or status else 3):
                 raise self.failure(status, body)
@@ -576,13 +580,15 @@ def read_prompt(config: Config) -> str:
         raise InputError(f"--prompt {config.prompt}: {e}; must be a file of UTF-8 text") from None
 
 
-def collect(task: Task, config: Config) -> tuple[list[list], list[list]]:
-    """-> for the training and the validation questions, K slots each: (text, finish) or None. Asks only for what is not on disk."""
+def collect(task: Task, config: Config, may_ask: bool = True) -> tuple[list[list], list[list]]:
+    """-> for the training and the validation questions, K slots each: (text, finish) or None. Asks only for what is not on disk, and only
+    where it may. Validation's measure the discriminator [ours]: other methods have none."""
     url, key, model, server = config.teacher, os.environ.get("OPENAI_API_KEY", "").strip(), config.teacher_model, None
-    questions = task.train.inputs + ([] if config.overfit else task.valid.inputs)
+    questions = task.train.inputs + ([] if config.overfit or config.method != "qcrd" else task.valid.inputs)
     if not url and task.name == "demo":
         (url, server), key = fetch_data.demo_teacher(), ""
-    url = url or os.environ.get("OPENAI_BASE_URL") or ("openai" if key else "palm")
+    else:
+        url = config.teacher = url or os.environ.get("OPENAI_BASE_URL") or ("openai" if key else "palm")
     if url == "palm":
         by_question = read_cache(fetch_data.ensure_palm(config.task, archive=config.archive or None), "question")
         say(f"teacher: PaLM-540B's published rationales, ONE a question: no vote and no teacher negatives.\n"
@@ -596,9 +602,8 @@ def collect(task: Task, config: Config) -> tuple[list[list], list[list]]:
         if not (key.isascii() and key.isprintable()):
             raise InputError("OPENAI_API_KEY holds characters that no key has; set it again")
         teacher = Teacher(url, key, model, config)
-        slots = ask(teacher, task, questions)
-        if task.name != "demo":                                # a resumed run need not reach the server to know whose samples it has
-            config.teacher, config.teacher_model = url, teacher.model
+        config.teacher_model = teacher.model                   # a resumed run need not reach the server to know whose samples it has
+        slots = fill_cache(teacher, task, questions, may_ask)
     if server:
         server.shutdown()
     if missing := sum(s is None for row in slots for s in row):
@@ -607,20 +612,21 @@ def collect(task: Task, config: Config) -> tuple[list[list], list[list]]:
     return slots[:n], slots[n:]
 
 
-def ask(teacher: Teacher, task: Task, questions: list[str]) -> list[list]:
+def fill_cache(teacher: Teacher, task: Task, questions: list[str], may_ask: bool) -> list[list]:
     """Fill the empty slots of all questions through `concurrency` threads, this rank's share; then read what all ranks have."""
     config, own = teacher.config, read_prompt(teacher.config)
     teacher.cache = task.folder / f"teacher-{re.sub(r'[^A-Za-z0-9.-]+', '_', teacher.model)[:80]}.jsonl"
     prompts = [prompt_for(task, q, own) for q in questions]
     keys, have = [teacher.key_of(p) for p in prompts], read_cache(teacher.cache)
     wanted = {k: (q, p, [s for s in range(config.samples) if s not in have.get(k, {})]) for q, p, k in zip(questions, prompts, keys)}
-    todo = [job for job in wanted.values() if job[2]]
+    todo, teacher.known = [job for job in wanted.values() if job[2]] if may_ask else [], bool(have)
     say(f"teacher: {teacher.model} at {teacher.url}, {config.samples} samples a question at temperature {config.teacher_temperature}, kept in {teacher.cache}")
     if todo:
         total = sum(len(slots) for _, _, slots in todo)
         tokens = sum(len(p[0]["content"]) for _, p, _ in todo) // 4 + total * 120
         say(f"  {len(questions)} questions, {total} samples to ask for: {len(todo)} to {total} requests, roughly {tokens / 1000:,.0f} k tokens")
-        todo = todo[rank()::world()]
+        # shares by place among all questions: another rank may fill slots while this one still looks which are empty
+        todo = [job for i, job in enumerate(wanted.values()) if i % world() == rank() and job[2]]
         total = sum(len(slots) for _, _, slots in todo)
         teacher.cache.parent.mkdir(parents=True, exist_ok=True)
         with open(teacher.cache, "ab") as f:                   # a line that a crash tore ends here; empty ones are passed over
@@ -643,8 +649,9 @@ def ask(teacher: Teacher, task: Task, questions: list[str]) -> list[list]:
             raise teacher.error
         say(f"  {teacher.filled} samples from {teacher.requests} requests, {teacher.tokens:,} tokens, {teacher.failures} failures"
             + (f"; without {', '.join(sorted(teacher.dropped))}, which this server refuses" if teacher.dropped else ""))
-        gather([])                                             # wait for the other ranks' files
-        have = read_cache(teacher.cache)
+    if may_ask:
+        gather([])                                             # wait for what the other ranks asked for
+        have = read_cache(teacher.cache) if todo or world() > 1 else have
     return [[have.get(k, {}).get(s) for s in range(config.samples)] for k in keys]
 
 
@@ -662,7 +669,7 @@ def majority(keys: list[str | None]) -> tuple[str | None, list[int], list[int]]:
 
 class Voted(NamedTuple):
     """One question after the vote."""
-    answer: str | None            # the majority's answer as its lowest slot wrote it
+    answer: str | None            # the majority's answer as its lowest slot wrote it; without the vote slot 0's
     positives: list[str]          # rationales, repetitions dropped
     negatives: list[str]
 
@@ -681,10 +688,11 @@ def vote(task: Task, config: Config, split: Split, slots: list[list], name: str)
         best, pos, neg = majority([answer_key(a, task.kind) for _, a in read])
         c.update(samples=sum(map(bool, row)), cut=sum(s is not None and s[1] == "length" for s in row), pos=len(pos), neg=len(neg),
                  only=bool(pos) and not neg, right=best is not None and best == answer_key(label, task.kind))
+        answer = read[pos[0] if config.vote and pos else 0][1]
         if not config.vote or config.method == "dss":     # slot 0 is the one positive, right or wrong
             pos, neg = [0], []
         positives, negatives = (list(dict.fromkeys(to_student(read[k][0]) for k in slots_ if read[k][0])) for slots_ in (pos, neg))
-        out.append(Voted(read[pos[0]][1] if pos else None, positives, [r for r in negatives if r not in positives]))
+        out.append(Voted(answer, positives, [r for r in negatives if r not in positives]))
         progress.update(len(out))
     progress.close()
     say(f"vote, {name}: {c['pos'] / n:.2f} positives and {c['neg'] / n:.2f} negatives a question (paper: 3.87 positives of 5), "
@@ -792,10 +800,11 @@ class Student:
 
     def __init__(self, model: T5, vocab: Path, config: Config, device: torch.device):
         self.model, self.vocab, self.tokenizer, self.config, self.device = model.to(device), vocab, Tokenizer(vocab), config, device
-        self.predict, self.explain = (self.tokenizer.encode(prefix)[:-1] for prefix in ("predict:", "explain:"))    # two tasks [review]
+        self.predict_prefix, self.explain_prefix = (self.tokenizer.encode(prefix)[:-1] for prefix in ("predict:", "explain:"))     # [review]
+        self.answer_tokens = config.rationale_tokens               # longest label it writes; training knows a closer bound
         precision = config.precision
         if precision == "auto":
-            precision = "float32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+            precision = "float32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         self.dtype = dict(float32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[precision]
         self.tokens = 4096 if device.type == "cpu" else 32768      # target ids in one group: bounds the logits (ids, vocabulary)
 
@@ -849,7 +858,7 @@ def sample_negatives(past: Student, data: Data, config: Config, iteration: int, 
     Trained on as sampled; empty ones and ones equal to a positive are dropped [ours]."""
     start, unique = time.perf_counter(), sorted(set(questions))
     purpose = config.seed, "negatives", iteration if config.negative_source == "snapshot" else 0      # a fixed student's stay the same
-    rows = past.write(past.explain, [data.questions[q] for q in unique for _ in range(config.student_samples)], config.rationale_tokens,
+    rows = past.write(past.explain_prefix, [data.questions[q] for q in unique for _ in range(config.student_samples)], config.rationale_tokens,
                       student_temperature(config, iteration), purpose, "  negatives")
     kept: dict[int, list[array]] = {}
     for i, row in enumerate(rows):
@@ -974,7 +983,8 @@ def discriminator_accuracy(d: Discriminator, student: Student, data: Data, confi
     """On the validation questions' teacher samples: which part is recognised of S_pos, of S_neg, of corrupted positives (NaN: none there)."""
     good, bad = ([(data.questions[q], row) for q in range(len(data)) for row in data.of(q, positive)][:1000] for positive in (True, False))
     rng, texts = np.random.default_rng(0), student.read(row for _, row in good)
-    fake = [(x, student.tokenizer.encode(corrupt(text, " ".join(texts).split(), config.corrupt, rng))) for (x, _), text in zip(good, texts)]
+    words = " ".join(texts).split()
+    fake = [(x, student.tokenizer.encode(corrupt(text, words, config.corrupt, rng), config.rationale_tokens)) for (x, _), text in zip(good, texts)]
     seen = [d.quality(student, *zip(*pairs)).cpu() > 0.5 if pairs else torch.zeros(0) for pairs in (good, bad, fake)]
     parts = [s.float().mean().item() for s in seen]
     return dict(positives=parts[0], negatives=1 - parts[1], corrupted=1 - parts[2])
@@ -993,7 +1003,7 @@ class Candidates(NamedTuple):
 class Picks(NamedTuple):
     """The candidates that count in the loss."""
     rows: list[int]               # which candidates
-    left_out: int                 # negatives beyond δ, whose term is 0 and is not run
+    left_out: float               # share of the negatives that the eval pass finds beyond δ: their term is 0, they are not run again
     share: Tensor                 # (P,) part of its question's term: 1, or 1/n under a mean
     positive: Tensor              # (P,) bool
     scores: Tensor                # (P,) s(x, r)
@@ -1016,8 +1026,8 @@ def needs_losses(c: Candidates, config: Config) -> list[int]:
             if not positive or (positives[owner] > 1 and config.positive != "mean")]
 
 
-def pick(losses: list[float], c: Candidates, config: Config) -> tuple[list[int], list[float], int]:
-    """Which rationales count: -> (candidates, the share of each in its question's term, number of negatives left out).
+def pick(losses: list[float], c: Candidates, config: Config) -> tuple[list[int], list[float], float]:
+    """Which rationales count: -> (candidates, the share of each in its question's term, shares of the negatives left out).
 
     ℓ_pos = min over S_pos of ℓ, ℓ_neg = max over S_neg of min(ℓ - δ, 0) [review]: r⁺ the argmin, r⁻ the argmax of the unclamped ℓ, the
     first on a tie [ours]. A mean counts every candidate with share 1/n. A picked negative whose ℓ here is already δ adds 0: left out.
@@ -1025,14 +1035,14 @@ def pick(losses: list[float], c: Candidates, config: Config) -> tuple[list[int],
     sets: dict[tuple[int, bool], list[int]] = {}
     for r, key in enumerate(zip(c.owner, c.positive)):
         sets.setdefault(key, []).append(r)
-    rows, shares, left_out = [], [], 0
+    rows, shares, left_out = [], [], 0.0
     for (_, positive), members in sets.items():
         how = config.positive if positive else config.negative
         if how != "mean" and len(members) > 1:
             members = [(min if how == "min" else max)(members, key=losses.__getitem__)]
         for r in members:
             if not positive and losses[r] >= config.delta:
-                left_out += 1
+                left_out += 1 / len(members)
             else:
                 rows.append(r), shares.append(1 / len(members))
     return rows, shares, left_out
@@ -1076,7 +1086,7 @@ def candidate_losses(student: Student, data: Data, batch: list[int], c: Candidat
         part = asked[start:start + 64]
         mine = [k for k, r in enumerate(needed) if c.owner[r] in part]
         with student.amp():
-            memory, mask = student.encode(student.inputs(student.explain, [data.questions[batch[i]] for i in part]))
+            memory, mask = student.encode(student.inputs(student.explain_prefix, [data.questions[batch[i]] for i in part]))
             for group in by_length([c.rows[needed[k]] for k in mine], 4 * student.tokens):
                 at = [mine[i] for i in group]
                 y, y_mask = collate([c.rows[needed[k]] for k in at], student.device)
@@ -1094,7 +1104,7 @@ def backward(student: Student, data: Data, config: Config, batch: list[int], c: 
     One encoding of `predict: x` and of `explain: x` serves all targets; targets run in groups of like length whose gradients meet in one
     detached memory, so that the encoder runs backward once and the logits of a whole batch never exist."""
     device, n = student.device, len(batch)
-    size = config.micro_batch or (n if device.type == "cuda" else 16)
+    size = config.micro_batch or (max(1, n) if device.type == "cuda" else 16)
     label_losses, pick_losses = torch.zeros(n, device=device), torch.zeros(len(picks.rows), device=device)
     for part in (range(start, min(n, start + size)) for start in range(0, n, size)):
         mine = [k for k, r in enumerate(picks.rows) if c.owner[r] in part]
@@ -1102,7 +1112,7 @@ def backward(student: Student, data: Data, config: Config, batch: list[int], c: 
         targets = [data.labels[batch[i]] for i in part] + [c.rows[picks.rows[k]] for k in mine]
         memory_row = torch.tensor([*range(len(part)), *(len(part) + c.owner[picks.rows[k]] - part.start for k in mine)])
         with student.amp():
-            memory, mask = student.encode(student.inputs(student.predict, xs) + student.inputs(student.explain, xs if mine else []))
+            memory, mask = student.encode(student.inputs(student.predict_prefix, xs) + student.inputs(student.explain_prefix, xs if mine else []))
             leaf = memory.detach().requires_grad_()
             for group in by_length(targets, student.tokens):
                 labels, others = [i for i in group if i < len(part)], [i for i in group if i >= len(part)]
@@ -1125,7 +1135,7 @@ def step_stats(labels: Tensor, losses: Tensor, p: Picks, l_d: Tensor, config: Co
     """Sums over a batch's questions of what the iteration's line shows: (len(STATS),) on the device, so that nothing waits for it."""
     clamped, pos, neg = (losses - config.delta).clamp(max=0), p.share * p.positive, p.share * ~p.positive
     terms = contrastive_terms(losses, p.scores, p.share, p.positive, config.beta, config.delta)
-    sums = [labels.sum(), (pos * losses).sum(), (neg * clamped).sum(), terms.sum(), (pos * p.scores).sum(), (neg * (1 - p.scores)).sum(),
+    sums = [labels.sum(), (pos * losses).sum(), (neg * clamped).sum(), terms.sum(), (pos * p.scores).sum(), (neg * (clamped < 0) * (1 - p.scores)).sum(),
             l_d * len(labels), (neg * (clamped == 0)).sum() + p.left_out, pos.sum(), neg.sum() + p.left_out]
     return torch.stack([s.float() for s in sums] + [torch.full_like(sums[0], float(STOP.is_set()))])
 
@@ -1137,6 +1147,10 @@ STOP = threading.Event()                  # set by SIGINT and SIGTERM: finish th
 
 class Stopped(Exception):
     """Training was asked to stop and has written its checkpoint."""
+
+
+class Done(Exception):
+    """Nothing is left to do; its text says why."""
 
 
 @dataclass
@@ -1156,7 +1170,7 @@ class Trainer:
 
     def __init__(self, config: Config, student: Student, folder: Path, task: Task, train: Data, valid: Data):
         self.config, self.student, self.folder, self.task, self.train, self.valid = config, student, folder, task, train, valid
-        self.state, self.fixed, self.d, self.rng = State(), None, None, None
+        self.state, self.fixed, self.d, self.resumed_rng = State(), None, None, None
         self.per_iteration = config.iteration_steps or math.ceil(len(train) / config.batch)
         if config.method == "qcrd" and config.discriminator != "none":
             self.d = Discriminator(student, config)
@@ -1179,7 +1193,7 @@ class Trainer:
         """checkpoint.pt: everything but the snapshots, which are files of their own, each written once."""
         cuda = torch.cuda.get_rng_state(self.student.device) if self.student.device.type == "cuda" else None
         write_pt(self.folder / "checkpoint.pt", {name: part.state_dict() for name, part in self.parts().items()} | dict(
-            state=dataclasses.asdict(self.state), rng=torch.get_rng_state(), cuda_rng=cuda, digest=self.digest()))
+            state=dataclasses.asdict(self.state), rng=gather([(torch.get_rng_state(), cuda)]), digest=self.digest()))
 
     def load(self) -> None:
         keep = read_pt(self.folder / "checkpoint.pt", self.student.device)
@@ -1187,8 +1201,9 @@ class Trainer:
         if different:
             raise InputError(f"{self.folder}/checkpoint.pt: was made with other {' and other '.join(different)}; start a new run")
         for name, part in self.parts().items():
-            part.load_state_dict(keep[name])
-        self.state, self.rng = State(**keep["state"]), keep
+            if keep[name]:                        # the scaler's is empty but for fp16
+                part.load_state_dict(keep[name])
+        self.state, self.resumed_rng = State(**keep["state"]), keep["rng"][min(rank(), len(keep["rng"]) - 1)]
 
     def negatives_for(self, iteration: int, questions: list[int]) -> tuple[dict, dict]:
         """Iteration t samples from snapshot t - lag [abstract]; none while t - lag < 1: the untrained student never counts [ours]."""
@@ -1205,12 +1220,12 @@ class Trainer:
         negatives, counts = sample_negatives(past, self.train, config, iteration, questions)
         return negatives, counts | dict(source="fixed student" if fixed else f"snapshot {iteration - config.lag}")
 
-    def update_discriminator(self, iteration: int, questions: list[int], negatives: dict, steps: int, alpha_d: float) -> float:
-        """Pretraining (iteration 0) [review] and online update [abstract] -> mean L_D. An encoder of its own: a factor on L_D would cancel in
+    def update_discriminator(self, iteration: int, questions: list[int], negatives: dict, steps: int, alpha_d: float) -> float | None:
+        """Pretraining (iteration 0) [review] and online update [abstract] -> mean L_D, None where none is due. An encoder of its own: a factor on L_D would cancel in
         Adam, so α3 / 0.5 scales its learning rate. Shared: the head alone is pretrained, L_D joins the training steps [ours]."""
         due = self.config.discriminator_every and iteration % self.config.discriminator_every == 0
         if not self.d or (iteration and not (self.d.encoder and due)):
-            return 0.0
+            return None
         return train_discriminator(self.d, self.d_optimizer, self.student, self.train, self.config, iteration, questions, negatives, steps,
                                    self.config.discriminator_lr * alpha_d / 0.5)
 
@@ -1264,26 +1279,30 @@ class Trainer:
     def run(self) -> None:
         """All iterations: negatives, discriminator, optimizer steps, validation, snapshot, checkpoint. Errors: Stopped."""
         config, state = self.config, self.state
-        if self.d and not self.rng:
-            l_d = self.update_discriminator(0, list(range(len(self.train))), {}, config.discriminator_pretrain, 0.5)
+        if config.method == "qcrd" and config.negatives and config.negative_source == "snapshot" and config.iterations <= config.lag:
+            say(f"note: {config.iterations} iterations are too few for negatives of the student's own past, which begin with iteration {config.lag + 1}; "
+                "--iteration-steps makes shorter ones")
+        if self.d and not self.resumed_rng:
+            l_d = state.l_d = self.update_discriminator(0, list(range(len(self.train))), {}, config.discriminator_pretrain, 0.5)
             a = discriminator_accuracy(self.d, self.student, self.valid, config)
-            say(f"discriminator: L_D {l_d:.3f} over {config.discriminator_pretrain} pretraining steps; of validation rationales it recognises "
-                f"{a['positives']:.0%} of the positives, {a['negatives']:.0%} of the negatives, {a['corrupted']:.0%} of corrupted positives")
+            seen = ", ".join(f"{part:.0%} of the {name}" for name, part in a.items() if part == part)
+            say(f"discriminator: L_D {l_d:.3f} over {config.discriminator_pretrain} pretraining steps; of validation rationales it recognises {seen}")
         while state.iteration < config.iterations:
             t, times = state.iteration + 1, [time.perf_counter()]
             alphas, order = alphas_of(config, t), visits(config, len(self.train), t)
             negatives, counts = self.negatives_for(t, order)
             times.append(time.perf_counter())
-            if self.rng and state.step:                              # resumed in mid-iteration
-                torch.set_rng_state(self.rng["rng"].cpu())
-                if self.rng["cuda_rng"] is not None:
-                    torch.cuda.set_rng_state(self.rng["cuda_rng"].cpu(), self.student.device)
+            if state.step:                                           # resumed in mid-iteration
+                torch.set_rng_state(self.resumed_rng[0].cpu())
+                if self.resumed_rng[1] is not None:
+                    torch.cuda.set_rng_state(self.resumed_rng[1].cpu(), self.student.device)
             else:
                 state.sums, state.tokens = [0.0] * len(STATS), 0
-                state.l_d = self.update_discriminator(t, order, negatives, config.discriminator_steps, alphas[2])
+                l_d = self.update_discriminator(t, order, negatives, config.discriminator_steps, alphas[2])
+                state.l_d = state.l_d if l_d is None else l_d
                 torch.manual_seed(derive_seed(config.seed, "dropout", t, rank()))
             times.append(time.perf_counter())
-            first, pending = state.step, torch.zeros(0, device=self.student.device)
+            first, stopping, pending = state.step, False, torch.zeros(0, device=self.student.device)
             progress = Progress(f"  iteration {t}/{config.iterations}", self.per_iteration)
             try:
                 for k in range(first, self.per_iteration):
@@ -1293,7 +1312,8 @@ class Trainer:
                     if t == 1 and k == 2:
                         self.foretell((time.perf_counter() - times[-1]) / (k + 1 - first))
                 self.account(pending.tolist(), t * self.per_iteration - 1)
-            except Stopped:
+            except Stopped:                                          # on every rank: it came with the sums of all
+                stopping = True
                 if state.step < self.per_iteration:
                     self.save()
                     raise
@@ -1308,11 +1328,15 @@ class Trainer:
                 save_student(self.student, self.d, self.folder / "student")
             if config.method == "qcrd" and config.negatives:
                 write_pt(self.folder / "snapshots" / f"{t}.pt", self.student.model.state_dict())
-            self.save()
             times.append(time.perf_counter())
             m["seconds"] = dict(zip(("negatives", "discriminator", "steps", "rest"), np.diff(times).tolist())) | dict(all=times[-1] - times[0])
             self.report(m)
-            if STOP.is_set():
+            self.save()                                              # after the line: a killed run may have one too many, never one too few
+            for path in (self.folder / "snapshots").glob("*.pt") if not rank() else ():
+                if int(path.stem) <= t - config.lag:                 # no later iteration needs it
+                    path.unlink()
+            gather([])                                               # the next iteration may read what rank 0 has written
+            if stopping:
                 raise Stopped
 
     def foretell(self, seconds: float) -> None:
@@ -1341,7 +1365,7 @@ class Trainer:
         return m
 
     def report(self, m: dict) -> None:
-        """The iteration's line on the terminal and in metrics.jsonl; then the oldest snapshot goes."""
+        """The iteration's line on the terminal and in metrics.jsonl."""
         if rank():
             return
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
@@ -1356,9 +1380,6 @@ class Trainer:
             line += f"  negatives a question: teacher {n['teacher']:.2f}, " + (
                 f"{c['source']} {n['student']:.2f} ({c['tokens']} tokens in {c['seconds']:.1f} s)" if c["source"] else "student none yet")
         say(f"{line}  valid {m['valid_accuracy']:.1%}{' (best)' * (self.state.best_iteration == m['iteration'])}  {m['seconds']['all']:.1f} s")
-        for path in (self.folder / "snapshots").glob("*.pt"):
-            if int(path.stem) <= self.state.iteration - self.config.lag:
-                path.unlink()
 
 
 def rounded(x: Any) -> Any:
@@ -1402,8 +1423,7 @@ def save_student(student: Student, d: Discriminator | None, folder: Path) -> Non
 
 def evaluate(student: Student, data: Data, labels: list[str], kind: str, title: str) -> tuple[float, list[str]]:
     """Greedy labels for all questions -> (accuracy, the labels)."""
-    longest = min(student.config.rationale_tokens, 8 + 2 * max(len(data.labels[i]) for i in range(len(data))))
-    answers = student.read(student.write(student.predict, [data.questions[i] for i in range(len(data))], longest, 0.0, (), title))
+    answers = student.read(student.write(student.predict_prefix, list(data.questions), student.answer_tokens, 0.0, (), title))
     return sum(is_right(a, label, kind) for a, label in zip(answers, labels)) / len(labels), answers
 
 
@@ -1428,6 +1448,7 @@ def load_trained(run: Path, **changes: Any) -> tuple[Config, dict, Student, Disc
     """The best student of a run, with its discriminator; `changes`: other settings than the run's."""
     config, saved = read_config(run, **changes)
     student, d, file = load_student(run / "student", config, pick_device(config)), None, run / "student" / "discriminator.pt"
+    student.answer_tokens = saved["answer_tokens"]
     if file.exists():
         d = Discriminator(student, config)
         d.load_state_dict(read_pt(file, student.device))
@@ -1456,24 +1477,34 @@ def pick_device(config: Config) -> torch.device:
         raise InputError(f"--device {config.device}: not a device of this machine; cpu or cuda") from None
 
 
-def prepare(config: Config) -> tuple[Student, Task, Data, Data]:
-    """Everything before training: task, student, the teacher's samples, the vote, token ids."""
-    device, task = pick_device(config), load_task(config)
+def prepare(config: Config, ask: bool = True) -> tuple[Student, Task, Data, Data, list[list]]:
+    """Everything before training: task, student, the teacher's samples, the vote, token ids -> and the training questions' slots.
+
+    ask False: the samples that are on disk and no others, for a run that has begun."""
+    device, task, slots = pick_device(config), load_task(config), []
     config.model = config.model or ("demo" if config.task == "demo" else "t5-base" if device.type == "cuda" else "t5-small")
-    folder = fetch_data.HERE / "weights" / "demo" if config.model == "demo" else config.model
-    student = load_student(fetch_data.ensure(config.model) if config.model in ("t5-small", "t5-base") else folder, config, device)
+    student = None
+    if config.stage != "teacher":                                    # before anything is paid for: a missing folder says so at once
+        folder = fetch_data.HERE / "weights" / "demo" if config.model == "demo" else config.model
+        student = load_student(fetch_data.ensure(config.model) if config.model in ("t5-small", "t5-base") else folder, config, device)
     voted, voted_valid = None, None
     if config.method != "finetune" or config.labels == "teacher" or config.stage == "teacher":
-        slots, slots_valid = collect(task, config)
+        slots, slots_valid = collect(task, config, ask)
         voted = vote(task, config, task.train, slots, "training questions")
         voted_valid = vote(task, config, task.valid, slots_valid, "validation questions") if slots_valid else None
+        if config.stage == "teacher":
+            raise Done("the teacher's samples are there; the same command without --stage teacher trains on them")
         if config.labels == "teacher":
             keep = [i for i, v in enumerate(voted) if v.answer]
-            say(f"labels: the teacher's; {len(voted) - len(keep)} questions without a majority answer are left out")
-            task = task._replace(train=Split([task.train.inputs[i] for i in keep], [voted[i].answer for i in keep]))
-            voted = [voted[i] for i in keep]
+            say(f"labels: the teacher's; {len(voted) - len(keep)} questions without an answer are left out")
+            taught = Split([task.train.inputs[i] for i in keep], [voted[i].answer for i in keep])
+            task = task._replace(train=taught, **dict(valid=taught, test=taught) if config.overfit else {})
+            voted, slots = [voted[i] for i in keep], [slots[i] for i in keep]
+            if not keep:
+                raise InputError("--labels teacher: no training question has an answer that can be read; see --show-prompt")
     train = Data(student, task.train, voted)
-    return student, task, train, train if config.overfit else Data(student, task.valid, voted_valid)
+    student.answer_tokens = min(config.rationale_tokens, 8 + 2 * max(map(len, train.labels)))
+    return student, task, train, train if config.overfit else Data(student, task.valid, voted_valid), slots
 
 
 def new_folder(config: Config) -> Path:
@@ -1490,18 +1521,14 @@ def new_folder(config: Config) -> Path:
 def train(config: Config, folder: Path | None = None) -> Path:
     """A whole run, new or (folder given) resumed -> its folder."""
     resumed, folder = folder is not None, folder or new_folder(config)
-    student, task, data, valid = prepare(config)
-    if config.stage == "teacher":
-        say("the teacher's samples are there; the same command without --stage teacher trains on them")
-        return task.folder
+    student, task, data, valid, _ = prepare(config, ask=not resumed)
     if not rank():
         (folder / "snapshots").mkdir(parents=True, exist_ok=resumed)
         for path in [*folder.glob("*.tmp"), *folder.glob("*/*.tmp")]:    # of a killed run
             path.unlink()
     folder = Path(gather([str(folder)])[0])
-    per = config.iteration_steps or math.ceil(len(data) / config.batch)
-    config.iterations = config.iterations or math.ceil(config.steps / per)
     trainer = Trainer(config, student, folder, task, data, valid)
+    config.iterations = config.iterations or math.ceil(config.steps / trainer.per_iteration)
     lines = []
     if resumed and (folder / "checkpoint.pt").exists():
         trainer.load()
@@ -1510,15 +1537,19 @@ def train(config: Config, folder: Path | None = None) -> Path:
     if not rank():
         with atomic(folder / "metrics.jsonl") as path:
             path.write_text("".join(line + "\n" for line in lines), "utf-8")
-    write_json(folder / "config.json", dict(config=dataclasses.asdict(config), kind=task.kind, options=task.options))
+    write_json(folder / "config.json", dict(config=dataclasses.asdict(config), kind=task.kind, answer_tokens=student.answer_tokens))
     say(f"student: {config.model}, {sum(p.numel() for p in student.model.parameters()) / 1e6:.1f}M parameters, {str(student.dtype)[6:]} on "
-        f"{student.device}; {len(data)} questions, {config.iterations} iterations of {per} steps of {config.batch}"
+        f"{student.device}; {len(data)} questions, {config.iterations} iterations of {trainer.per_iteration} steps of {config.batch}"
         + (f", going on after iteration {trainer.state.iteration}" if resumed else "") + f"; run folder {folder}")
+    def finish_the_step(number: int, _: object) -> None:
+        STOP.set()
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        print("\nfinishing the step, then writing; once more stops at once", file=sys.stderr)
     for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, lambda *_: STOP.set())
+        signal.signal(s, finish_the_step)
     trainer.run()
     for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, signal.SIG_DFL)
+        signal.signal(s, signal.default_int_handler if s == signal.SIGINT else signal.SIG_DFL)
     gather([])                                                       # rank 0 has written student/
     test(folder, trainer.state, task)
     return folder
@@ -1545,18 +1576,16 @@ def test(folder: Path, state: State, task: Task) -> None:
 
 def explain(student: Student, d: Discriminator | None, data: Data) -> tuple[list[str], list[float]]:
     """The student's greedy rationale for each question, and its quality s(x, r) (NaN without a discriminator)."""
-    questions = [data.questions[i] for i in range(len(data))]
-    rows = student.write(student.explain, questions, student.config.rationale_tokens, 0.0, (), "  rationales")
-    scores = [s for at in range(0, len(rows), 256) for s in d.quality(student, questions[at:at + 256], rows[at:at + 256]).tolist()] if d else [math.nan] * len(rows)
-    return student.read(rows), scores
+    questions = list(data.questions)
+    rows = student.write(student.explain_prefix, questions, student.config.rationale_tokens, 0.0, (), "  rationales")
+    return student.read(rows), d.quality(student, questions, rows).tolist() if d else [math.nan] * len(rows)
 
 
 def audit(run: Path, count: int, as_json: bool, **changes: Any) -> None:
     """`count` training questions as the next iteration would use them, dropout off, by the functions that train."""
     config, _ = read_config(run, **changes)
     with contextlib.redirect_stdout(sys.stderr):                     # stdout is for the audit alone
-        student, task, data, valid = prepare(config)
-        slots = collect(task, config)[0] if config.method != "finetune" else None
+        student, task, data, valid, slots = prepare(config, ask=False)
     trainer = Trainer(config, student, run, task, data, valid)
     trainer.load()
     t, d, out = trainer.state.iteration + 1, trainer.d, []
@@ -1574,10 +1603,10 @@ def audit(run: Path, count: int, as_json: bool, **changes: Any) -> None:
         l_d = 0.0
         if d and len(set(c.positive)) == 2:                          # on the question's own rationales, each class with half the weight
             sides = [[s for s, p in zip(scores, c.positive) if p], [1 - s for s, p in zip(scores, c.positive) if not p]]
-            l_d = sum(-math.log(s) / len(side) / 2 for side in sides for s in side)
+            l_d = sum(-math.log(max(s, 1e-12)) / len(side) / 2 for side in sides for s in side)
         for r, loss in zip(picks.rows, rationales.tolist()):
             losses[r] = loss                                         # to the last digit what the sum is made of
-        read = read_slots(task, task.train.inputs[q], slots[q]) if slots and config.labels == "gold" else []
+        read = read_slots(task, task.train.inputs[q], slots[q]) if slots else []
         keys = [answer_key(answer, task.kind) for _, answer in read]
         best, pos, _ = majority(keys)
         share = dict(zip(picks.rows, picks.share.tolist()))
@@ -1592,7 +1621,8 @@ def audit(run: Path, count: int, as_json: bool, **changes: Any) -> None:
             alphas=alphas, L_predict=predict, L_cl=cl, L_D=l_d, total=total_loss(predict, cl, l_d, alphas)))
     if as_json:
         return print(json.dumps(out, ensure_ascii=False, indent=1))
-    print(f"{run}: the weights after {t - 1} iterations, as iteration {t} would use them; dropout off, so the formula on a checkpoint, no logged step")
+    print(f"{run}: the weights after {t - 1} iterations and {trainer.state.step} steps in iteration {t}, with student negatives drawn afresh for these questions;\n"
+          "dropout is off and L_D is that of the question's own rationales: the formula on a checkpoint, no logged step")
     for item in out:
         audit_text(item)
 
@@ -1621,8 +1651,7 @@ def ask_student(run: Path, questions: list[str], as_json: bool, **changes: Any) 
     """Label, rationale and quality of each question."""
     config, _, student, d = load_trained(run, **changes)
     data = Data(student, Split(questions, [""] * len(questions)))
-    rows = [data.questions[i] for i in range(len(data))]
-    labels = student.read(student.write(student.predict, rows, min(config.rationale_tokens, 64), 0.0, (), "  labels"))
+    labels = student.read(student.write(student.predict_prefix, list(data.questions), student.answer_tokens, 0.0, (), "  labels"))
     for x, label, rationale, quality in zip(questions, labels, *explain(student, d, data)):
         v = value(label)
         print(json.dumps(rounded(dict(input=x, label=label, rationale=rationale, quality=quality)), ensure_ascii=False) if as_json else
@@ -1753,6 +1782,9 @@ def run_main() -> int:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
         line, code = f"error: {e.filename or 'writing'}: {e.strerror}; what was finished is kept, --resume goes on from there", 2
+    except Done as e:
+        say(str(e))
+        return 0
     except Stopped:
         line, code = "stopped after a finished step; --resume and the run's folder go on from there", 130
     except KeyboardInterrupt:

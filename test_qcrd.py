@@ -1114,7 +1114,7 @@ def test_loss_by_hand():
         ("min", "min"): ([1, 4, 5, 7], 0.5 * 0.4 + 0.2 * 0.4 * 2.0 + 1.5 + 0.2 * 0.1 * 2.5, 0),
         ("max", "max"): ([0, 3, 5], 0.8 * 0.9 + 0.2 * 0.9 * 0.5 + 1.5, 1),
         ("mean", "mean"): ([0, 1, 2, 3, 4, 5, 7], (0.8 * 0.9 + 0.5 * 0.4) / 2 + 0.2 * (0.7 * 1.0 + 0.9 * 0.5 + 0.4 * 2.0) / 3 + 1.5
-                           + 0.2 * 0.1 * 2.5 / 2, 1)}
+                           + 0.2 * 0.1 * 2.5 / 2, 0.5)}
     for (positive, negative), (rows, expected, left_out) in by_hand.items():
         config = qcrd.Config(positive=positive, negative=negative)
         picked, share, out = qcrd.pick(losses, c, config)
@@ -1154,11 +1154,11 @@ def plain_loss(student: qcrd.Student, d: qcrd.Discriminator | None, data: qcrd.D
     total = 0.0
     for q in range(len(data)):
         x = data.questions[q]
-        total = total + config.alpha_predict * row_loss(student.predict, x, data.labels[q])
+        total = total + config.alpha_predict * row_loss(student.predict_prefix, x, data.labels[q])
         for rows, how, positive in ((data.of(q, True), config.positive, True), (data.of(q, False) + negatives.get(q, []), config.negative, False)):
             if not rows:
                 continue
-            losses = torch.stack([row_loss(student.explain, x, row) for row in rows])
+            losses = torch.stack([row_loss(student.explain_prefix, x, row) for row in rows])
             with torch.no_grad():
                 s = torch.cat([torch.sigmoid(d(student, [x], [row])) for row in rows]) if d else torch.full((len(rows),), float(positive))
             weights = s if positive else 1 - s
@@ -1428,14 +1428,14 @@ def test_export_equals_transformers():
             student = tiny_student(config, seed=2, **({"gated": True, "tied": False, "scaled": False} if gated else {}))
             run = folder / f"run{gated}"
             qcrd.save_student(student, None, run / "student")
-            qcrd.write_json(run / "config.json", dict(config=dataclasses.asdict(config), kind="number", options=[]))
+            qcrd.write_json(run / "config.json", dict(config=dataclasses.asdict(config), kind="number", answer_tokens=12))
             qcrd.export(run, folder / f"out{gated}")
             theirs = transformers.T5ForConditionalGeneration.from_pretrained(folder / f"out{gated}").eval()
             data, _ = toy(student)
             unused = list(range(student.tokenizer.size, student.model.config.vocab_size))    # rows without a piece are never written
-            ours = student.write(student.predict, [data.questions[i] for i in range(5)], 12, 0.0, (), "")
+            ours = student.write(student.predict_prefix, [data.questions[i] for i in range(5)], 12, 0.0, (), "")
             for i, row in enumerate(ours):
-                x = torch.tensor([student.predict + list(data.questions[i])])
+                x = torch.tensor([student.predict_prefix + list(data.questions[i])])
                 y = theirs.generate(input_ids=x, attention_mask=torch.ones_like(x), max_new_tokens=12, do_sample=False, use_cache=False,
                                     suppress_tokens=unused)[0, 1:].tolist()
                 assert list(row) == (y[:y.index(1) + 1] if 1 in y else y), (gated, i)

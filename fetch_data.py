@@ -381,7 +381,7 @@ DISTRACTORS = ("{a} also has {d} {p}.", "{c} has {d} {o}.", "{b} gives {c} {d} {
 ENDS = ("gain", "loss", "share", "times", "more", "fewer", "gap", "both")
 PLANS = {1: [(kind,) for kind in KINDS],
          2: [(k, end) for k in ("groups", "parts", "gain", "loss") for end in ENDS]
-            + [(k, l) for k in ("ungain", "unloss") for l in ("ungain", "unloss")]}
+            + [(k, end) for k in ("ungain", "unloss") for end in ("ungain", "unloss")]}
 
 
 class Problem(NamedTuple):

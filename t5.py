@@ -548,8 +548,8 @@ class T5(nn.Module):
         """Writes config.json, model.pt (weights stored as `dtype`) and, given `vocab`, a copy of that file as spiece.model."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic(folder / "model.pt") as path:
-            torch.save({name: tensor.detach().to("cpu", dtype) for name, tensor in self.state_dict().items()}, path)
+        with atomic(folder / "model.pt") as path, open(path, "wb") as file:     # given a path, torch.save writes its name into the file
+            torch.save({name: tensor.detach().to("cpu", dtype) for name, tensor in self.state_dict().items()}, file)
         write_config(folder, dataclasses.asdict(self.config), vocab)
 
     @staticmethod

@@ -1221,8 +1221,9 @@ class Trainer:
         return negatives, counts | dict(source="fixed student" if fixed else f"snapshot {iteration - config.lag}")
 
     def update_discriminator(self, iteration: int, questions: list[int], negatives: dict, steps: int, alpha_d: float) -> float | None:
-        """Pretraining (iteration 0) [review] and online update [abstract] -> mean L_D, None where none is due. An encoder of its own: a factor on L_D would cancel in
-        Adam, so α3 / 0.5 scales its learning rate. Shared: the head alone is pretrained, L_D joins the training steps [ours]."""
+        """Pretraining (iteration 0) [review] and online update [abstract] -> mean L_D, None where none is due. With an encoder of its own a
+        factor on L_D would cancel in Adam, so α3 / 0.5 scales its learning rate; shared, only the head is pretrained, and L_D joins the
+        training steps [ours]."""
         due = self.config.discriminator_every and iteration % self.config.discriminator_every == 0
         if not self.d or (iteration and not (self.d.encoder and due)):
             return None
@@ -1326,7 +1327,7 @@ class Trainer:
             if accuracy > state.best:
                 state.best, state.best_iteration = accuracy, t
                 save_student(self.student, self.d, self.folder / "student")
-            if config.method == "qcrd" and config.negatives:
+            if config.method == "qcrd" and config.negatives and config.negative_source == "snapshot":
                 write_pt(self.folder / "snapshots" / f"{t}.pt", self.student.model.state_dict())
             times.append(time.perf_counter())
             m["seconds"] = dict(zip(("negatives", "discriminator", "steps", "rest"), np.diff(times).tolist())) | dict(all=times[-1] - times[0])
@@ -1520,7 +1521,7 @@ def new_folder(config: Config) -> Path:
 
 def train(config: Config, folder: Path | None = None) -> Path:
     """A whole run, new or (folder given) resumed -> its folder."""
-    resumed, folder = folder is not None, folder or new_folder(config)
+    resumed, folder = folder is not None, folder or (Path() if rank() else new_folder(config))
     student, task, data, valid, _ = prepare(config, ask=not resumed)
     if not rank():
         (folder / "snapshots").mkdir(parents=True, exist_ok=resumed)

@@ -2,7 +2,7 @@
 
 A large language model (the teacher) explains its answers; a small T5 (the student) learns to answer and to explain.
 The file follows the paper: 1 settings, 2 tasks, 3 teacher, 4 vote, 5 batches, 6 negatives from snapshots,
-7 discriminator, 8 loss, 9 training and what is done with a trained student. Its marks say where a choice comes from:
+7 discriminator, 8 loss, 9 training, 10 using a trained student. Its marks say where a choice comes from:
 [abstract] the paper's abstract, [overview] published overviews of it, [review] a published third-party review of it,
 [DSS] Distilling Step-by-Step, whose protocol the paper follows, [ours] where the sources are silent or unread.
 
@@ -1779,6 +1779,10 @@ def run_main() -> int:
         line, code = f"error: {e}", 2
     except torch.OutOfMemoryError:
         line, code = "error: out of GPU memory; a smaller --micro-batch needs less and computes the same", 2
+    except RuntimeError as e:
+        if world() == 1 or not re.search(r"onnection (closed|reset)|onnect(ed|ing) |timed out|peer", str(e)):
+            raise
+        line, code = "another rank ended; its own message says why, and --resume goes on from the last checkpoint", 1
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise

@@ -479,7 +479,9 @@ class Teacher:
     def drop_field(self, sent: dict, body: Any) -> bool:
         """After a 400: remember not to send the optional field that it complains of; False where there is none left to drop."""
         words = self.clean(body).lower()
-        names = [f for f in ("max_tokens", "temperature", "seed") if f in words and f in sent] or ["n"] * (sent.get("n", 1) > 1 and ("n" in self.dropped or not self.filled))
+        names = [f for f in ("max_tokens", "temperature", "seed") if f in words and f in sent]
+        if not names and sent.get("n", 1) > 1 and ("n" in self.dropped or not self.filled):     # once filled, a 400 is about the question
+            names = ["n"]
         self.dropped.update(names[:1])
         return bool(names)
 
@@ -1636,13 +1638,16 @@ def audit_text(a: dict) -> None:
     total = []
     for name in ("positive", "negative"):
         print(f"S_{name[:3]}: the {a[name]} counts" + (f"; the student's own is from {a['negatives_from']}" if name == "negative" and a["negatives_from"] else ""))
-        for r in sorted((r for r in a["candidates"] if r["set"] == name), key=lambda r: r["loss"] * (-1 if a[name] == "max" else 1)):
+        members = [r for r in a["candidates"] if r["set"] == name]
+        for r in sorted(members, key=lambda r: r["loss"] * (-1 if a[name] == "max" else 1)):
             beyond = f", min(ℓ - δ, 0) = {min(r['loss'] - a['delta'], 0):.6f}" if name == "negative" else ""
             print(f"  {'->' if r['picked'] else '  '} ℓ {r['loss']:.6f}{beyond}  s {r['score']:.6f}  {r['source']}: {r['rationale']!r}")
             if r["picked"] and name == "positive":
                 total.append(f"{r['share']:g} · {r['score']:.6f} · {r['loss']:.6f}")
             elif r["picked"]:
                 total.append(f"- {r['share']:g} · {a['beta']:g} · (1 - {r['score']:.6f}) · {min(r['loss'] - a['delta'], 0):.6f}")
+        if name == "negative" and members and not any(r["picked"] for r in members):
+            print("  what counts is beyond δ: the negative term is 0")
     one, two, three = a["alphas"]
     print(f"L_cl = {' '.join(total) or 0} = {a['L_cl']:.6f}\nL = {one:g} · L_predict {a['L_predict']:.6f} + {two:g} · L_cl {a['L_cl']:.6f} "
           f"+ {three:.6f} · L_D {a['L_D']:.6f} = {a['total']:.6f}")

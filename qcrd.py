@@ -1364,7 +1364,7 @@ class Trainer:
                 x = self.d.quality(self.student, [self.train.questions[q] for q, _ in pairs], [row for _, row in pairs]).cpu()
                 m["scores"][name] = dict(mean=x.mean().item(), histogram=torch.histc(x, 10, 0, 1).tolist())
         if self.scaler.is_enabled():
-            m["fp16_skipped"] = self.per_iteration * t - int(max(v["step"] for v in self.optimizer.state.values()))
+            m["fp16_skipped"] = self.per_iteration * t - int(max((v["step"] for v in self.optimizer.state.values()), default=0))
         return m
 
     def report(self, m: dict) -> None:
@@ -1414,7 +1414,7 @@ def read_pt(path: Path, device: torch.device | str) -> dict:
 def write_json(path: Path, values: Any) -> None:
     if not rank():
         with atomic(path) as temporary:
-            temporary.write_text(json.dumps(rounded(values), indent=1, ensure_ascii=False), "utf-8")
+            temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False), "utf-8")
 
 
 def save_student(student: Student, d: Discriminator | None, folder: Path) -> None:

@@ -1333,7 +1333,7 @@ def test_demo_from_end_to_end():
 
 def test_kill_and_resume_ends_in_the_same_weights():
     with elsewhere() as folder:
-        flags = [*SHORT, "--iterations", 7]
+        flags = [*SHORT, "--iterations", 7, "--lr", 1.23456789e-3]               # more digits than a line of metrics shows
         command(*flags, "--run", "whole")
         expected = torch.load(folder / "runs/whole/checkpoint.pt", weights_only=True)
         assert kill_at([*flags, "--run", "killed"], "iteration 6", signal.SIGKILL) == -signal.SIGKILL

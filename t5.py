@@ -442,7 +442,7 @@ class T5(nn.Module):
 
     def forward(self, input_ids: Tensor, mask: Tensor, target_in: Tensor) -> Tensor:
         """-> logits (B, T, V)."""
-        return F.linear(*self._output(self.decode(target_in, self.encode(input_ids, mask), mask)))
+        return F.linear(self._scaled(self.decode(target_in, self.encode(input_ids, mask), mask)), self._head())
 
     def loss(self, input_ids: Tensor | None, mask: Tensor, targets: Tensor, target_mask: Tensor, memory: Tensor | None = None,
              rows: Tensor | None = None) -> Tensor:
@@ -465,7 +465,7 @@ class T5(nn.Module):
             cross, cross_bias = [kv.index_select(1, rows) for kv in cross], cross_bias[rows]
         targets = to_device(targets, device)
         hidden = self._decode(F.pad(targets[:, :-1], (1, 0), value=PAD), target, cross, cross_bias)
-        losses = OutputLoss.apply(*self._output(hidden), target.pack(targets), torch.is_grad_enabled())
+        losses = OutputLoss.apply(self._scaled(hidden), self._head(), target.pack(targets), torch.is_grad_enabled())
         return target.unpack(losses).sum(1) / to_device(target_mask.sum(1), device)
 
     @torch.no_grad()
@@ -483,38 +483,40 @@ class T5(nn.Module):
         """
         device, count = self.shared.weight.device, len(input_ids)
         uniforms = torch.rand(count, max_new_tokens, generator=generator).to(device) if temperature > 0 else None
-        source = Packing(mask, device)
-        cross, cross_bias = self._cross(self._encode(input_ids, mask, source, 0.0), source), padding_bias(mask, device)
-        cross = [kv.contiguous() for kv in cross]
-        bias = self.decoder.position_bias(max_new_tokens)
-        caches = [kv.new_empty(*kv.shape[:3], max_new_tokens, kv.shape[4]) for kv in cross]
-        written = torch.zeros(count, max_new_tokens, dtype=torch.long, device=device)
-        alive = torch.arange(count, device=device)                  # which of the caller's rows the rows at work are
-        tokens, finished = written.new_full((count,), PAD), torch.zeros(count, dtype=torch.bool, device=device)
-        for t in range(max_new_tokens):
-            x = self.shared(tokens)
-            for layer, cache, kv in zip(self.decoder.layers, caches, cross):
-                q, k, v = layer.attention.split(layer.attention.qkv(layer.norm1(x))[:, None], 3)
-                cache[0, :, :, t], cache[1, :, :, t] = k[:, :, 0], v[:, :, 0]
-                past = cache[:, :, :, :t + 1]
-                x = x + layer.attention.out(layer.attention.attend(q, past[0], past[1], bias[:, :, t:t + 1, :t + 1])[:, 0])
-                (q,) = layer.cross.split(layer.cross.q(layer.norm2(x))[:, None], 1)
-                x = x + layer.cross.out(layer.cross.attend(q, kv[0], kv[1], cross_bias)[:, 0])
-                x = x + layer.feed_forward(layer.norm3(x))
-            logits = F.linear(*self._output(self.decoder.norm(x))).float()
-            if limit is not None:
-                logits[:, limit:] = float("-inf")
-            tokens = logits.max(1).indices if uniforms is None else draw(logits.div_(temperature), uniforms[alive, t])
-            tokens = tokens.masked_fill(finished, PAD)
-            written[alive, t] = tokens
-            finished = finished | (tokens == EOS)
-            working = len(alive) - int(finished.sum())
-            if working == 0:
-                return written[:, :t + 1]
-            if working <= 0.75 * len(alive):                        # copying the caches is dear: wait until it pays
-                left = (~finished).nonzero()[:, 0]
-                alive, tokens, finished, cross_bias = alive[left], tokens[left], finished[left], cross_bias[left]
-                caches, cross = [[kv.index_select(1, left) for kv in group] for group in (caches, cross)]
+        with reordered(self, count):
+            source = Packing(mask, device)
+            cross, cross_bias = self._cross(self._encode(input_ids, mask, source, 0.0), source), padding_bias(mask, device)
+            cross = [kv.contiguous() for kv in cross]
+            bias = self.decoder.position_bias(max_new_tokens)
+            caches = [kv.new_empty(*kv.shape[:3], max_new_tokens, kv.shape[4]) for kv in cross]
+            written = torch.zeros(count, max_new_tokens, dtype=torch.long, device=device)
+            alive = torch.arange(count, device=device)                  # which of the caller's rows the rows at work are
+            tokens, finished = written.new_full((count,), PAD), torch.zeros(count, dtype=torch.bool, device=device)
+            head = product(self._head(), count)
+            for t in range(max_new_tokens):
+                x = self.shared(tokens)
+                for layer, cache, kv in zip(self.decoder.layers, caches, cross):
+                    q, k, v = layer.attention.split(layer.attention.qkv(layer.norm1(x))[:, None], 3)
+                    cache[0, :, :, t], cache[1, :, :, t] = k[:, :, 0], v[:, :, 0]
+                    past = cache[:, :, :, :t + 1]
+                    x = x + layer.attention.out(layer.attention.attend(q, past[0], past[1], bias[:, :, t:t + 1, :t + 1])[:, 0])
+                    (q,) = layer.cross.split(layer.cross.q(layer.norm2(x))[:, None], 1)
+                    x = x + layer.cross.out(layer.cross.attend(q, kv[0], kv[1], cross_bias)[:, 0])
+                    x = x + layer.feed_forward(layer.norm3(x))
+                logits = head(self._scaled(self.decoder.norm(x))).float()
+                if limit is not None:
+                    logits[:, limit:] = float("-inf")
+                tokens = logits.max(1).indices if uniforms is None else draw(logits.div_(temperature), uniforms[alive, t])
+                tokens = tokens.masked_fill(finished, PAD)
+                written[alive, t] = tokens
+                finished = finished | (tokens == EOS)
+                working = len(alive) - int(finished.sum())
+                if working == 0:
+                    return written[:, :t + 1]
+                if working <= 0.75 * len(alive):                        # copying the caches is dear: wait until it pays
+                    left = (~finished).nonzero()[:, 0]
+                    alive, tokens, finished, cross_bias = alive[left], tokens[left], finished[left], cross_bias[left]
+                    caches, cross = [[kv.index_select(1, left) for kv in group] for group in (caches, cross)]
         return written
 
     def _dropout(self) -> float:
@@ -537,10 +539,13 @@ class T5(nn.Module):
         bias = self.decoder.position_bias(target_in.shape[1])
         return self.decoder(self.shared(target.pack(target_in)), target, bias, self._dropout(), cross, cross_bias)
 
-    def _output(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """What the output layer multiplies: hidden, scaled where the checkpoint asks for it, and weights (V, D)."""
-        scale = self.config.d_model**-0.5 if self.config.scaled else 1.0
-        return hidden * scale, self.shared.weight if self.head is None else self.head.weight
+    def _scaled(self, hidden: Tensor) -> Tensor:
+        """What the output layer multiplies: hidden, scaled where the checkpoint asks for it."""
+        return hidden * self.config.d_model**-0.5 if self.config.scaled else hidden
+
+    def _head(self) -> Tensor:
+        """The output layer's weights (V, D)."""
+        return self.shared.weight if self.head is None else self.head.weight
 
     # ------------------------------------------------------------ files
 
@@ -598,6 +603,32 @@ class T5(nn.Module):
         # the first published checkpoints hold a bias for cross-attention that no version of T5 uses
         tensors.pop("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight", None)
         return build(config, tensors, where, hf_names(config))
+
+
+def product(weight: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
+    """x (about `rows`, D) -> x @ weight.T, for many products with one weight.
+
+    On a CPU in float32 oneDNN stores the weight once in the order its kernel reads; the library's usual product would do that anew for
+    each token. An internal operator of PyTorch's, so the usual product stands in where it is missing.
+    """
+    reorder = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
+    if weight.device.type != "cpu" or torch.is_autocast_enabled("cpu") or reorder is None:
+        return lambda x: F.linear(x, weight)
+    packed = reorder(weight.detach(), rows)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+
+
+@contextlib.contextmanager
+def reordered(model: nn.Module, rows: int) -> Iterator[None]:
+    """Within the block the linear layers of `model` multiply by `product`."""
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    try:
+        for layer in layers:
+            layer.forward = product(layer.weight, rows)
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)
 
 
 def padding_bias(mask: Tensor, device: torch.device) -> Tensor:

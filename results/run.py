@@ -1,14 +1,19 @@
-"""The tables' cells, run one after the other: each is qcrd.py with some flags and a seed. Stop and start it at will.
+"""The tables' cells, run one after the other: each is qcrd.py with some flags and a seed, on one thread. Stop and start it at will.
 
-    python results/run.py --list                       # the cells and their commands
-    python results/run.py --run main --seeds 5         # run what is missing of a table, then print it
-    python results/run.py --table main                 # print what is there
+    python results/run.py --list                          # the tables, their cells and commands
+    python results/run.py --run main                      # run what is missing of a table, then print it
+    python results/run.py --run svamp --teacher URL       # other flags go to qcrd.py
+    python results/run.py --table main                    # print what is there
 
-A cell's metrics.jsonl and result.json are copied to results/metrics/<table>/<cell>-<seed>/ when it is done; a cell that has them is skipped.
+A finished cell's metrics.jsonl and result.json lie in results/metrics/<flags>-<seed>/; a cell that has them is skipped, one that was
+stopped is resumed. One thread a cell: two may run side by side, and the numbers do not depend on how many cores there are.
 """
 import argparse
+import fcntl
 import json
-import math
+import os
+import re
+import resource
 import shutil
 import statistics
 import subprocess
@@ -17,80 +22,129 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+METHODS = {"finetune": "--method finetune", "dss": "--method dss", "qcrd": ""}
+SVAMP = "--task svamp --model demo --iterations 8 --iteration-steps 12"     # as many steps as 96 batches of 64: 8 passes
+SHORT = "--iterations 10"                                                   # of the studies; the demo's default is 15
+
+# table -> (flags of all its cells, seeds, the cell that the others are compared with, {cell: flags})
 TABLES = {
-    "main": {"finetune": "--method finetune", "dss": "--method dss", "qcrd": ""},
-    "ablations": {"qcrd": "", "no vote": "--no-vote", "no negatives": "--no-negatives", "no discriminator": "--no-discriminator",
-                  "labels of the teacher": "--labels teacher", "finetune, labels of the teacher": "--method finetune --labels teacher"},
-    "temperature": {f"student temperature {t}": f"--student-temperature {t}" for t in ("0.7", "1.0", "1.5", "2.0", "2.0:1.0")},
-    "lag": {f"lag {n}": f"--lag {n}" for n in (1, 3, 5, 7)},
-    "samples": {f"{n} samples": f"--samples {n}" for n in (1, 3, 5, 10)},
-    "discriminator": {"every iteration": "", "every fifth": "--discriminator-every 5", "never": "--discriminator-every 0",
-                      **{f"{p:.0%} of its labels flipped": f"--discriminator-noise {p}" for p in (0.1, 0.3, 0.5)}},
-    "schemes": {f"{p}-{n}": f"--positive {p} --negative {n}" for p, n in (("min", "max"), ("mean", "mean"), ("max", "min"), ("min", "min"))},
-    "data": {f"{f:.0%} of the questions": f"--fraction {f}" for f in (0.25, 0.5, 0.75, 1.0)},
+    "main": ("", 5, "dss", METHODS | {"no vote": "--no-vote", "no negatives": "--no-negatives", "no discriminator": "--no-discriminator"}),
+    "svamp": (SVAMP, 3, "dss", METHODS),
+    "temperature": (SHORT, 3, "1.5", {"0.7": "--student-temperature 0.7", "1.0": "--student-temperature 1.0", "1.5": "",
+                                      "2.0": "--student-temperature 2.0", "2.0 falling to 0.7": "--student-temperature 2.0:0.7"}),
+    "lag": (SHORT, 3, "lag 5", {"lag 1": "--lag 1", "lag 3": "--lag 3", "lag 5": "", "lag 7": "--lag 7",
+                                "a fixed student's, trained with dss": "--negative-source fixed --negative-model runs/results-method-dss-{seed}/student"}),
+    "schemes": (SHORT, 3, "min-max", {"min-max": "", "min-min": "--negative min", "min-mean": "--negative mean", "mean-mean": "--positive mean --negative mean",
+                                      "max-min": "--positive max --negative min"}),
+    "samples": (SHORT, 3, "5", {"1": "--samples 1", "3": "--samples 3", "5": "", "10": "--samples 10"}),
+    "discriminator": (SHORT, 3, "each iteration", {"each iteration": "", "each fifth": "--discriminator-every 5", "never": "--discriminator-every 0",
+                                                   **{f"{p:.0%} of its labels flipped": f"--discriminator-noise {p}" for p in (0.1, 0.3, 0.5)},
+                                                   "on the student's encoder": "--discriminator shared"}),
+    "labels": ("--labels teacher", 3, "dss", METHODS),
+    "data": (SHORT, 3, "100% of the questions", {f"{f:.0%} of the questions": f"--fraction {f}" for f in (0.25, 0.5, 0.75)} | {"100% of the questions": ""}),
+    "student samples": (SHORT, 3, "1", {"1": "", "3": "--student-samples 3"}),
 }
 
 
-def folder(table: str, cell: str, seed: int) -> Path:
-    return HERE / "metrics" / table / f"{cell.replace(' ', '-').replace('%', '').replace(':', '-').replace(',', '')}-{seed}"
+def keep(flags: str, seed: int) -> Path:
+    return HERE / "metrics" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', flags.replace(f'-{seed}/student', '')).strip('-') or 'qcrd'}-{seed}"
 
 
-def run(table: str, seeds: int, extra: list[str]) -> None:
-    """Every missing cell of the table, seed by seed, so that an early stop leaves whole seeds."""
+def cells(table: str):
+    """(cell, flags with the seed filled in, seed) of a table, seed by seed, so that an early stop leaves whole seeds."""
+    common, seeds, _, named = TABLES[table]
     for seed in range(seeds):
-        for cell, flags in TABLES[table].items():
-            keep = folder(table, cell, seed)
-            if (keep / "result.json").exists():
+        for cell, flags in named.items():
+            yield cell, f"{common} {flags}".strip().format(seed=seed), seed
+
+
+def run(table: str, extra: list[str]) -> None:
+    for cell, flags, seed in cells(table):
+        target = keep(flags, seed)
+        name = f"results-{target.name}"
+        Path("runs").mkdir(exist_ok=True)
+        with open(f"runs/{name}.lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue                                                 # another process is at it
+            if (target / "result.json").exists():
                 continue
-            name = f"results-{table}-{keep.name}"
-            shutil.rmtree(Path("runs") / name, ignore_errors=True)       # of a stopped cell
-            start = time.time()
-            command = [sys.executable, str(HERE.parent / "qcrd.py"), *flags.split(), "--seed", str(seed), "--run", name, *extra]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            keep.mkdir(parents=True, exist_ok=True)
-            result = json.loads((Path("runs") / name / "result.json").read_text())
-            (keep / "metrics.jsonl").write_bytes((Path("runs") / name / "metrics.jsonl").read_bytes())
-            (keep / "result.json").write_text(json.dumps(result | {"minutes": round((time.time() - start) / 60, 2), "command": " ".join(command[1:])}))
-            shutil.rmtree(Path("runs") / name)
+            command = ["qcrd.py", *flags.split(), "--seed", str(seed)]
+            start, cpu, folder = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime, Path("runs") / name
+            go_on = ["qcrd.py", "--resume", str(folder)] if (folder / "config.json").exists() else [*command, "--run", name, *extra]
+            if go_on[1] != "--resume":
+                shutil.rmtree(folder, ignore_errors=True)
+            subprocess.run([sys.executable, str(HERE.parent / go_on[0]), *go_on[1:]], check=True, stdout=subprocess.DEVNULL,
+                           env=os.environ | {"OMP_NUM_THREADS": "1"})
+            target.mkdir(parents=True, exist_ok=True)
+            result = json.loads((folder / "result.json").read_text()) | {"command": " ".join(command)}
+            if go_on[1] != "--resume":                                   # the processor's minutes: what else the machine does is not in them
+                result["cpu_minutes"] = round((resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - cpu) / 60, 2)
+            shutil.copyfile(folder / "metrics.jsonl", target / "metrics.jsonl")
+            (target / "result.json").write_text(json.dumps(result) + "\n")
+            for part in ("snapshots", "checkpoint.pt"):                  # the student stays: other cells and results/judge.py use it
+                shutil.rmtree(folder / part) if (folder / part).is_dir() else (folder / part).unlink(missing_ok=True)
             print(f"{table}, {cell}, seed {seed}: {result['test_accuracy']:.1%}, {(time.time() - start) / 60:.1f} min", flush=True)
 
 
 def p_value(differences: list[float]) -> float:
-    """Two-sided p of a mean of 0, by all sign flips of the paired differences: exact, and no normality assumed."""
+    """Two-sided p of a mean of 0, by all sign flips of the paired differences: exact, no normality assumed; never below 2 / 2^n."""
     mean, n = abs(sum(differences)), len(differences)
     flips = [abs(sum(d if mask >> i & 1 else -d for i, d in enumerate(differences))) for mask in range(2**n)]
     return sum(f >= mean - 1e-12 for f in flips) / 2**n
 
 
+def finished(table: str) -> dict[str, dict[int, dict]]:
+    """cell -> seed -> its result, with `lines`, those of metrics.jsonl."""
+    found: dict[str, dict[int, dict]] = {}
+    for cell, flags, seed in cells(table):
+        if (keep(flags, seed) / "result.json").exists():
+            lines = (keep(flags, seed) / "metrics.jsonl").read_text().splitlines()
+            found.setdefault(cell, {})[seed] = json.loads((keep(flags, seed) / "result.json").read_text()) | {"lines": [json.loads(x) for x in lines]}
+    return found
+
+
 def show(table: str) -> None:
-    """A Markdown table: mean ± standard deviation over seeds, and the paired difference from dss where it was run."""
-    found = {cell: {int(p.parent.name.rsplit("-", 1)[1]): json.loads(p.read_text()) for p in
-                    folder(table, cell, 0).parent.glob(folder(table, cell, 0).name[:-2] + "-[0-9]*/result.json")} for cell in TABLES[table]}
-    print("| | test accuracy | seeds | against dss, same seeds | minutes a run |\n|---|---|---|---|---|")
+    """A Markdown table: mean ± standard deviation over seeds, the paired difference from the table's reference, and what the loss saw."""
+    found, reference = finished(table), TABLES[table][2]
+    print(f"| {table} | test accuracy | seeds | against {reference}, paired by seed | negative terms at 0, last 5 iterations | minutes of one core |\n|---|---|---|---|---|---|")
     for cell, results in found.items():
-        accuracy = [r["test_accuracy"] * 100 for _, r in sorted(results.items())]
-        if accuracy:
-            paired = [results[s]["test_accuracy"] * 100 - r["test_accuracy"] * 100 for s, r in sorted(found.get("dss", {}).items()) if s in results]
-            against = f"{statistics.mean(paired):+.1f} (p {p_value(paired):.2f})" if paired and cell != "dss" else ""
-            spread = statistics.stdev(accuracy) if len(accuracy) > 1 else math.nan
-            print(f"| {cell} | {statistics.mean(accuracy):.1f} ± {spread:.1f} % | {len(accuracy)} | {against} "
-                  f"| {statistics.mean(r['minutes'] for r in results.values()):.1f} |")
+        accuracy = [100 * r["test_accuracy"] for r in results.values()]
+        paired = [100 * (r["test_accuracy"] - found[reference][s]["test_accuracy"]) for s, r in results.items() if s in found.get(reference, {})]
+        against = f"{statistics.mean(paired):+.1f} (p {p_value(paired):.2f})" if paired and cell != reference else ""
+        spread = f" ± {statistics.stdev(accuracy):.1f}" if len(accuracy) > 1 else ""
+        zero = [m["zero_neg"] for r in results.values() for m in r["lines"][-5:] if m["a_question"]["teacher"] or m["a_question"]["student"]]
+        minutes = [r["cpu_minutes"] for r in results.values() if "cpu_minutes" in r]
+        print(f"| {cell} | {statistics.mean(accuracy):.1f}{spread} % | {len(accuracy)} | {against} | {f'{statistics.mean(zero):.0%}' if zero else ''} "
+              f"| {f'{statistics.mean(minutes):.1f}' if minutes else ''} |")
+
+
+def show_cost() -> None:
+    """Seconds of an iteration by stage in the main table's qcrd runs, before and after the student's own negatives begin."""
+    lines = [m for r in finished("main").get("qcrd", {}).values() for m in r["lines"]]
+    print("| stage | iterations 1 to 5 | iterations 6 to 15 |\n|---|---|---|")
+    for stage in ("negatives", "discriminator", "steps", "rest", "all"):
+        parts = [[m["seconds"][stage] for m in lines if (m["iteration"] > 5) == late] for late in (False, True)]
+        print(f"| {stage} | " + " | ".join(f"{statistics.median(x):.1f} s" if x else "" for x in parts) + " |")
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--run", choices=TABLES, metavar="TABLE")
-    p.add_argument("--table", choices=TABLES, metavar="TABLE")
-    p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--table", choices=[*TABLES, "cost"], metavar="TABLE")
     p.add_argument("--list", action="store_true")
     args, extra = p.parse_known_args()
     if args.list:
-        for table, cells in TABLES.items():
-            for cell, flags in cells.items():
-                print(f"{table:14s} {cell:34s} python qcrd.py {flags}")
+        for table in TABLES:
+            for cell, flags, seed in cells(table):
+                if seed == 0:
+                    print(f"{table:16s} {cell:36s} python qcrd.py {flags}")
     if args.run:
-        run(args.run, args.seeds, extra)
-    if args.run or args.table:
+        run(args.run, extra)
+    if args.table == "cost":
+        show_cost()
+    elif args.run or args.table:
         show(args.run or args.table)
 
 

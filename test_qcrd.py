@@ -1656,6 +1656,36 @@ def test_prompts_end_in_a_form_that_the_parser_knows():
     assert qcrd.prompt_for(few, "How was it?", "My own prompt.\n")[0]["content"] == "My own prompt.\n\nQ: How was it?\nA:"
 
 
+def test_judge_is_blind_to_the_order():
+    """results/judge.py: one preferred in both orders wins; a judge that always says 1 contradicts itself; no verdict is counted apart."""
+    sys.path.insert(0, str(HERE / "results"))
+    import judge
+
+    def answer(body: dict, number: int) -> dict:
+        text = body["messages"][0]["content"].split("Right answer:")[1]
+        first = text.index("good") < text.index("bad")
+        if "Q1" in body["messages"][0]["content"]:
+            first = True                                           # whatever stands first
+        return said("no idea" if "Q2" in body["messages"][0]["content"] else f"It is clearer. The answer is {1 if first else 2}.")
+
+    with elsewhere() as home, stub_teacher(answer) as (url, asked):
+        for name, word in (("a", "good"), ("b", "bad")):
+            (home / name).mkdir()
+            rows = [dict(input=f"Q{i}", gold="5", rationale=f"{word} reason {i}") for i in range(6)]
+            (home / name / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        config = qcrd.Config(task="judge", method="dss", samples=1, teacher_temperature=0.0, teacher=url)
+        with contextlib.redirect_stdout(io.StringIO()):
+            verdicts, questions = judge.judge([home / "a", home / "b"], 5, config)
+            assert verdicts == [["0", "0"], ["0", "1"], [None, None], ["0", "0"], ["0", "0"]] and questions == [f"Q{i}" for i in range(5)]
+            assert len(asked) == 10 and judge.judge([home / "b", home / "a"], 5, config)[0][0] == ["1", "1"]
+            assert len(asked) == 10                                # the other way round is the same ten questions: nothing is asked twice
+        try:
+            judge.read_predictions(home / "none")
+            raise AssertionError
+        except t5.InputError as e:
+            assert "predictions.jsonl" in str(e)
+
+
 def said(*texts: object, finish: str = "stop") -> dict:
     """The body of a good answer."""
     return {"choices": [{"message": {"content": text}, "finish_reason": finish} for text in texts], "usage": {"prompt_tokens": 10, "completion_tokens": 5}}

@@ -1,0 +1,90 @@
+"""Pictures of training from metrics.jsonl. Needs matplotlib (pip install matplotlib), which nothing else in the project does.
+
+    python results/plot.py demo                  # results/demo.png from results/metrics/, the main table's runs
+    python results/plot.py svamp                 # results/svamp.png, the svamp table's
+    python results/plot.py runs/demo-qcrd-0      # training.png in that folder; several folders are drawn as seeds of one method
+"""
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import run as tables  # noqa: E402
+
+COLOURS = {"finetune": "#888888", "dss": "#0072B2", "qcrd": "#D55E00", "positives": "#009E73", "teacher": "#E69F00", "student": "#CC79A7"}
+NAMES = {"positives": "positives", "teacher": "teacher's negatives", "student": "student's negatives"}
+
+
+def series(runs: list[list[dict]], value) -> tuple[np.ndarray, np.ndarray]:
+    """-> (iterations, values): (seeds, iterations), NaN where an iteration has none."""
+    count = min(map(len, runs))
+    rows = [[np.nan if (v := value(m)) is None else v for m in lines[:count]] for lines in runs]
+    return np.arange(1, count + 1), np.array(rows, dtype=float)
+
+
+def line(axis, runs: list[list[dict]], value, label: str, colour: str, style: str = "-") -> None:
+    """Mean over seeds, a band from the lowest to the highest seed."""
+    x, y = series(runs, value)
+    seen = ~np.isnan(y).all(0)
+    if seen.any():
+        x, y = x[seen], y[:, seen]
+        axis.fill_between(x, np.nanmin(y, 0), np.nanmax(y, 0), color=colour, alpha=0.15, linewidth=0)
+        axis.plot(x, np.nanmean(y, 0), style, color=colour, label=label, linewidth=1.6)
+
+
+def draw(title: str, methods: dict[str, list[list[dict]]], path: Path) -> None:
+    """methods: name -> a list of metrics lines for each seed. Panels: accuracy, loss terms, mean scores, the last iteration's scores."""
+    main = methods.get("qcrd") or next(iter(methods.values()))
+    figure, (accuracy, loss, mean, last) = plt.subplots(1, 4, figsize=(17, 3.9), constrained_layout=True)
+    for name, runs in methods.items():
+        line(accuracy, runs, lambda m: 100 * m["valid_accuracy"], name, COLOURS.get(name, "#000000"))
+    accuracy.set(title="accuracy on the validation questions, %", xlabel="iteration")
+    terms = {"L_predict": ("L_predict", "#0072B2", "-"), "ℓ_pos": ("l_pos", "#009E73", "-"), "ℓ_neg (0: beyond δ)": ("l_neg", "#CC79A7", "-"),
+             "L_D": ("L_D", "#D55E00", "-"), "share of negative terms at 0": ("zero_neg", "#555555", "--")}
+    for label, (name, colour, style) in terms.items():
+        line(loss, main, lambda m, name=name: m[name], label, colour, style)
+    loss.set(title="qcrd: loss terms", xlabel="iteration")
+    for name, label in NAMES.items():
+        line(mean, main, lambda m, name=name: m["scores"].get(name, {}).get("mean"), label, COLOURS[name])
+        counts = sum(np.array(lines[-1]["scores"].get(name, {}).get("histogram", [0] * 10)) for lines in main)
+        if counts.sum():
+            last.stairs(100 * counts / counts.sum(), np.linspace(0, 1, 11), color=COLOURS[name], label=label, linewidth=1.8)
+    mean.set(title="qcrd: mean score s(x, r) of each set", xlabel="iteration", ylim=(0, 1))
+    last.set(title="qcrd: scores in the last iteration, % of the set", xlabel="s(x, r)", xlim=(0, 1))
+    for axis in (accuracy, loss, mean, last):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", alpha=0.25)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+    print(path)
+
+
+def main() -> None:
+    if not sys.argv[1:] or "-h" in sys.argv or "--help" in sys.argv:
+        sys.exit(__doc__)
+    if sys.argv[1] in ("demo", "svamp"):
+        found = tables.finished("main" if sys.argv[1] == "demo" else "svamp")
+        methods = {cell: [r["lines"] for r in results.values()] for cell, results in found.items() if cell in COLOURS}
+        seeds = min(map(len, methods.values()))
+        draw(f"{sys.argv[1]}, the demo's student: mean of {seeds} seeds, band from the lowest to the highest", methods,
+             tables.HERE / f"{sys.argv[1]}.png")
+    else:
+        folders = [Path(name) for name in sys.argv[1:]]
+        try:
+            runs = [[json.loads(text) for text in (folder / "metrics.jsonl").read_text("utf-8").splitlines()] for folder in folders]
+        except OSError as e:
+            sys.exit(f"error: {e.filename}: {e.strerror}; name a run's folder, demo or svamp")
+        draw(", ".join(map(str, folders)), {"qcrd" if runs[0][0]["scores"] else "run": runs}, folders[0] / "training.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -28,7 +28,6 @@ import os
 import random
 import re
 import signal
-import socket
 import sys
 import threading
 import time
@@ -53,7 +52,7 @@ from t5 import T5, InputError, Progress, Tokenizer, atomic, require
 # ------------------------------------------------------------------------------------------------ 1. Settings
 
 
-def option(default: Any, mark: str, help: str, choices: tuple = ()) -> Any:
+def option(default: Any, mark: str, help: str, choices: tuple | None = None) -> Any:
     return field(default=default, metadata=dict(help=help, mark=mark, choices=choices))
 
 
@@ -409,6 +408,7 @@ class Teacher:
         self.requests = self.tokens = self.filled = self.failures = 0
         self.error: Exception | None = None     # what ended a thread
         self.model = model or self.first_model()
+        self.about = {"model": self.model, "temperature": config.teacher_temperature, "max_tokens": config.teacher_tokens}
         self.cache = folder / f"teacher-{re.sub(r'[^A-Za-z0-9.-]+', '_', self.model)[:80]}.jsonl"
         self.have = read_cache(self.cache)      # where not empty, this server has worked before
 
@@ -419,13 +419,9 @@ class Teacher:
             # Proxies and certificates of the environment, looked up once: requests does it in each request, for a third of its time.
             found = s.merge_environment_settings(self.url, {}, None, None, None)
             s.trust_env, s.proxies, s.verify, s.cert = False, found["proxies"], found["verify"], found["cert"]
-            if self.key:
-                s.headers["Authorization"] = f"Bearer {self.key}"
+            s.headers["Authorization"] = f"Bearer {self.key}" if self.key else None
         try:
             with self.local.session.request(method, self.url + path, json=body, timeout=(10, 180), stream=True, allow_redirects=False) as r:
-                # A server that sends head and body apart holds the body back until the head's receipt, which Linux delays by 40 ms.
-                if hasattr(socket, "TCP_QUICKACK") and (connection := r.raw.connection):
-                    connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
                 raw = bytearray()
                 for part in r.iter_content(1 << 20):           # parts are as short as the server's chunks
                     raw += part
@@ -489,20 +485,19 @@ class Teacher:
                         "max_completion_tokens" if "max_tokens" in self.dropped else "max_tokens": config.teacher_tokens}
             sent = {"model": self.model, "messages": messages} | {k: v for k, v in optional.items() if k not in self.dropped}
             status, body, retry = self.call("POST", "/chat/completions", sent)
+            refused = status in (400, 422)
             if status == 200 and (choices := self.usable(body)):
                 self.keep(question, messages, slots, choices)
                 failed = 0
-                continue
-            if status in (400, 422) and self.drop_field(sent, body):
-                continue
-            self.failures += 1
-            failed += 1
-            if (self.filled or self.have) and (status in (400, 422) or (status == 200 and failed == 10)):
-                return                                         # this question alone is refused, by a content filter or its length
-            hopeless = status not in (0, 200, 408, 409, 429) and status < 500
-            if hopeless or failed == (10 if self.filled or status else 3):
-                raise self.failure(status, body)
-            self.stop.wait(retry_after(retry, min(30.0, 0.25 * 2 ** failed) * (0.5 + random.random())))     # jitter: no seed wanted
+            elif not (refused and self.drop_field(sent, body)):
+                self.failures += 1
+                failed += 1
+                if (self.filled or self.have) and (refused or (status == 200 and failed == 10)):
+                    return                                     # this question alone is refused, by a content filter or its length
+                hopeless = status not in (0, 200, 408, 409, 429) and status < 500
+                if hopeless or failed == (10 if self.filled or status else 3):
+                    raise self.failure(status, body)
+                self.stop.wait(retry_after(retry, min(30.0, 0.25 * 2 ** failed) * (0.5 + random.random())))     # jitter: no seed wanted
 
     def usable(self, body: Any) -> list[tuple[str, str]]:
         """The choices that hold text, each with the reason why it ended. Counts the answer's tokens."""
@@ -516,13 +511,11 @@ class Teacher:
 
     def key_of(self, messages: list[dict]) -> str:
         """What decides a sample, the slot apart: prompt with question, model, temperature, length."""
-        text = json.dumps([messages, self.model, self.config.teacher_temperature, self.config.teacher_tokens])
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        return hashlib.sha256(json.dumps([messages, *self.about.values()]).encode()).hexdigest()[:32]
 
     def keep(self, question: str, messages: list[dict], slots: list[int], choices: list[tuple[str, str]]) -> None:
         """Fill the lowest slots, on disk before anything else happens: one unbuffered write, which other processes may do too."""
-        about = {"key": self.key_of(messages), "question": question, "model": self.model, "temperature": self.config.teacher_temperature,
-                 "max_tokens": self.config.teacher_tokens}
+        about = {"key": self.key_of(messages), "question": question} | self.about
         lines = [json.dumps(about | {"slot": slot, "finish": finish, "text": text}) + "\n" for slot, (text, finish) in zip(slots, choices)]
         with self.lock, open(self.cache, "ab", buffering=0) as f:
             f.write("".join(lines).encode())
@@ -1680,6 +1673,7 @@ def export(run: Path, folder: Path) -> None:
 def parser() -> argparse.ArgumentParser:
     """One flag for each field of Config, in groups in the order of the paper, and the verbs that use a run."""
     p = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__, usage="python qcrd.py [--task TASK] [flags]",
+                                argument_default=argparse.SUPPRESS,      # what was not given is not there: `main` has the defaults
                                 epilog="Environment: OPENAI_API_KEY, OPENAI_BASE_URL (teacher), QCRD_MIRROR (a folder or URL instead of https://).")
     use = p.add_argument_group("Use a run (a folder under runs/)")
     use.add_argument("--resume", metavar="RUN", help="go on after a crash or Ctrl-C; on a CPU bit for bit what it would have been")
@@ -1692,58 +1686,52 @@ def parser() -> argparse.ArgumentParser:
     group = p
     for f in dataclasses.fields(Config):
         group = p.add_argument_group(GROUPS[f.name]) if f.name in GROUPS else group
-        flag, m = "--" + f.name.replace("_", "-"), f.metadata
-        keep = dict(default=argparse.SUPPRESS, help=f"{m['help']} ({f'default: {f.default}; ' if f.default != '' else ''}{m['mark']})")
-        if isinstance(f.default, bool):
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, **keep)
-        else:
-            group.add_argument(flag, type=type(f.default), choices=m["choices"] or None, metavar=None if m["choices"] else type(f.default).__name__.upper(), **keep)
+        kind, choices, default = type(f.default), f.metadata["choices"], f"default: {f.default}; " if f.default != "" else ""
+        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(
+            type=kind, choices=choices, metavar=None if choices else kind.__name__.upper())
+        group.add_argument(flag(f.name), help=f"{f.metadata['help']} ({default}{f.metadata['mark']})", **how)
         if f.name == "discriminator":
-            group.add_argument("--no-discriminator", dest=f.name, action="store_const", const="none", default=argparse.SUPPRESS, help="--discriminator none")
+            group.add_argument("--no-discriminator", dest=f.name, action="store_const", const="none", help="--discriminator none")
     return p
 
 
 def check(config: Config) -> Config:
     """Errors: InputError for a number that makes no sense, naming its flag."""
     above = ("samples", "batch", "lr", "steps", "concurrency", "fraction", "input_tokens", "rationale_tokens", "lag", "teacher_tokens", "student_samples")
-    for f in dataclasses.fields(Config):
-        v, flag = getattr(config, f.name), "--" + f.name.replace("_", "-")
-        if isinstance(v, (int, float)) and (not 0 <= v < math.inf or (v == 0 and f.name in above)):
-            raise InputError(f"{flag} {v}: must be {'above' if f.name in above else 'at least'} 0")
-        if f.name in ("fraction", "corrupt", "discriminator_noise") and v > 1:
-            raise InputError(f"{flag} {v}: is a part of a whole, at most 1")
-    if config.negative_source == "fixed" and not (Path(config.negative_model) / "model.pt").exists():
-        raise InputError("--negative-source fixed: name the fixed student's folder with --negative-model (a run's student/)")
+    for name, v in vars(config).items():
+        if isinstance(v, (int, float)):
+            require(0 <= v < math.inf and (v > 0 or name not in above), f"{flag(name)} {v}: must be {'above' if name in above else 'at least'} 0")
+        require(name not in ("fraction", "corrupt", "discriminator_noise") or v <= 1, f"{flag(name)} {v}: is a part of a whole, at most 1")
+    require(config.negative_source != "fixed" or (Path(config.negative_model) / "model.pt").exists(),
+            "--negative-source fixed: name the fixed student's folder with --negative-model (a run's student/)")
     student_temperature(config, 1)
     return config
 
 
 def main() -> None:
     args = vars(parser().parse_args())
-    use = {name: args.pop(name) for name in ("resume", "ask", "audit", "eval", "export", "json", "show_prompt")}
-    verb = next((name for name in ("ask", "audit", "eval", "export") if use[name]), None)
-    if verb and (unused := set(args) - {"device", "precision", "micro_batch"}):
-        raise InputError(f"--{verb} takes its settings from the run: --{unused.pop().replace('_', '-')} has no effect on it")
-    if use["ask"]:
-        run, *questions = use["ask"]
-        if not (questions := questions or [line.strip() for line in sys.stdin if line.strip()]):
-            raise InputError("--ask: no question; put it after the run's folder, or one a line on standard input")
-        ask_student(Path(run), questions, use["json"] or len(use["ask"]) == 1, **args)
-    elif use["audit"]:
-        run, count = use["audit"]
-        if not count.isdecimal():
-            raise InputError(f"--audit RUN N: N is {count!r}, must be a number of questions")
-        audit(Path(run), int(count), use["json"], **args)
-    elif use["eval"]:
-        evaluate_run(Path(use["eval"][0]), use["eval"][1] if len(use["eval"]) > 1 else "", **args)
-    elif use["export"]:
-        export(*map(Path, use["export"]))
+    verbs = ("ask", "audit", "eval", "export")
+    use = {name: args.pop(name, None) for name in (*verbs, "resume", "json", "show_prompt")}
+    verb = next((name for name in verbs if use[name]), None)
+    if verb:
+        run, *rest = use[verb]
+        unused = ", ".join(map(flag, sorted(set(args) - {"device", "precision", "micro_batch"})))
+        require(not unused, f"--{verb} takes its settings from the run: {unused} has no effect on it")
+    if verb == "ask":
+        questions = rest or [line.strip() for line in sys.stdin if line.strip()]
+        require(questions, "--ask: no question; put it after the run's folder, or one a line on standard input")
+        ask_student(Path(run), questions, use["json"] or not rest, **args)
+    elif verb == "audit":
+        require(rest[0].isdecimal(), f"--audit RUN N: N is {rest[0]!r}, must be a number of questions")
+        audit(Path(run), int(rest[0]), use["json"], **args)
+    elif verb == "eval":
+        evaluate_run(Path(run), rest[0] if rest else "", **args)
+    elif verb == "export":
+        export(Path(run), Path(rest[0]))
     elif use["resume"]:
         config, _ = read_config(Path(use["resume"]))
-        other = [f"--{k.replace('_', '-')} {getattr(config, k)}, not {v}" for k, v in args.items() if v != getattr(config, k) and k not in FREE_ON_RESUME]
-        if other:
-            raise InputError(f"--resume {use['resume']}: was started with {'; '.join(other)}; only "
-                             f"{', '.join('--' + k.replace('_', '-') for k in FREE_ON_RESUME)} may change")
+        other = [f"{flag(k)} {getattr(config, k)}, not {v}" for k, v in args.items() if v != getattr(config, k) and k not in FREE_ON_RESUME]
+        require(not other, f"--resume {use['resume']}: was started with {'; '.join(other)}; only {', '.join(map(flag, FREE_ON_RESUME))} may change")
         train(check(dataclasses.replace(config, **args)), Path(use["resume"]))
     else:
         task = args.get("task", Config.task)

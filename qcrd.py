@@ -36,6 +36,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -406,7 +407,6 @@ class Teacher:
         self.lock, self.local, self.stop = threading.Lock(), threading.local(), threading.Event()
         self.dropped: set[str] = set()          # optional fields that this server refused
         self.requests = self.tokens = self.filled = self.failures = 0
-        self.error: Exception | None = None     # what ended a thread
         self.model = model or self.first_model()
         self.about = {"model": self.model, "temperature": config.teacher_temperature, "max_tokens": config.teacher_tokens}
         self.cache = folder / f"teacher-{re.sub(r'[^A-Za-z0-9.-]+', '_', self.model)[:80]}.jsonl"
@@ -473,11 +473,12 @@ class Teacher:
         self.dropped.update(names[:1])
         return bool(names)
 
-    def fill(self, question: str, messages: list[dict], slots: list[int]) -> None:
+    def fill(self, question: str, messages: list[dict], slots: list[int], progress: Progress) -> None:
         """Ask until the slots are full: one request after the other, lowest slot first; a slot is filled once and kept."""
         config, failed, base = self.config, 0, derive_seed("teacher", question) % (1 << 30)
         while slots and not self.stop.is_set():
             with self.lock:
+                progress.update(self.filled, f"{self.requests} requests, {self.tokens} tokens, {self.failures} failures")
                 if 0 < config.teacher_budget / world() <= self.requests:
                     return
                 self.requests += 1
@@ -496,6 +497,7 @@ class Teacher:
                     return                                     # this question alone is refused, by a content filter or its length
                 hopeless = status not in (0, 200, 408, 409, 429) and status < 500
                 if hopeless or failed == (10 if self.filled or status else 3):
+                    self.stop.set()                            # here: the others are not to send one more
                     raise self.failure(status, body)
                 self.stop.wait(retry_after(retry, min(30.0, 0.25 * 2 ** failed) * (0.5 + random.random())))     # jitter: no seed wanted
 
@@ -521,15 +523,6 @@ class Teacher:
             f.write("".join(lines).encode())
             self.filled += len(lines)
         del slots[:len(lines)]
-
-    def work(self, jobs: Iterator) -> None:
-        """A thread: one question after the other of those that all threads share, until none is left or one thread failed."""
-        try:
-            for job in jobs:
-                self.fill(*job)
-        except Exception as e:                                 # the main thread raises it
-            self.error = self.error or e
-            self.stop.set()
 
 
 def retry_after(text: str | None, default: float) -> float:
@@ -610,21 +603,16 @@ def fill_cache(teacher: Teacher, task: Task, questions: list[str], may_ask: bool
         teacher.cache.parent.mkdir(parents=True, exist_ok=True)
         with open(teacher.cache, "ab") as f:                   # a line that a crash tore ends here; empty ones are passed over
             f.write(b"\n" * (f.tell() > 0))
-        progress, shared = Progress("  teacher", sum(len(slots) for _, _, slots in todo)), iter(todo)
-        threads = [threading.Thread(target=teacher.work, args=(shared,), daemon=True) for _ in range(config.concurrency)]
+        progress = Progress("  teacher", sum(len(slots) for _, _, slots in todo))
         try:
-            for t in threads:
-                t.start()
-            while alive := [t for t in threads if t.is_alive()]:
-                progress.update(teacher.filled, f"{teacher.requests} requests, {teacher.tokens} tokens, {teacher.failures} failures")
-                alive[0].join(0.1)
+            with ThreadPool(config.concurrency) as pool:       # its threads are daemons: leaving waits for no answer
+                for _ in pool.imap_unordered(lambda job: teacher.fill(*job, progress), todo):
+                    pass                                       # raises what ended a thread
         except KeyboardInterrupt:
-            teacher.stop.set()
             raise InputError(f"stopped; {teacher.filled} samples of this run are kept in {teacher.cache}, the same command goes on from there") from None
         finally:
+            teacher.stop.set()
             progress.close()
-        if teacher.error:
-            raise teacher.error
         say(f"  {teacher.filled} samples from {teacher.requests} requests, {teacher.tokens:,} tokens, {teacher.failures} failures"
             + (f"; without {', '.join(sorted(teacher.dropped))}, which this server refuses" if teacher.dropped else ""))
     if may_ask:

@@ -33,7 +33,7 @@ import threading
 import time
 import urllib.parse
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from multiprocessing.pool import ThreadPool
@@ -589,9 +589,8 @@ def collect(task: Task, config: Config, may_ask: bool = True) -> tuple[list[list
 def fill_cache(teacher: Teacher, task: Task, questions: list[str], may_ask: bool) -> list[list]:
     """Fill the empty slots of all questions through `concurrency` threads, this rank's share; then read what all ranks have."""
     config, own = teacher.config, read_prompt(teacher.config)
-    prompts = [prompt_for(task, q, own) for q in questions]
-    keys = [teacher.key_of(p) for p in prompts]
-    jobs = {k: (q, p, [s for s in range(config.samples) if s not in teacher.have.get(k, {})]) for q, p, k in zip(questions, prompts, keys)}
+    asked = [(teacher.key_of(prompt := prompt_for(task, q, own)), q, prompt) for q in questions]
+    jobs = {k: (q, prompt, [s for s in range(config.samples) if s not in teacher.have.get(k, {})]) for k, q, prompt in asked}
     todo = [job for job in jobs.values() if job[2]] if may_ask else []
     say(f"teacher: {teacher.model} at {teacher.url}, {config.samples} samples a question at temperature {config.teacher_temperature}, kept in {teacher.cache}")
     if todo:
@@ -618,7 +617,7 @@ def fill_cache(teacher: Teacher, task: Task, questions: list[str], may_ask: bool
     if may_ask:
         gather([])                                             # wait for what the other ranks asked for
         teacher.have = read_cache(teacher.cache) if todo or world() > 1 else teacher.have
-    return [[teacher.have.get(k, {}).get(s) for s in range(config.samples)] for k in keys]
+    return [[teacher.have.get(k, {}).get(s) for s in range(config.samples)] for k, _, _ in asked]
 
 
 # ------------------------------------------------------------------------------------------------ 4. Vote

@@ -256,13 +256,15 @@ def load_task(config: Config) -> Task:
     folder, kind = Path(config.task), config.answer
     if config.task in KINDS:
         folder, kind = fetch_data.ensure(config.task, archive=config.archive or None), KINDS[config.task]
-    require(folder.is_dir(), f"--task {config.task}: neither one of {', '.join(KINDS)} nor a folder with train.jsonl, valid.jsonl and test.jsonl")
+    require(folder.is_dir(),
+            f"--task {config.task}: neither one of {', '.join(KINDS)} nor a folder with train.jsonl, valid.jsonl and test.jsonl")
     train, test = read_split(folder / "train.jsonl", kind), read_split(folder / "test.jsonl", kind)
     if (folder / "valid.jsonl").exists():
         valid = read_split(folder / "valid.jsonl", kind)
     else:                         # the last tenth, as the built-in tasks hold out their last questions [ours]
         n = max(1, len(train.inputs) // 10)
-        require(len(train.inputs) > 1, f"{folder / 'train.jsonl'}: one question is too few to hold any out for validation; add more, or a valid.jsonl")
+        require(len(train.inputs) > 1,
+                f"{folder / 'train.jsonl'}: one question is too few to hold any out for validation; add more, or a valid.jsonl")
         train, valid = train.part(None, -n), train.part(-n, None)
         say(f"note: {folder} has no valid.jsonl; the last {n} training questions are held out for validation")
     if leaked := len(set(train.inputs) & set(test.inputs)):
@@ -286,7 +288,8 @@ def prompt_for(task: Task, question: str, own: str = "") -> list[dict]:
 
 
 SIGNS = str.maketrans({"÷": "/", "×": "*", "−": "-"})
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.USub: operator.neg, ast.UAdd: operator.pos}
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+             ast.USub: operator.neg, ast.UAdd: operator.pos}
 
 
 def value(expression: str) -> float | None:
@@ -504,7 +507,8 @@ class Teacher:
     def usable(self, body: Any) -> list[tuple[str, str]]:
         """The choices that hold text, each with the reason why it ended. Counts the answer's tokens."""
         out = []
-        with contextlib.suppress(TypeError, AttributeError, KeyError):             # any of it may be missing or something else
+        # any of it may be missing or something else, up to an infinite number of tokens
+        with contextlib.suppress(TypeError, AttributeError, KeyError, ValueError, OverflowError):
             for c in body["choices"]:
                 if isinstance(text := c["message"]["content"], str) and text.strip():
                     out.append((text[:200_000], str(c.get("finish_reason"))))
@@ -575,7 +579,8 @@ def collect(task: Task, config: Config, may_ask: bool = True) -> tuple[list[list
         if url == "openai":
             url, model = "https://api.openai.com/v1", model or "gpt-3.5-turbo"
         require(re.fullmatch(r"https?://[^@?#\s]+", url),      # not repeated here: it may hold a key
-                "--teacher must be palm, openai or a URL like http://localhost:11434/v1; a key belongs into OPENAI_API_KEY, not into the URL")
+                "--teacher must be palm, openai or a URL like http://localhost:11434/v1; "
+                "a key belongs into OPENAI_API_KEY, not into the URL")
         require(key.isascii() and key.isprintable(), "OPENAI_API_KEY holds characters that no key has; set it again")
         teacher = Teacher(url, key, model, config, task.folder)
         config.teacher_model = teacher.model                   # a resumed run need not reach the server to know whose samples it has
@@ -1686,8 +1691,9 @@ def check(config: Config) -> Config:
     """Errors: InputError for a number that makes no sense, naming its flag."""
     above = ("samples", "batch", "lr", "steps", "concurrency", "fraction", "input_tokens", "rationale_tokens", "lag", "teacher_tokens", "student_samples")
     for name, v in vars(config).items():
+        least = "above" if name in above else "at least"
         if isinstance(v, (int, float)):
-            require(0 <= v < math.inf and (v > 0 or name not in above), f"{flag(name)} {v}: must be {'above' if name in above else 'at least'} 0")
+            require(0 <= v < math.inf and (v > 0 or least != "above"), f"{flag(name)} {v}: must be {least} 0")
         require(name not in ("fraction", "corrupt", "discriminator_noise") or v <= 1, f"{flag(name)} {v}: is a part of a whole, at most 1")
     require(config.negative_source != "fixed" or (Path(config.negative_model) / "model.pt").exists(),
             "--negative-source fixed: name the fixed student's folder with --negative-model (a run's student/)")
@@ -1718,7 +1724,8 @@ def main() -> None:
     elif use["resume"]:
         config, _ = read_config(Path(use["resume"]))
         other = [f"{flag(k)} {getattr(config, k)}, not {v}" for k, v in args.items() if v != getattr(config, k) and k not in FREE_ON_RESUME]
-        require(not other, f"--resume {use['resume']}: was started with {'; '.join(other)}; only {', '.join(map(flag, FREE_ON_RESUME))} may change")
+        require(not other, f"--resume {use['resume']}: was started with {'; '.join(other)}; only "
+                           f"{', '.join(map(flag, FREE_ON_RESUME))} may change")
         train(check(dataclasses.replace(config, **args)), Path(use["resume"]))
     else:
         task = args.get("task", Config.task)

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import os
 import random
 import re
@@ -1737,7 +1738,7 @@ def test_teacher_survives_what_servers_do():
             assert collected(url, questions=1, **changed)[0] and len(asked) > before   # what decides a sample is part of its key
     letters = b"".join(b"1\r\n%c\r\n" % letter for letter in json.dumps(said("The answer is 1.")).encode()) + b"0\r\n\r\n"
     for headers in ({"Connection": "close"}, {"Transfer-Encoding": "chunked"}):        # as proxies and small servers do; a chunk is a letter here
-        body = letters if "Transfer-Encoding" in headers else said("The answer is 1.")
+        body = letters if "Transfer-Encoding" in headers else said("The answer is 1.") | {"usage": {"prompt_tokens": math.inf, "completion_tokens": 1}}
         with elsewhere(), stub_teacher(lambda _, n, body=body, headers=headers: (200, body, headers)) as (url, asked):
             slots, printed = collected(url)
             assert all(slot for row in slots for slot in row) and ", 0 failures" in printed and len(asked) == 20, printed

@@ -21,7 +21,6 @@ import dataclasses
 import datetime
 import errno
 import hashlib
-import itertools
 import json
 import math
 import operator
@@ -29,15 +28,15 @@ import os
 import random
 import re
 import signal
-import socket
 import sys
 import threading
 import time
 import urllib.parse
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,12 +48,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fetch_data
-from t5 import T5, InputError, Progress, Tokenizer, atomic
+from t5 import T5, InputError, Progress, Tokenizer, atomic, require
 
 # ------------------------------------------------------------------------------------------------ 1. Settings
 
 
-def option(default: Any, mark: str, help: str, choices: tuple = ()) -> Any:
+def option(default: Any, mark: str, help: str, choices: tuple | None = None) -> Any:
     return field(default=default, metadata=dict(help=help, mark=mark, choices=choices))
 
 
@@ -141,6 +140,11 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
 
 
+def flag(name: str) -> str:
+    """A field of Config as the command line spells it."""
+    return "--" + name.replace("_", "-")
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -151,11 +155,10 @@ def world() -> int:
 
 def gather(items: list) -> list:
     """The items of all ranks, in rank order, on every rank."""
-    if world() == 1:
-        return items
-    parts: list = [None] * world()
-    dist.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
+    parts = [items] * world()
+    if world() > 1:
+        dist.all_gather_object(parts, items)
+    return sum(parts, [])
 
 
 def say(text: str) -> None:
@@ -170,8 +173,7 @@ NLI = ["entailment", "neutral", "contradiction"]
 
 # Few-shot chain-of-thought prompts [review], in words and with examples of ours; the question follows as one more "Q:".
 PROMPTS = {
-    "number":
-        "Solve the problem. Think step by step in a few short sentences, then end with 'The answer is (...).', "
+    "number": "Solve the problem. Think step by step in a few short sentences, then end with 'The answer is (...).', "
         "where the brackets hold the arithmetic expression that solves it.\n\n"
         "Q: A bakery had 52 rolls. It sold 17 of them before noon and baked 30 more.\nHow many rolls does it have now?\n"
         "A: The bakery began with 52 rolls. Selling 17 leaves 52 - 17 = 35. Baking 30 more gives 35 + 30 = 65. The answer is ((52 - 17) + 30).\n\n"
@@ -179,14 +181,12 @@ PROMPTS = {
         "A: The boxes do not matter. There are 6 shelves with 14 jars each, so 6 * 14 = 84 jars. The answer is (6 * 14).\n\n"
         "Q: Nadia read 45 pages in 3 evenings, the same number each evening.\nHow many pages did she read in one evening?\n"
         "A: The 45 pages are split evenly over 3 evenings. 45 / 3 = 15 pages. The answer is (45 / 3).",
-    "choice":
-        "Answer the question. Give a short reason first, then end with 'So the answer is (x) ...', naming one of the choices.\n\n"
+    "choice": "Answer the question. Give a short reason first, then end with 'So the answer is (x) ...', naming one of the choices.\n\n"
         "Q: Where would you leave a wet umbrella when visiting someone?\nAnswer Choices:\n(a) bed\n(b) stand by the door\n(c) oven\n(d) bookcase\n(e) sofa\n"
         "A: A wet umbrella should stay near the entrance so that it does not wet the furniture. So the answer is (b) stand by the door.\n\n"
         "Q: What do people want when they set an alarm clock?\nAnswer Choices:\n(a) noise\n(b) to dream\n(c) to wake on time\n(d) music\n(e) a battery\n"
         "A: An alarm rings at a chosen hour, which gets a sleeper up at that hour. So the answer is (c) to wake on time.",
-    "nli":
-        "Does the premise entail the hypothesis, contradict it, or neither? Give a short reason first, then end with "
+    "nli": "Does the premise entail the hypothesis, contradict it, or neither? Give a short reason first, then end with "
         "'So the answer is entailment.', 'So the answer is contradiction.' or 'So the answer is neutral.'\n\n"
         "Q: Premise: The choir sang outdoors until the rain began.\nHypothesis: The choir sang outside.\n"
         "A: Singing outdoors is singing outside. So the answer is entailment.\n\n"
@@ -219,7 +219,7 @@ class Task(NamedTuple):
 
 def read_split(path: Path, kind: str) -> Split:
     """A JSONL file of {"input", "label"}. Errors: InputError with file, line and remedy."""
-    rows, seen, repeated, shape = [], set(), 0, 'each line must be an object like {"input": "...", "label": "..."}'
+    rows, shape = [], 'each line must be an object like {"input": "...", "label": "..."}'
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as e:
@@ -227,33 +227,28 @@ def read_split(path: Path, kind: str) -> Split:
     for number, raw in enumerate(lines, 1):
         if not raw.strip():
             continue
-        wrong = None
+        where = f"{path}:{number}"
         try:
             item = json.loads(raw.decode("utf-8-sig"))
             json.dumps(item, ensure_ascii=False).encode()      # half a surrogate pair is JSON, but no text that can be stored
             question, label = item["input"], str(item["label"]) if type(item["label"]) in (int, float) else item["label"]
-            if not (isinstance(question, str) and question.strip() and isinstance(label, str) and label.strip()):
-                wrong = f'"input" and "label" must be text that is not empty; {shape}'
-            elif kind == "nli" and label not in NLI:
-                wrong = f"label {label[:40]!r} must be one of {', '.join(NLI)}"
-            elif kind == "number" and value(label) is None:
-                wrong = f"label {label[:40]!r} is neither a number nor an equation; --answer text compares text"
         except UnicodeError:
-            wrong = "not UTF-8; save the file as UTF-8"
+            raise InputError(f"{where}: not UTF-8; save the file as UTF-8") from None
         except (ValueError, RecursionError):
-            wrong = f"not JSON; {shape}"
+            raise InputError(f"{where}: not JSON; {shape}") from None
         except (KeyError, TypeError):
-            wrong = f'no "input" or no "label"; {shape}'
-        if wrong:
-            raise InputError(f"{path}:{number}: {wrong}")
-        repeated += question in seen
-        seen.add(question)
+            raise InputError(f'{where}: no "input" or no "label"; {shape}') from None
+        require(all(isinstance(text, str) and text.strip() for text in (question, label)),
+                f'{where}: "input" and "label" must be text that is not empty; {shape}')
+        require(kind != "nli" or label in NLI, f"{where}: label {label[:40]!r} must be one of {', '.join(NLI)}")
+        require(kind != "number" or value(label) is not None,
+                f"{where}: label {label[:40]!r} is neither a number nor an equation; --answer text compares text")
         rows.append((question, label))
-    if not rows:
-        raise InputError(f"{path}: holds no question; {shape}")
-    if repeated:
+    require(rows, f"{path}: holds no question; {shape}")
+    split = Split(*map(list, zip(*rows)))
+    if repeated := len(rows) - len(set(split.inputs)):
         say(f"note: {path}: {repeated} questions stand there twice or more; remove them if that was not meant")
-    return Split(*map(list, zip(*rows)))
+    return split
 
 
 def load_task(config: Config) -> Task:
@@ -261,15 +256,15 @@ def load_task(config: Config) -> Task:
     folder, kind = Path(config.task), config.answer
     if config.task in KINDS:
         folder, kind = fetch_data.ensure(config.task, archive=config.archive or None), KINDS[config.task]
-    elif not folder.is_dir():
-        raise InputError(f"--task {config.task}: neither one of {', '.join(KINDS)} nor a folder with train.jsonl, valid.jsonl and test.jsonl")
+    require(folder.is_dir(),
+            f"--task {config.task}: neither one of {', '.join(KINDS)} nor a folder with train.jsonl, valid.jsonl and test.jsonl")
     train, test = read_split(folder / "train.jsonl", kind), read_split(folder / "test.jsonl", kind)
     if (folder / "valid.jsonl").exists():
         valid = read_split(folder / "valid.jsonl", kind)
     else:                         # the last tenth, as the built-in tasks hold out their last questions [ours]
         n = max(1, len(train.inputs) // 10)
-        if len(train.inputs) < 2:
-            raise InputError(f"{folder / 'train.jsonl'}: one question is too few to hold any out for validation; add more, or a valid.jsonl")
+        require(len(train.inputs) > 1,
+                f"{folder / 'train.jsonl'}: one question is too few to hold any out for validation; add more, or a valid.jsonl")
         train, valid = train.part(None, -n), train.part(-n, None)
         say(f"note: {folder} has no valid.jsonl; the last {n} training questions are held out for validation")
     if leaked := len(set(train.inputs) & set(test.inputs)):
@@ -293,7 +288,8 @@ def prompt_for(task: Task, question: str, own: str = "") -> list[dict]:
 
 
 SIGNS = str.maketrans({"÷": "/", "×": "*", "−": "-"})
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+             ast.USub: operator.neg, ast.UAdd: operator.pos}
 
 
 def value(expression: str) -> float | None:
@@ -307,26 +303,21 @@ def value(expression: str) -> float | None:
     def walk(node: ast.expr) -> float:
         if isinstance(node, ast.Constant):
             return float(node.value)
-        if isinstance(node, ast.UnaryOp):
-            return -walk(node.operand) if isinstance(node.op, ast.USub) else walk(node.operand)
-        if isinstance(node, ast.BinOp):
-            return OPERATORS[type(node.op)](walk(node.left), walk(node.right))
-        raise ValueError                                       # (1)(2) is a call, () a tuple
+        operands = [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)]
+        return OPERATORS[type(node.op)](*map(walk, operands))  # no .op: (1)(2) is a call, () a tuple
 
     try:
         result = walk(ast.parse(re.sub(r"(?<![0-9.])0+(?=[0-9])", "", text), mode="eval").body)            # Python refuses 007
-    except (SyntaxError, ValueError, ArithmeticError, MemoryError, RecursionError):
+    except (SyntaxError, AttributeError, TypeError, ArithmeticError, MemoryError, RecursionError):       # TypeError: 1 + ... + 9
         return None
     return result if math.isfinite(result) else None
 
 
 def answer_key(answer: str | None, kind: str) -> str | None:
     """What two answers must share to be the same answer: the value rounded to 1e-4, or the words in lower case."""
-    if answer is None:
-        return None
     if kind != "number":
-        return " ".join(re.sub(r"[^\w\s+-]|_", " ", answer[:1000].lower()).split()) or None
-    v = value(answer)
+        return " ".join(re.sub(r"[^\w\s+-]|_", " ", (answer or "")[:1000].lower()).split()) or None
+    v = value(answer or "")
     return None if v is None else f"{round(v, 4) + 0.0:.4f}"          # + 0.0: -0 is 0
 
 
@@ -414,15 +405,15 @@ def read_sample(text: str, question: str, kind: str, options: list[str] = ()) ->
 class Teacher:
     """A server with OpenAI's chat-completions API, and the file that keeps every usable choice it ever gave."""
 
-    def __init__(self, url: str, key: str, model: str, config: Config):
+    def __init__(self, url: str, key: str, model: str, config: Config, folder: Path):
         self.url, self.key, self.config = url.rstrip("/"), key, config
         self.lock, self.local, self.stop = threading.Lock(), threading.local(), threading.Event()
         self.dropped: set[str] = set()          # optional fields that this server refused
         self.requests = self.tokens = self.filled = self.failures = 0
-        self.error: Exception | None = None     # what ended a thread
-        self.known = False                      # samples of this teacher are on disk: it works
         self.model = model or self.first_model()
-        self.cache = Path()                     # set by `ask`
+        self.about = {"model": self.model, "temperature": config.teacher_temperature, "max_tokens": config.teacher_tokens}
+        self.cache = folder / f"teacher-{re.sub(r'[^A-Za-z0-9.-]+', '_', self.model)[:80]}.jsonl"
+        self.have = read_cache(self.cache)      # where not empty, this server has worked before
 
     def call(self, method: str, path: str, body: dict | None = None) -> tuple[int, Any, str | None]:
         """-> status, JSON (None: it was none, or longer than 32 MB), Retry-After; where no answer came, 0, the reason's name, None."""
@@ -431,14 +422,14 @@ class Teacher:
             # Proxies and certificates of the environment, looked up once: requests does it in each request, for a third of its time.
             found = s.merge_environment_settings(self.url, {}, None, None, None)
             s.trust_env, s.proxies, s.verify, s.cert = False, found["proxies"], found["verify"], found["cert"]
-            if self.key:
-                s.headers["Authorization"] = f"Bearer {self.key}"
+            s.headers["Authorization"] = f"Bearer {self.key}" if self.key else None
         try:
             with self.local.session.request(method, self.url + path, json=body, timeout=(10, 180), stream=True, allow_redirects=False) as r:
-                # A server that sends head and body apart holds the body back until the head's receipt, which Linux delays by 40 ms.
-                if hasattr(socket, "TCP_QUICKACK") and (connection := r.raw.connection):
-                    connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-                raw = b"".join(itertools.islice(r.iter_content(1 << 20), 32))
+                raw = bytearray()
+                for part in r.iter_content(1 << 20):           # parts are as short as the server's chunks
+                    raw += part
+                    if len(raw) > 32 << 20:
+                        break
         except requests.RequestException as e:
             return 0, type(e).__name__, None
         with contextlib.suppress(ValueError, RecursionError):
@@ -485,11 +476,12 @@ class Teacher:
         self.dropped.update(names[:1])
         return bool(names)
 
-    def fill(self, question: str, messages: list[dict], slots: list[int]) -> None:
+    def fill(self, question: str, messages: list[dict], slots: list[int], progress: Progress) -> None:
         """Ask until the slots are full: one request after the other, lowest slot first; a slot is filled once and kept."""
         config, failed, base = self.config, 0, derive_seed("teacher", question) % (1 << 30)
         while slots and not self.stop.is_set():
             with self.lock:
+                progress.update(self.filled, f"{self.requests} requests, {self.tokens} tokens, {self.failures} failures")
                 if 0 < config.teacher_budget / world() <= self.requests:
                     return
                 self.requests += 1
@@ -497,26 +489,26 @@ class Teacher:
                         "max_completion_tokens" if "max_tokens" in self.dropped else "max_tokens": config.teacher_tokens}
             sent = {"model": self.model, "messages": messages} | {k: v for k, v in optional.items() if k not in self.dropped}
             status, body, retry = self.call("POST", "/chat/completions", sent)
+            refused = status in (400, 422)
             if status == 200 and (choices := self.usable(body)):
                 self.keep(question, messages, slots, choices)
                 failed = 0
-                continue
-            if status in (400, 422) and self.drop_field(sent, body):
-                continue
-            self.failures += 1
-            failed += 1
-            if (self.filled or self.known) and (status in (400, 422) or (status == 200 and failed == 10)):
-                return                                         # this question alone is refused, by a content filter or its length
-            hopeless = status not in (0, 200, 408, 409, 429) and status < 500
-            if hopeless or failed == (10 if self.filled or status else 3):
-                raise self.failure(status, body)
-            wait = retry_after(retry)                          # jitter: no seed wanted
-            self.stop.wait(min(30.0, 0.25 * 2 ** failed) * (0.5 + random.random()) if wait is None else wait)
+            elif not (refused and self.drop_field(sent, body)):
+                self.failures += 1
+                failed += 1
+                if (self.filled or self.have) and (refused or (status == 200 and failed == 10)):
+                    return                                     # this question alone is refused, by a content filter or its length
+                hopeless = status not in (0, 200, 408, 409, 429) and status < 500
+                if hopeless or failed == (10 if self.filled or status else 3):
+                    self.stop.set()                            # here: the others are not to send one more
+                    raise self.failure(status, body)
+                self.stop.wait(retry_after(retry, min(30.0, 0.25 * 2 ** failed) * (0.5 + random.random())))     # jitter: no seed wanted
 
     def usable(self, body: Any) -> list[tuple[str, str]]:
         """The choices that hold text, each with the reason why it ended. Counts the answer's tokens."""
         out = []
-        with contextlib.suppress(TypeError, AttributeError, KeyError):             # any of it may be missing or something else
+        # any of it may be missing or something else, up to an infinite number of tokens
+        with contextlib.suppress(TypeError, AttributeError, KeyError, ValueError, OverflowError):
             for c in body["choices"]:
                 if isinstance(text := c["message"]["content"], str) and text.strip():
                     out.append((text[:200_000], str(c.get("finish_reason"))))
@@ -525,43 +517,30 @@ class Teacher:
 
     def key_of(self, messages: list[dict]) -> str:
         """What decides a sample, the slot apart: prompt with question, model, temperature, length."""
-        text = json.dumps([messages, self.model, self.config.teacher_temperature, self.config.teacher_tokens])
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        return hashlib.sha256(json.dumps([messages, *self.about.values()]).encode()).hexdigest()[:32]
 
     def keep(self, question: str, messages: list[dict], slots: list[int], choices: list[tuple[str, str]]) -> None:
         """Fill the lowest slots, on disk before anything else happens: one unbuffered write, which other processes may do too."""
-        about = {"key": self.key_of(messages), "question": question, "model": self.model, "temperature": self.config.teacher_temperature,
-                 "max_tokens": self.config.teacher_tokens}
-        filled = [about | {"slot": slot, "finish": finish, "text": text} for slot, (text, finish) in zip(slots, choices)]
-        lines = "".join(json.dumps(line) + "\n" for line in filled).encode()
+        about = {"key": self.key_of(messages), "question": question} | self.about
+        lines = [json.dumps(about | {"slot": slot, "finish": finish, "text": text}) + "\n" for slot, (text, finish) in zip(slots, choices)]
         with self.lock, open(self.cache, "ab", buffering=0) as f:
-            f.write(lines)
-            self.filled += len(filled)
-        del slots[:len(filled)]
-
-    def work(self, jobs: Iterator) -> None:
-        """A thread: one question after the other of those that all threads share, until none is left or one thread failed."""
-        try:
-            for job in jobs:
-                self.fill(*job)
-        except Exception as e:                                 # the main thread raises it
-            self.error = self.error or e
-            self.stop.set()
+            f.write("".join(lines).encode())
+            self.filled += len(lines)
+        del slots[:len(lines)]
 
 
-def retry_after(text: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for (a number or a date), at most ten minutes; None where it says nothing."""
+def retry_after(text: str | None, default: float) -> float:
+    """Seconds that a Retry-After header asks for (a number or a date), at most ten minutes; the default where it says nothing."""
     with contextlib.suppress(TypeError, ValueError):
         if re.fullmatch(r"[0-9.]+", text):
             return min(600.0, float(text))
         return min(600.0, max(0.0, parsedate_to_datetime(text).timestamp() - time.time()))
-    return None
+    return default
 
 
 def read_cache(path: Path, wanted: str = "key") -> dict[str, dict[int, tuple[str, str]]]:
     """-> {key: {slot: (text, finish)}}. A line that a crash tore is passed over; the first sample of a slot stays."""
-    out: dict[str, dict[int, tuple[str, str]]] = {}
-    torn = 0
+    out, torn = {}, 0
     with contextlib.suppress(FileNotFoundError), open(path, "rb") as f:
         for line in f:
             try:
@@ -585,29 +564,27 @@ def read_prompt(config: Config) -> str:
 def collect(task: Task, config: Config, may_ask: bool = True) -> tuple[list[list], list[list]]:
     """-> for the training and the validation questions, K slots each: (text, finish) or None. Asks only for what is not on disk, and only
     where it may. Validation's measure the discriminator [ours]: other methods have none."""
-    url, key, model, server = config.teacher, os.environ.get("OPENAI_API_KEY", "").strip(), config.teacher_model, None
     questions = task.train.inputs + ([] if config.overfit or config.method != "qcrd" else task.valid.inputs)
+    url, key, model = config.teacher, os.environ.get("OPENAI_API_KEY", "").strip(), config.teacher_model
     if not url and task.name == "demo":
-        (url, server), key = fetch_data.demo_teacher(), ""
+        url, key = fetch_data.demo_teacher()[0], ""
     else:
         url = config.teacher = url or os.environ.get("OPENAI_BASE_URL") or ("openai" if key else "palm")
     if url == "palm":
         by_question = read_cache(fetch_data.ensure_palm(config.task, archive=config.archive or None), "question")
-        say(f"teacher: PaLM-540B's published rationales, ONE a question: no vote and no teacher negatives.\n"
+        say("teacher: PaLM-540B's published rationales, ONE a question: no vote and no teacher negatives.\n"
             f"  For the paper's {config.samples} samples name a teacher: --teacher http://localhost:11434/v1 (Ollama, vLLM, llama.cpp), or set OPENAI_API_KEY.")
         slots = [[by_question.get(q, {}).get(0)] for q in questions]
     else:
         if url == "openai":
             url, model = "https://api.openai.com/v1", model or "gpt-3.5-turbo"
-        if not re.fullmatch(r"https?://[^@?#\s]+", url):       # not repeated here: it may hold a key
-            raise InputError("--teacher must be palm, openai or a URL like http://localhost:11434/v1; a key belongs into OPENAI_API_KEY, not into the URL")
-        if not (key.isascii() and key.isprintable()):
-            raise InputError("OPENAI_API_KEY holds characters that no key has; set it again")
-        teacher = Teacher(url, key, model, config)
+        require(re.fullmatch(r"https?://[^@?#\s]+", url),      # not repeated here: it may hold a key
+                "--teacher must be palm, openai or a URL like http://localhost:11434/v1; "
+                "a key belongs into OPENAI_API_KEY, not into the URL")
+        require(key.isascii() and key.isprintable(), "OPENAI_API_KEY holds characters that no key has; set it again")
+        teacher = Teacher(url, key, model, config, task.folder)
         config.teacher_model = teacher.model                   # a resumed run need not reach the server to know whose samples it has
         slots = fill_cache(teacher, task, questions, may_ask)
-    if server:
-        server.shutdown()
     if missing := sum(s is None for row in slots for s in row):
         say(f"warning: {missing} samples are missing (over --teacher-budget, or refused); the vote goes on without them")
     n = len(task.train.inputs)
@@ -617,44 +594,35 @@ def collect(task: Task, config: Config, may_ask: bool = True) -> tuple[list[list
 def fill_cache(teacher: Teacher, task: Task, questions: list[str], may_ask: bool) -> list[list]:
     """Fill the empty slots of all questions through `concurrency` threads, this rank's share; then read what all ranks have."""
     config, own = teacher.config, read_prompt(teacher.config)
-    teacher.cache = task.folder / f"teacher-{re.sub(r'[^A-Za-z0-9.-]+', '_', teacher.model)[:80]}.jsonl"
-    prompts = [prompt_for(task, q, own) for q in questions]
-    keys, have = [teacher.key_of(p) for p in prompts], read_cache(teacher.cache)
-    wanted = {k: (q, p, [s for s in range(config.samples) if s not in have.get(k, {})]) for q, p, k in zip(questions, prompts, keys)}
-    todo, teacher.known = [job for job in wanted.values() if job[2]] if may_ask else [], bool(have)
+    asked = [(teacher.key_of(prompt := prompt_for(task, q, own)), q, prompt) for q in questions]
+    jobs = {k: (q, prompt, [s for s in range(config.samples) if s not in teacher.have.get(k, {})]) for k, q, prompt in asked}
+    todo = [job for job in jobs.values() if job[2]] if may_ask else []
     say(f"teacher: {teacher.model} at {teacher.url}, {config.samples} samples a question at temperature {config.teacher_temperature}, kept in {teacher.cache}")
     if todo:
         total = sum(len(slots) for _, _, slots in todo)
         tokens = sum(len(p[0]["content"]) for _, p, _ in todo) // 4 + total * 120
         say(f"  {len(questions)} questions, {total} samples to ask for: {len(todo)} to {total} requests, roughly {tokens / 1000:,.0f} k tokens")
         # shares by place among all questions: another rank may fill slots while this one still looks which are empty
-        todo = [job for i, job in enumerate(wanted.values()) if i % world() == rank() and job[2]]
-        total = sum(len(slots) for _, _, slots in todo)
+        todo = [job for i, job in enumerate(jobs.values()) if i % world() == rank() and job[2]]
         teacher.cache.parent.mkdir(parents=True, exist_ok=True)
         with open(teacher.cache, "ab") as f:                   # a line that a crash tore ends here; empty ones are passed over
             f.write(b"\n" * (f.tell() > 0))
-        jobs, progress = iter(todo), Progress("  teacher", total)
-        threads = [threading.Thread(target=teacher.work, args=(jobs,), daemon=True) for _ in range(config.concurrency)]
+        progress = Progress("  teacher", sum(len(slots) for _, _, slots in todo))
         try:
-            for t in threads:
-                t.start()
-            for t in threads:
-                while t.is_alive():
-                    progress.update(teacher.filled, f"{teacher.requests} requests, {teacher.tokens} tokens, {teacher.failures} failures")
-                    t.join(0.1)
+            with ThreadPool(config.concurrency) as pool:       # its threads are daemons: leaving waits for no answer
+                for _ in pool.imap_unordered(lambda job: teacher.fill(*job, progress), todo):
+                    pass                                       # raises what ended a thread
         except KeyboardInterrupt:
-            teacher.stop.set()
             raise InputError(f"stopped; {teacher.filled} samples of this run are kept in {teacher.cache}, the same command goes on from there") from None
         finally:
+            teacher.stop.set()
             progress.close()
-        if teacher.error:
-            raise teacher.error
         say(f"  {teacher.filled} samples from {teacher.requests} requests, {teacher.tokens:,} tokens, {teacher.failures} failures"
             + (f"; without {', '.join(sorted(teacher.dropped))}, which this server refuses" if teacher.dropped else ""))
     if may_ask:
         gather([])                                             # wait for what the other ranks asked for
-        have = read_cache(teacher.cache) if todo or world() > 1 else have
-    return [[have.get(k, {}).get(s) for s in range(config.samples)] for k in keys]
+        teacher.have = read_cache(teacher.cache) if todo or world() > 1 else teacher.have
+    return [[teacher.have.get(k, {}).get(s) for s in range(config.samples)] for k, _, _ in asked]
 
 
 # ------------------------------------------------------------------------------------------------ 4. Vote
@@ -1697,6 +1665,7 @@ def export(run: Path, folder: Path) -> None:
 def parser() -> argparse.ArgumentParser:
     """One flag for each field of Config, in groups in the order of the paper, and the verbs that use a run."""
     p = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__, usage="python qcrd.py [--task TASK] [flags]",
+                                argument_default=argparse.SUPPRESS,      # what was not given is not there: `main` has the defaults
                                 epilog="Environment: OPENAI_API_KEY, OPENAI_BASE_URL (teacher), QCRD_MIRROR (a folder or URL instead of https://).")
     use = p.add_argument_group("Use a run (a folder under runs/)")
     use.add_argument("--resume", metavar="RUN", help="go on after a crash or Ctrl-C; on a CPU bit for bit what it would have been")
@@ -1709,58 +1678,54 @@ def parser() -> argparse.ArgumentParser:
     group = p
     for f in dataclasses.fields(Config):
         group = p.add_argument_group(GROUPS[f.name]) if f.name in GROUPS else group
-        flag, m = "--" + f.name.replace("_", "-"), f.metadata
-        keep = dict(default=argparse.SUPPRESS, help=f"{m['help']} ({f'default: {f.default}; ' if f.default != '' else ''}{m['mark']})")
-        if isinstance(f.default, bool):
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, **keep)
-        else:
-            group.add_argument(flag, type=type(f.default), choices=m["choices"] or None, metavar=None if m["choices"] else type(f.default).__name__.upper(), **keep)
+        kind, choices, default = type(f.default), f.metadata["choices"], f"default: {f.default}; " if f.default != "" else ""
+        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(
+            type=kind, choices=choices, metavar=None if choices else kind.__name__.upper())
+        group.add_argument(flag(f.name), help=f"{f.metadata['help']} ({default}{f.metadata['mark']})", **how)
         if f.name == "discriminator":
-            group.add_argument("--no-discriminator", dest=f.name, action="store_const", const="none", default=argparse.SUPPRESS, help="--discriminator none")
+            group.add_argument("--no-discriminator", dest=f.name, action="store_const", const="none", help="--discriminator none")
     return p
 
 
 def check(config: Config) -> Config:
     """Errors: InputError for a number that makes no sense, naming its flag."""
     above = ("samples", "batch", "lr", "steps", "concurrency", "fraction", "input_tokens", "rationale_tokens", "lag", "teacher_tokens", "student_samples")
-    for f in dataclasses.fields(Config):
-        v, flag = getattr(config, f.name), "--" + f.name.replace("_", "-")
-        if isinstance(v, (int, float)) and (not 0 <= v < math.inf or (v == 0 and f.name in above)):
-            raise InputError(f"{flag} {v}: must be {'above' if f.name in above else 'at least'} 0")
-        if f.name in ("fraction", "corrupt", "discriminator_noise") and v > 1:
-            raise InputError(f"{flag} {v}: is a part of a whole, at most 1")
-    if config.negative_source == "fixed" and not (Path(config.negative_model) / "model.pt").exists():
-        raise InputError("--negative-source fixed: name the fixed student's folder with --negative-model (a run's student/)")
+    for name, v in vars(config).items():
+        least = "above" if name in above else "at least"
+        if isinstance(v, (int, float)):
+            require(0 <= v < math.inf and (v > 0 or least != "above"), f"{flag(name)} {v}: must be {least} 0")
+        require(name not in ("fraction", "corrupt", "discriminator_noise") or v <= 1, f"{flag(name)} {v}: is a part of a whole, at most 1")
+    require(config.negative_source != "fixed" or (Path(config.negative_model) / "model.pt").exists(),
+            "--negative-source fixed: name the fixed student's folder with --negative-model (a run's student/)")
     student_temperature(config, 1)
     return config
 
 
 def main() -> None:
     args = vars(parser().parse_args())
-    use = {name: args.pop(name) for name in ("resume", "ask", "audit", "eval", "export", "json", "show_prompt")}
-    verb = next((name for name in ("ask", "audit", "eval", "export") if use[name]), None)
-    if verb and (unused := set(args) - {"device", "precision", "micro_batch"}):
-        raise InputError(f"--{verb} takes its settings from the run: --{unused.pop().replace('_', '-')} has no effect on it")
-    if use["ask"]:
-        run, *questions = use["ask"]
-        if not (questions := questions or [line.strip() for line in sys.stdin if line.strip()]):
-            raise InputError("--ask: no question; put it after the run's folder, or one a line on standard input")
-        ask_student(Path(run), questions, use["json"] or len(use["ask"]) == 1, **args)
-    elif use["audit"]:
-        run, count = use["audit"]
-        if not count.isdecimal():
-            raise InputError(f"--audit RUN N: N is {count!r}, must be a number of questions")
-        audit(Path(run), int(count), use["json"], **args)
-    elif use["eval"]:
-        evaluate_run(Path(use["eval"][0]), use["eval"][1] if len(use["eval"]) > 1 else "", **args)
-    elif use["export"]:
-        export(*map(Path, use["export"]))
+    verbs = ("ask", "audit", "eval", "export")
+    use = {name: args.pop(name, None) for name in (*verbs, "resume", "json", "show_prompt")}
+    verb = next((name for name in verbs if use[name]), None)
+    if verb:
+        run, *rest = use[verb]
+        unused = ", ".join(map(flag, sorted(set(args) - {"device", "precision", "micro_batch"})))
+        require(not unused, f"--{verb} takes its settings from the run: {unused} has no effect on it")
+    if verb == "ask":
+        questions = rest or [line.strip() for line in sys.stdin if line.strip()]
+        require(questions, "--ask: no question; put it after the run's folder, or one a line on standard input")
+        ask_student(Path(run), questions, use["json"] or not rest, **args)
+    elif verb == "audit":
+        require(rest[0].isdecimal(), f"--audit RUN N: N is {rest[0]!r}, must be a number of questions")
+        audit(Path(run), int(rest[0]), use["json"], **args)
+    elif verb == "eval":
+        evaluate_run(Path(run), rest[0] if rest else "", **args)
+    elif verb == "export":
+        export(Path(run), Path(rest[0]))
     elif use["resume"]:
         config, _ = read_config(Path(use["resume"]))
-        other = [f"--{k.replace('_', '-')} {getattr(config, k)}, not {v}" for k, v in args.items() if v != getattr(config, k) and k not in FREE_ON_RESUME]
-        if other:
-            raise InputError(f"--resume {use['resume']}: was started with {'; '.join(other)}; only "
-                             f"{', '.join('--' + k.replace('_', '-') for k in FREE_ON_RESUME)} may change")
+        other = [f"{flag(k)} {getattr(config, k)}, not {v}" for k, v in args.items() if v != getattr(config, k) and k not in FREE_ON_RESUME]
+        require(not other, f"--resume {use['resume']}: was started with {'; '.join(other)}; only "
+                           f"{', '.join(map(flag, FREE_ON_RESUME))} may change")
         train(check(dataclasses.replace(config, **args)), Path(use["resume"]))
     else:
         task = args.get("task", Config.task)

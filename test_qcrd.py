@@ -12,6 +12,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import os
 import random
 import re
@@ -1592,7 +1593,7 @@ def test_value_is_arithmetic_and_nothing_else():
                          "1 / 3": 1 / 3, "((((1))))": 1, "12,34": None, "1 / 0": None, "9**9": None, "9**9**9": None, "7 // 2": None, "5 % 3": None, "(1)(2)": None,
                          "()": None, "": None, "1 2": None, "1.2.3": None, "9" * 16: None, "1e5": None, "0x10": None, "x": None, "len('a')": None, "__import__('os')": None,
                          "４２": None, "1+" * 100 + "1": None, "(" * 150 + "1" + ")" * 40: None, "-" * 199 + "1": -1, "(" * 99 + "1" + ")" * 99: 1,
-                         "1" + "0" * 14 + "* 999999999999999" * 11: None, "3 +": None, "1\n+ 2": None, "True": None}.items():
+                         "1" + "0" * 14 + "* 999999999999999" * 11: None, "3 +": None, "1\n+ 2": None, "True": None, "...": None, "1 + ... + 9": None}.items():
         got = qcrd.value(text)
         assert got == wanted or (got is not None and wanted is not None and abs(got - wanted) < 1e-12), (text, got)
     assert qcrd.is_right("1 / 3", "0.33333", "number") and not qcrd.is_right("0.3332", "1 / 3", "number")
@@ -1765,6 +1766,12 @@ def test_teacher_survives_what_servers_do():
         for changed in ({"teacher_temperature": 0.5}, {"teacher_tokens": 99}, {"teacher_model": "other"}):
             before = len(asked)
             assert collected(url, questions=1, **changed)[0] and len(asked) > before   # what decides a sample is part of its key
+    letters = b"".join(b"1\r\n%c\r\n" % letter for letter in json.dumps(said("The answer is 1.")).encode()) + b"0\r\n\r\n"
+    for headers in ({"Connection": "close"}, {"Transfer-Encoding": "chunked"}):        # as proxies and small servers do; a chunk is a letter here
+        body = letters if "Transfer-Encoding" in headers else said("The answer is 1.") | {"usage": {"prompt_tokens": math.inf, "completion_tokens": 1}}
+        with elsewhere(), stub_teacher(lambda _, n, body=body, headers=headers: (200, body, headers)) as (url, asked):
+            slots, printed = collected(url)
+            assert all(slot for row in slots for slot in row) and ", 0 failures" in printed and len(asked) == 20, printed
 
 
 def test_teacher_meets_servers_that_know_fewer_fields():

@@ -168,24 +168,29 @@ class Move(torch.autograd.Function):
 
 
 class Packing:
-    """Where the real tokens of a padded batch are. Nothing is moved where there is no padding.
+    """Where the real tokens of a padded batch are: mask (B, S) bool. Nothing is moved where there is no padding.
 
     Indices are found on the device that holds the mask: a mask on the CPU spares a wait for the GPU.
     """
 
     def __init__(self, mask: Tensor, device: torch.device):
-        self.shape, self.index = tuple(mask.shape), None
+        self.mask, self.device, self.index = mask, device, None
         if not bool(mask.all()):
             self.index = to_device(mask.flatten().nonzero()[:, 0], device)
 
     def pack(self, x: Tensor) -> Tensor:
-        """(rows, width, ...) -> (N, ...): the real tokens."""
+        """(B, S, ...) -> (N, ...): the real tokens."""
         x = x.flatten(0, 1)
         return x if self.index is None else Move.apply(x, self.index, None)
 
     def unpack(self, x: Tensor) -> Tensor:
-        """(N, ...) -> (rows, width, ...), 0 on padding."""
-        return (x if self.index is None else Move.apply(x, self.index, math.prod(self.shape))).unflatten(0, self.shape)
+        """(N, ...) -> (B, S, ...), 0 on padding."""
+        return (x if self.index is None else Move.apply(x, self.index, self.mask.numel())).unflatten(0, (-1, self.mask.shape[1]))
+
+    def bias(self) -> Tensor:
+        """(B, 1, 1, S) float32, what the scores of each key get added: 0 on real tokens, -inf on padding."""
+        bias = torch.zeros(self.mask.shape, device=self.mask.device).masked_fill_(~self.mask, float("-inf"))
+        return to_device(bias[:, None, None], self.device)
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
@@ -256,7 +261,7 @@ class Attention(nn.Module):
     def __init__(self, config: Config, cross: bool):
         super().__init__()
         inner = config.num_heads * config.d_kv
-        self.heads = config.num_heads
+        self.heads = config.num_heads, config.d_kv
         if cross:
             self.q = linear(config.d_model, inner, (config.d_model * config.d_kv) ** -0.5)
             self.kv = linear(config.d_model, 2 * inner, config.d_model**-0.5)
@@ -266,15 +271,15 @@ class Attention(nn.Module):
                 self.qkv.weight[:inner] *= config.d_kv**-0.5
         self.out = linear(inner, config.d_model, inner**-0.5)
 
-    def split(self, x: Tensor, parts: int) -> Tensor:
+    def split(self, x: Tensor) -> Tensor:
         """(rows, width, parts * H * d_kv) -> (parts, rows, H, width, d_kv)."""
-        return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return x.unflatten(-1, (-1, *self.heads)).permute(2, 0, 3, 1, 4)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, drop: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
-        """q (rows, H, T, d), k and v (rows, H, S, d), bias broadcasting to (rows, H, T, S) -> (rows, T, H * d)."""
-        scores = (q @ k.transpose(-1, -2)).float()
+    def forward(self, q: Tensor, kv: Tensor, bias: Tensor, packing: Packing, drop: Dropout) -> Tensor:
+        """q (rows, H, T, d), kv (2, rows, H, S, d), bias broadcasting to (rows, H, T, S); packing: of the queries -> (N, D)."""
+        scores = (q @ kv[0].transpose(-1, -2)).float()
         scores += bias
-        return (drop(scores.softmax(-1)).to(v.dtype) @ v).transpose(1, 2).flatten(2)
+        return self.out(packing.pack((drop(scores.softmax(-1)).to(kv.dtype) @ kv[1]).transpose(1, 2).flatten(2)))
 
 
 class FeedForward(nn.Module):
@@ -286,7 +291,7 @@ class FeedForward(nn.Module):
         self.wi = linear(config.d_model, config.d_ff * (2 if config.gated else 1), config.d_model**-0.5)
         self.wo = linear(config.d_ff, config.d_model, config.d_ff**-0.5)
 
-    def forward(self, x: Tensor, drop: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+    def forward(self, x: Tensor, drop: Dropout) -> Tensor:
         x = self.wi(x)
         # T5's activations pass fp16's 65,504 here, in the product and in wo; under bf16 nothing needs protecting
         half = x.dtype == torch.float16
@@ -323,29 +328,44 @@ class Stack(nn.Module):
         self.norm = RMSNorm(config)
 
     def position_bias(self, width: int) -> Tensor:
-        """(1, H, width, width): what query i adds to its score of key j; the decoder's is -inf for j > i."""
-        config = self.config
+        """(1, H, width, width): what query i adds to its score of key j; the decoder's is -inf for j > i.
+
+        Each head learns a number for each bucket of distances: half of the buckets hold one distance each, the others ranges that grow
+        as its logarithm. The encoder spends half of its buckets on keys to the right; the decoder sees no such keys.
+        """
+        buckets, far = self.config.relative_attention_num_buckets, self.config.relative_attention_max_distance
         position = torch.arange(width, device=self.bias.weight.device)
-        distance = position[None] - position[:, None]
-        bucket = relative_bucket(distance, not self.decoder, config.relative_attention_num_buckets, config.relative_attention_max_distance)
-        bias = self.bias(bucket).permute(2, 0, 1)
-        if self.decoder:
-            bias = bias.masked_fill(distance > 0, float("-inf"))
-        return bias[None]
+        offset = position[None] - position[:, None]
+        bucket, distance = torch.zeros_like(offset), offset.abs()
+        if not self.decoder:
+            buckets //= 2
+            bucket = (offset > 0) * buckets
+        exact = buckets // 2
+        # float32 and this order of operations decide on which side a distance on a boundary falls: they are the published models'
+        growth = torch.log(distance.clamp(min=1).float() / exact) / math.log(far / exact) * (buckets - exact)
+        bucket = bucket + torch.where(distance < exact, distance, (exact + growth.long()).clamp(max=buckets - 1))
+        bias = self.bias(bucket).permute(2, 0, 1)[None]
+        return bias.masked_fill(offset > 0, float("-inf")) if self.decoder else bias
 
     def forward(self, x: Tensor, packing: Packing, bias: Tensor, dropout: float, cross: Sequence[Tensor] = (),
-                cross_bias: Tensor | None = None) -> Tensor:
-        """x (N, D) packed embeddings; cross: for each layer the memory's keys and values (2, rows, H, S, d_kv) -> (N, D)."""
+                cross_bias: Tensor | None = None, caches: Sequence[Tensor] = ()) -> Tensor:
+        """x (N, D) packed embeddings -> (N, D).
+
+        bias broadcasts to (rows, H, queries, keys). For each layer of the decoder, cross: the memory's keys and values (2, rows, H, S,
+        d_kv). In generation caches: the keys and values of all positions so far (2, rows, H, any number, d_kv), x being the last one.
+        """
         drop = Dropout(dropout, x.device)
         x = drop(x) * drop.scale
         for i, layer in enumerate(self.layers):
-            q, k, v = layer.attention.split(packing.unpack(layer.attention.qkv(layer.norm1(x))), 3)
-            branch = layer.attention.out(packing.pack(layer.attention.attend(q, k, v, bias, drop)))
-            x = torch.add(x, drop(branch), alpha=drop.scale**2)
+            qkv = layer.attention.split(packing.unpack(layer.attention.qkv(layer.norm1(x))))
+            q, kv = qkv[0], qkv[1:]
+            if caches:
+                kv = caches[i][..., :bias.shape[-1], :]
+                kv[..., -1:, :] = qkv[1:]
+            x = torch.add(x, drop(layer.attention(q, kv, bias, packing, drop)), alpha=drop.scale**2)
             if self.decoder:
-                (q,) = layer.cross.split(packing.unpack(layer.cross.q(layer.norm2(x))), 1)
-                branch = layer.cross.out(packing.pack(layer.cross.attend(q, *cross[i], cross_bias, drop)))
-                x = torch.add(x, drop(branch), alpha=drop.scale**2)
+                (q,) = layer.cross.split(packing.unpack(layer.cross.q(layer.norm2(x))))
+                x = torch.add(x, drop(layer.cross(q, cross[i], cross_bias, packing, drop)), alpha=drop.scale**2)
             x = torch.add(x, drop(layer.feed_forward(layer.norm3(x), drop)), alpha=drop.scale**2)
         return drop(self.norm(x)) * drop.scale
 
@@ -355,24 +375,6 @@ def linear(inputs: int, outputs: int, std: float) -> nn.Linear:
     layer = nn.Linear(inputs, outputs, bias=False)
     nn.init.normal_(layer.weight, std=std)
     return layer
-
-
-def relative_bucket(distance: Tensor, both_ways: bool, buckets: int, max_distance: int) -> Tensor:
-    """Bucket of each key position - query position: half of the buckets one distance each, the others growing as its logarithm.
-
-    The encoder (both_ways) spends half of its buckets on keys to the right; the decoder has no such keys.
-    """
-    bucket = torch.zeros_like(distance)
-    if both_ways:
-        buckets //= 2
-        bucket = (distance > 0) * buckets
-        distance = distance.abs()
-    else:
-        distance = (-distance).clamp(min=0)
-    exact = buckets // 2
-    # float32 and this order of operations decide on which side a distance on a boundary falls: they are the published models'
-    far = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact) * (buckets - exact)
-    return bucket + torch.where(distance < exact, distance, (exact + far.long()).clamp(max=buckets - 1))
 
 
 class OutputLoss(torch.autograd.Function):
@@ -392,8 +394,7 @@ class OutputLoss(torch.autograd.Function):
         losses = torch.empty(count, device=hidden.device)
         for i in range(0, count, step):
             rows = p[i:i + step] if keep else p[:count - i]
-            with torch.autocast(device, enabled=False):
-                logits = torch.mm(hidden[i:i + step], weight.T, out=rows).float()
+            logits = torch.mm(hidden[i:i + step], weight.T, out=rows).float()
             top = logits.amax(1, keepdim=True)
             chosen = logits.gather(1, targets[i:i + step, None]) - top
             # e^-64 is 0 for every purpose, and the subnormal numbers below e^-87 would make the products ten times slower
@@ -402,18 +403,16 @@ class OutputLoss(torch.autograd.Function):
             losses[i:i + step] = (total.log() - chosen)[:, 0]
             if keep:
                 rows.copy_(exponentials.div_(total))
-        kept = p if keep else None
-        ctx.save_for_backward(hidden, weight, targets, kept)
+        ctx.save_for_backward(hidden, weight, targets, p if keep else None)
         return losses
 
     @staticmethod
     def backward(ctx, g: Tensor):
         hidden, weight, targets, p = ctx.saved_tensors
-        with torch.autocast(hidden.device.type, enabled=False):
-            g = g[:, None]
-            weighted = (g * hidden).to(hidden.dtype)
-            d_hidden = g * (p @ weight - weight[targets])
-            d_weight = (p.T @ weighted).float().index_add_(0, targets, weighted.float(), alpha=-1)
+        g = g[:, None]
+        weighted = (g * hidden).to(hidden.dtype)
+        d_hidden = g * (p @ weight - weight[targets])
+        d_weight = (p.T @ weighted).float().index_add_(0, targets, weighted.float(), alpha=-1)
         return d_hidden, d_weight, None, None
 
 
@@ -432,13 +431,13 @@ class T5(nn.Module):
 
     def encode(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """input_ids (B, S) long, mask (B, S) bool -> memory (B, S, D), 0 on padding. Uses `shared` and `encoder` alone."""
-        packing = Packing(mask, self.shared.weight.device)
-        return packing.unpack(self._encode(input_ids, mask, packing, self._dropout()))
+        source = Packing(mask, self.shared.weight.device)
+        return source.unpack(self._encode(input_ids, source, self._dropout()))
 
     def decode(self, target_in: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
         """target_in (B, T) long, starting with 0; memory (B, S, D) and its mask -> hidden (B, T, D) after the last norm."""
         source, target = Packing(mask, memory.device), Packing(torch.ones(target_in.shape, dtype=torch.bool), memory.device)
-        return target.unpack(self._decode(target_in, target, self._cross(source.pack(memory), source), padding_bias(mask, memory.device)))
+        return target.unpack(self._decode(target_in, target, self._cross(source.pack(memory), source), source.bias()))
 
     def forward(self, input_ids: Tensor, mask: Tensor, target_in: Tensor) -> Tensor:
         """-> logits (B, T, V)."""
@@ -458,8 +457,8 @@ class T5(nn.Module):
         """
         device = self.shared.weight.device
         source, target = Packing(mask, device), Packing(target_mask, device)
-        packed = self._encode(input_ids, mask, source, self._dropout()) if memory is None else source.pack(memory)
-        cross, cross_bias = self._cross(packed, source), padding_bias(mask, device)
+        packed = self._encode(input_ids, source, self._dropout()) if memory is None else source.pack(memory)
+        cross, cross_bias = self._cross(packed, source), source.bias()
         if rows is not None:
             rows = to_device(rows, device)
             cross, cross_bias = [kv.index_select(1, rows) for kv in cross], cross_bias[rows]
@@ -484,26 +483,17 @@ class T5(nn.Module):
         device, count = self.shared.weight.device, len(input_ids)
         uniforms = torch.rand(count, max_new_tokens, generator=generator).to(device) if temperature > 0 else None
         with reordered(self, count):
-            source = Packing(mask, device)
-            cross, cross_bias = self._cross(self._encode(input_ids, mask, source, 0.0), source), padding_bias(mask, device)
-            cross = [kv.contiguous() for kv in cross]
-            bias = self.decoder.position_bias(max_new_tokens)
+            source, single = Packing(mask, device), Packing(torch.ones(1, 1, dtype=torch.bool), device)
+            cross = [kv.contiguous() for kv in self._cross(self._encode(input_ids, source, 0.0), source)]
+            bias, cross_bias = self.decoder.position_bias(max_new_tokens), source.bias()
             caches = [kv.new_empty(*kv.shape[:3], max_new_tokens, kv.shape[4]) for kv in cross]
             written = torch.zeros(count, max_new_tokens, dtype=torch.long, device=device)
             alive = torch.arange(count, device=device)                  # which of the caller's rows the rows at work are
             tokens, finished = written.new_full((count,), PAD), torch.zeros(count, dtype=torch.bool, device=device)
             head = product(self._head(), count)
             for t in range(max_new_tokens):
-                x = self.shared(tokens)
-                for layer, cache, kv in zip(self.decoder.layers, caches, cross):
-                    q, k, v = layer.attention.split(layer.attention.qkv(layer.norm1(x))[:, None], 3)
-                    cache[0, :, :, t], cache[1, :, :, t] = k[:, :, 0], v[:, :, 0]
-                    past = cache[:, :, :, :t + 1]
-                    x = x + layer.attention.out(layer.attention.attend(q, past[0], past[1], bias[:, :, t:t + 1, :t + 1])[:, 0])
-                    (q,) = layer.cross.split(layer.cross.q(layer.norm2(x))[:, None], 1)
-                    x = x + layer.cross.out(layer.cross.attend(q, kv[0], kv[1], cross_bias)[:, 0])
-                    x = x + layer.feed_forward(layer.norm3(x))
-                logits = head(self._scaled(self.decoder.norm(x))).float()
+                hidden = self.decoder(self.shared(tokens), single, bias[:, :, t:t + 1, :t + 1], 0.0, cross, cross_bias, caches)
+                logits = head(self._scaled(hidden)).float()
                 if limit is not None:
                     logits[:, limit:] = float("-inf")
                 tokens = logits.max(1).indices if uniforms is None else draw(logits.div_(temperature), uniforms[alive, t])
@@ -522,16 +512,16 @@ class T5(nn.Module):
     def _dropout(self) -> float:
         return self.config.dropout_rate if self.training else 0.0
 
-    def _encode(self, input_ids: Tensor, mask: Tensor, source: Packing, dropout: float) -> Tensor:
+    def _encode(self, input_ids: Tensor, source: Packing, dropout: float) -> Tensor:
         """-> packed memory (N, D)."""
-        bias = self.encoder.position_bias(mask.shape[1])
+        bias = self.encoder.position_bias(source.mask.shape[1])
         if source.index is not None:
-            bias = bias + padding_bias(mask, bias.device)
+            bias = bias + source.bias()
         return self.encoder(self.shared(source.pack(to_device(input_ids, bias.device))), source, bias, dropout)
 
     def _cross(self, memory: Tensor, source: Packing) -> list[Tensor]:
         """Keys and values of the packed memory (N, D), for each decoder layer (2, B, H, S, d_kv)."""
-        return [layer.cross.split(source.unpack(layer.cross.kv(memory)), 2) for layer in self.decoder.layers]
+        return [layer.cross.split(source.unpack(layer.cross.kv(memory))) for layer in self.decoder.layers]
 
     def _decode(self, target_in: Tensor, target: Packing, cross: list[Tensor], cross_bias: Tensor) -> Tensor:
         """-> packed hidden (N, D)."""
@@ -631,17 +621,6 @@ def reordered(model: nn.Module, rows: int) -> Iterator[None]:
             vars(layer).pop("forward", None)
 
 
-def padding_bias(mask: Tensor, device: torch.device) -> Tensor:
-    """mask (B, S) bool -> (B, 1, 1, S) float32: 0 on real tokens, -inf on padding."""
-    return to_device(torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, float("-inf"))[:, None, None], device)
-
-
-def blocks(x: Tensor, fill: float) -> Tensor:
-    """(B, V) -> (B, n, 128) with `fill` after the end: finding a place among V goes by block first, in two cheap steps."""
-    gap = -x.shape[1] % 128
-    return (F.pad(x, (0, gap), value=fill) if gap else x).unflatten(1, (-1, 128))
-
-
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     """Inverse cumulative sum: logits (B, V) float32, uniforms (B,) in [0, 1) -> (B,) long drawn from softmax(logits)."""
 
@@ -652,7 +631,9 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
         index = torch.searchsorted(ends, at, right=True)
         return index, at - ends.gather(1, index) + weights.gather(1, index)
 
-    parts = blocks(logits.softmax(-1), 0.0)
+    # a place among V is found by block first, in two cheap steps
+    probabilities, gap = logits.softmax(-1), -logits.shape[1] % 128
+    parts = (F.pad(probabilities, (0, gap)) if gap else probabilities).unflatten(1, (-1, 128))
     sums = parts.sum(-1)
     block, rest = place(sums, uniforms[:, None] * sums.sum(1, keepdim=True))
     inside, _ = place(parts[torch.arange(len(parts), device=parts.device), block[:, 0]], rest.clamp(min=0))

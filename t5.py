@@ -15,6 +15,7 @@ Weights that meet the same input are one matrix. The output layer and its cross-
 """
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -25,7 +26,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -53,8 +53,12 @@ def require(good: bool, text: str) -> None:
 
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; it takes `path`'s place only when the block succeeds, complete and on disk."""
+    """A temporary path beside `path` to write to; it takes `path`'s place only when the block succeeds, complete and on disk.
+
+    The folder is made where it is missing.
+    """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -92,7 +96,7 @@ class Progress:
 # ---------------------------------------------------------------- configuration
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Shape of a T5, under Hugging Face's names where they exist. The defaults are t5-small's."""
     vocab_size: int = 32128             # rows of the embedding; 32,100 ids are in use, 32,000 of them are SentencePiece pieces
@@ -500,11 +504,10 @@ class T5(nn.Module):
                 tokens = tokens.masked_fill(finished, PAD)
                 written[alive, t] = tokens
                 finished = finished | (tokens == EOS)
-                working = len(alive) - int(finished.sum())
-                if working == 0:
+                left = (~finished).nonzero()[:, 0]
+                if len(left) == 0:
                     return written[:, :t + 1]
-                if working <= 0.75 * len(alive):                        # copying the caches is dear: wait until it pays
-                    left = (~finished).nonzero()[:, 0]
+                if len(left) <= 0.75 * len(alive):                      # copying the caches is dear: wait until it pays
                     alive, tokens, finished, cross_bias = alive[left], tokens[left], finished[left], cross_bias[left]
                     caches, cross = [[kv.index_select(1, left) for kv in group] for group in (caches, cross)]
         return written
@@ -541,9 +544,8 @@ class T5(nn.Module):
 
     def save(self, folder: str | Path, vocab: str | Path | None = None, dtype: torch.dtype = torch.float32) -> None:
         """Writes config.json, model.pt (weights stored as `dtype`) and, given `vocab`, a copy of that file as spiece.model."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic(folder / "model.pt") as path, open(path, "wb") as file:     # given a path, torch.save writes its name into the file
+        # given a path, torch.save writes its name into the file
+        with atomic(Path(folder, "model.pt")) as path, open(path, "wb") as file:
             torch.save({name: tensor.detach().to("cpu", dtype) for name, tensor in self.state_dict().items()}, file)
         write_config(folder, dataclasses.asdict(self.config), vocab)
 
@@ -556,14 +558,13 @@ class T5(nn.Module):
 
     def save_hf(self, folder: str | Path, vocab: str | Path | None = None) -> None:
         """Writes Hugging Face's format: config.json, model.safetensors (float32) and, given `vocab`, spiece.model."""
-        folder, config, tensors = Path(folder), self.config, {}
-        folder.mkdir(parents=True, exist_ok=True)
+        config, tensors = self.config, {}
         state = {name: tensor.detach().float().cpu() for name, tensor in self.state_dict().items()}
         for name, parts in hf_names(config).items():
             tensors.update(zip(parts, state[name].chunk(len(parts))))
         if not config.scaled:
             tensors.setdefault("lm_head.weight", tensors["shared.weight"])    # transformers 4 makes up a head where unscaled means untied
-        with atomic(folder / "model.safetensors") as path:
+        with atomic(Path(folder, "model.safetensors")) as path:
             write_safetensors(path, tensors)
         values = {name: value for name, value in dataclasses.asdict(config).items() if name not in OURS}
         write_config(folder, values | {
@@ -650,25 +651,17 @@ def hf_names(config: Config) -> dict[str, list[str]]:
     names = {"shared.weight": ["shared.weight"]}
     if not config.tied:
         names["head.weight"] = ["lm_head.weight"]
-    for stack, count in (("encoder", config.num_layers), ("decoder", config.num_decoder_layers)):
+    blocks = [("norm1", "attention", "SelfAttention", {"qkv": "qkv", "out": "o"}),
+              ("norm2", "cross", "EncDecAttention", {"q": "q", "kv": "kv", "out": "o"}),
+              ("norm3", "feed_forward", "DenseReluDense", {"wi": ("wi_0", "wi_1") if config.gated else ("wi",), "wo": ("wo",)})]
+    for stack, count, inside in (("encoder", config.num_layers, blocks[::2]), ("decoder", config.num_decoder_layers, blocks)):
         names[f"{stack}.bias.weight"] = [f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
         names[f"{stack}.norm.weight"] = [f"{stack}.final_layer_norm.weight"]
-        for i in range(count):
-            ours, theirs = f"{stack}.layers.{i}.", f"{stack}.block.{i}.layer."
-            names[ours + "norm1.weight"] = [theirs + "0.layer_norm.weight"]
-            names[ours + "attention.qkv.weight"] = [f"{theirs}0.SelfAttention.{part}.weight" for part in "qkv"]
-            names[ours + "attention.out.weight"] = [theirs + "0.SelfAttention.o.weight"]
-            last = 1
-            if stack == "decoder":
-                last = 2
-                names[ours + "norm2.weight"] = [theirs + "1.layer_norm.weight"]
-                names[ours + "cross.q.weight"] = [theirs + "1.EncDecAttention.q.weight"]
-                names[ours + "cross.kv.weight"] = [f"{theirs}1.EncDecAttention.{part}.weight" for part in "kv"]
-                names[ours + "cross.out.weight"] = [theirs + "1.EncDecAttention.o.weight"]
-            names[ours + "norm3.weight"] = [f"{theirs}{last}.layer_norm.weight"]
-            wi = ("wi_0", "wi_1") if config.gated else ("wi",)
-            names[ours + "feed_forward.wi.weight"] = [f"{theirs}{last}.DenseReluDense.{part}.weight" for part in wi]
-            names[ours + "feed_forward.wo.weight"] = [f"{theirs}{last}.DenseReluDense.wo.weight"]
+        for i, (j, (norm, module, theirs, matrices)) in itertools.product(range(count), enumerate(inside)):
+            layer, block = f"{stack}.layers.{i}", f"{stack}.block.{i}.layer.{j}"
+            names[f"{layer}.{norm}.weight"] = [f"{block}.layer_norm.weight"]
+            for name, parts in matrices.items():
+                names[f"{layer}.{module}.{name}.weight"] = [f"{block}.{theirs}.{part}.weight" for part in parts]
     return names
 
 
@@ -693,33 +686,40 @@ def build(config: Config, tensors: dict[str, Tensor], where: str, names: dict[st
     return model.requires_grad_().eval()
 
 
+@contextlib.contextmanager
+def reading(path: Path, damaged: str, absent: str = "") -> Iterator[None]:
+    """Whatever a file's contents make the block raise becomes an InputError about `path`: `damaged`, where {} stands for the reason.
+
+    One that cannot be opened: the system's reason and `absent`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}{absent}") from None
+    # torch raises many kinds for damaged and for forbidden contents, with pages of advice to lift the ban
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
+        raise InputError(f"{path}: {damaged.format(error)}") from None
+
+
 def read_json(path: Path) -> dict:
     """A JSON file. Raises InputError."""
-    try:
+    with reading(path, "not JSON ({})", absent="; is it the folder of a model?"):
         return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}; is it the folder of a model?") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
 
 
-def write_config(folder: Path, values: dict, vocab: str | Path | None) -> None:
-    with atomic(folder / "config.json") as path:
+def write_config(folder: str | Path, values: dict, vocab: str | Path | None) -> None:
+    """Writes config.json and, given `vocab`, a copy of that file as spiece.model, which it may be."""
+    with atomic(Path(folder, "config.json")) as path:
         path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    if vocab is not None and Path(vocab).resolve() != (folder / "spiece.model").resolve():
-        with atomic(folder / "spiece.model") as path:
+    if vocab is not None:
+        with atomic(Path(folder, "spiece.model")) as path:
             shutil.copyfile(vocab, path)
 
 
 def load_pickle(path: Path) -> dict[str, Tensor]:
     """A state dict that torch.save wrote; a pickle that would run code is refused. Raises InputError."""
-    try:
+    with reading(path, "not a plain file of weights (damaged, or it holds more than tensors, which is never run)"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from None
-    # torch raises many kinds for damaged and for forbidden contents, with pages of advice to lift the ban
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, AttributeError, TypeError):
-        raise InputError(f"{path}: not a plain file of weights (damaged, or it holds more than tensors, which is never run)") from None
     require(isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()),
             f"{path}: not a dictionary of tensors")
     return state
@@ -730,17 +730,15 @@ def read_hf_tensors(folder: Path) -> tuple[dict[str, Tensor], str]:
     single, index, pickled = folder / "model.safetensors", folder / "model.safetensors.index.json", folder / "pytorch_model.bin"
     if single.exists():
         return read_safetensors(single), str(single)
-    if index.exists():
-        content = read_json(index)
-        places = content.get("weight_map") if isinstance(content, dict) else None
-        require(isinstance(places, dict) and all(isinstance(f, str) and Path(f).name == f for f in places.values()),
-                f"{index}: its weight_map does not name files of this folder")
-        tensors = {}
-        for name in sorted(set(places.values())):
-            tensors.update(read_safetensors(folder / name))
-        return tensors, str(index)
-    require(pickled.exists(), f"{folder}: neither model.safetensors, nor model.safetensors.index.json, nor pytorch_model.bin in it")
-    return load_pickle(pickled), str(pickled)
+    if not index.exists():
+        require(pickled.exists(), f"{folder}: neither model.safetensors, nor model.safetensors.index.json, nor pytorch_model.bin in it")
+        return load_pickle(pickled), str(pickled)
+    content = read_json(index)
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    require(isinstance(places, dict) and all(isinstance(f, str) and Path(f).name == f for f in places.values()),
+            f"{index}: its weight_map does not name files of this folder")
+    shards = [read_safetensors(folder / name) for name in sorted(set(places.values()))]
+    return {name: tensor for shard in shards for name, tensor in shard.items()}, str(index)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -748,28 +746,23 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
     https://github.com/huggingface/safetensors#format. Every length is checked before it is used.
     """
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            require(8 + length <= size, f"{path}: its header says to be {length} bytes long, the file has {size}; fetch it again")
-            header = json.loads(file.read(length))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise InputError(f"{path}: the header is not JSON ({error})") from None
+    with reading(path, "the header is not JSON ({})"), open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        require(8 + length <= size, f"{path}: its header says to be {length} bytes long, the file has {size}; fetch it again")
+        header = json.loads(file.read(length))
     require(isinstance(header, dict) and all(isinstance(entry, dict) for entry in header.values()), f"{path}: the header names no tensors")
     header.pop("__metadata__", None)
 
     def counts(x: object) -> bool:
-        return isinstance(x, list) and all(type(n) is int and n >= 0 for n in x)
+        return isinstance(x, list) and all(type(n) is int and 0 <= n < 2**63 for n in x)
 
     for name, entry in header.items():
-        offsets, shape = entry.get("data_offsets"), entry.get("shape")
-        require(entry.get("dtype") in SAFE_DTYPES, f"{path}: {name} has dtype {entry.get('dtype')!r}; {', '.join(SAFE_DTYPES)} are read")
+        dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+        require(isinstance(dtype, str) and dtype in SAFE_DTYPES, f"{path}: {name} has dtype {dtype!r}; {', '.join(SAFE_DTYPES)} are read")
         require(counts(offsets) and len(offsets) == 2, f"{path}: {name} has data_offsets {offsets!r}")
-        require(counts(shape) and math.prod(shape) * SAFE_DTYPES[entry["dtype"]].itemsize == offsets[1] - offsets[0],
-                f"{path}: {name} has shape {shape!r} and dtype {entry['dtype']}, but offsets {offsets}")
+        require(counts(shape) and math.prod(shape) * SAFE_DTYPES[dtype].itemsize == offsets[1] - offsets[0],
+                f"{path}: {name} has shape {shape!r} and dtype {dtype}, but offsets {offsets}")
     data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length:]
     tensors, end = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -833,21 +826,19 @@ class Tokenizer:
 
 def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Lists of ids -> (rows, longest) long padded with 0, and its mask."""
-    width = max(map(len, rows))
-    ids = torch.tensor([list(row) + [PAD] * (width - len(row)) for row in rows])
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=PAD)
     lengths = torch.tensor([len(row) for row in rows])
-    return ids, torch.arange(width)[None] < lengths[:, None]
+    return ids, torch.arange(ids.shape[1]) < lengths[:, None]
 
 
-def corrupt(ids: Sequence[int], tokenizer: Tokenizer, rng: random.Random, density: float = 0.15, mean_span: float = 3.0
-            ) -> tuple[list[int], list[int]]:
+def corrupt(ids: Sequence[int], tokenizer: Tokenizer, rng: random.Random) -> tuple[list[int], list[int]]:
     """Span corruption (section 3.1.4 of the paper): ids without </s> -> input and target, both ending in </s>.
 
-    `density` of the tokens are masked in spans of `mean_span` on average; each span becomes one sentinel in the input, and the target
-    lists the sentinels with what they hide.
+    15 % of the tokens are masked in spans of 3 on average; each span becomes one sentinel in the input, and the target lists the
+    sentinels with what they hide.
     """
-    noise = min(max(round(len(ids) * density), 1), len(ids) - 1)
-    spans = min(max(round(noise / mean_span), 1), noise, len(ids) - noise, SENTINELS)
+    noise = min(max(round(len(ids) * 0.15), 1), len(ids) - 1)
+    spans = min(max(round(noise / 3.0), 1), noise, len(ids) - noise, SENTINELS)
 
     def cut(total: int) -> list[int]:
         points = sorted(rng.sample(range(1, total), spans - 1))
@@ -862,7 +853,7 @@ def corrupt(ids: Sequence[int], tokenizer: Tokenizer, rng: random.Random, densit
 
 
 def pretrain(model: T5, tokenizer: Tokenizer, texts: Sequence[str], steps: int, batch: int = 64, lr: float = 1e-3,
-             max_length: int = 256, pairs: Sequence[tuple[str, str]] | None = None, share: float = 0.5, seed: int = 0) -> float:
+             pairs: Sequence[tuple[str, str]] = (), share: float = 0.5, seed: int = 0, max_length: int = 256) -> float:
     """Trains `model` in place on span corruption of `texts`, with supervised `pairs` (input, target) as `share` of the rows.
 
     T5 1.0's own pretraining mixture held supervised tasks too (section 3.5.3 of the paper). AdamW without weight decay, the learning
@@ -872,7 +863,7 @@ def pretrain(model: T5, tokenizer: Tokenizer, texts: Sequence[str], steps: int, 
     rng = random.Random(seed)
     torch.manual_seed(seed)
     token_rows = [row for row in (tokenizer.encode(text, max_length)[:-1] for text in texts) if len(row) > 1]
-    pair_rows = [(tokenizer.encode(x, max_length), tokenizer.encode(y, max_length)) for x, y in pairs or ()]
+    pair_rows = [(tokenizer.encode(x, max_length), tokenizer.encode(y, max_length)) for x, y in pairs]
     require(bool(token_rows or pair_rows), "pretraining needs texts of at least two tokens, or pairs")
     share = share if pair_rows and token_rows else float(bool(pair_rows))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)

@@ -128,8 +128,7 @@ def stream(url: str, part: Path, target: Path) -> str | None:
     failures, linked = 0, None
     while True:
         done = part.stat().st_size if part.exists() else 0
-        # Identity: the bytes of a range would otherwise be those of a compressed file.
-        headers = {"Accept-Encoding": "identity", "Range": f"bytes={done}-"}
+        headers = {"Accept-Encoding": "identity", "Range": f"bytes={done}-"}       # else the range may be a compressed file's
         try:
             with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as r:
                 resumed = r.status_code == 206 and r.headers.get("Content-Range", "").startswith(f"bytes {done}-")
@@ -221,7 +220,8 @@ def parsed(archive: zipfile.ZipFile, name: str, parse: Callable[[str], object], 
             for number, text in enumerate([f.read()] if whole else f, 1):
                 yield parse(text)
     except DAMAGE as why:
-        raise InputError(f"{archive.filename}: {name} line {number}: {type(why).__name__} {fold(str(why))[:100]}; get the archive again") from None
+        raise InputError(f"{archive.filename}: {name} line {number}: {type(why).__name__} {fold(str(why))[:100]}; "
+                         "get the archive again") from None
 
 
 def questions(archive: zipfile.ZipFile, task: str, split: str) -> Iterator[dict[str, str]]:
@@ -248,19 +248,18 @@ def write_lines(path: Path, records: Iterable[dict]) -> None:
         f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
 
 
-def write_task(folder: Path, splits: dict[str, Callable[[], Iterable[dict]]]) -> None:
+def write_task(folder: Path, splits: dict[str, Iterable[dict]]) -> None:
     """Write a task's files. Without a "valid" split the last tenth of the training records becomes it.
 
-    Distilling Step-by-Step draws that tenth at random; the last one needs no seed [ours]. Records are read anew for each file, never
-    collected: e-SNLI has half a million.
+    Distilling Step-by-Step draws that tenth at random; the last one needs no seed [ours]. Only there are records collected: e-SNLI, which
+    has half a million, brings its own.
     """
     if "train" in splits and "valid" not in splits:
-        train = splits["train"]
-        total = sum(1 for _ in train())
-        kept = total - total // 10
-        splits = {**splits, "train": lambda: itertools.islice(train(), kept), "valid": lambda: itertools.islice(train(), kept, None)}
-    for split, read in splits.items():
-        write_lines(folder / f"{split}.jsonl", read())
+        train = list(splits["train"])
+        kept = len(train) - len(train) // 10
+        splits = splits | {"train": train[:kept], "valid": train[kept:]}
+    for split, records in splits.items():
+        write_lines(folder / f"{split}.jsonl", records)
 
 
 def ensure(name: str, archive: str | Path | None = None) -> Path:
@@ -276,16 +275,16 @@ def ensure(name: str, archive: str | Path | None = None) -> Path:
     if all((folder / f"{split}.jsonl").is_file() for split in SPLITS):
         return folder
     if name == "demo":
-        write_task(folder, {s: lambda s=s: ({"input": p.text, "label": p.label} for p in demo_problems(s)) for s in SPLITS})
+        write_task(folder, {s: ({"input": p.text, "label": p.label} for p in demo_problems(s)) for s in SPLITS})
     elif name == "svamp" and not archive:
         source = json.loads(download("SVAMP.json").read_text(encoding="utf-8"))
         rows = [{"input": f"{r['Body']}\n{r['Question']}", "label": r["Equation"]} for r in source]
         order = np.random.RandomState(0).permutation(len(rows))    # Distilling Step-by-Step's split: 800 to train on, 200 to test
-        write_task(folder, {"train": lambda: [rows[i] for i in order[:800]], "test": lambda: [rows[i] for i in order[800:]]})
+        write_task(folder, {"train": [rows[i] for i in order[:800]], "test": [rows[i] for i in order[800:]]})
     else:
         opened = open_archive(archive)
         found = [split for split in SPLITS if member(name, split) in opened.NameToInfo]
-        write_task(folder, {split: functools.partial(questions, opened, name, split) for split in found})
+        write_task(folder, {split: questions(opened, name, split) for split in found})
         if missing := [split for split in ("train", "test") if split not in found]:
             has = f"; its {' and '.join(found)} went to {folder}" if found else ""
             raise InputError(f"{name}: {' and '.join(missing)} missing in {opened.filename} ({member(name, missing[0])}){has}; "
@@ -301,13 +300,15 @@ def ensure_palm(task: str, archive: str | Path | None = None) -> Path:
     path = root() / "data" / task / "teacher-palm.jsonl"
     if path.is_file():
         return path
-    require(task in TASKS and task != "demo", f"{task}: PaLM's rationales were published for svamp, cqa, anli1 and esnli; choose another --teacher")
+    require(task in TASKS and task != "demo",
+            f"{task}: PaLM's rationales were published for svamp, cqa, anli1 and esnli; choose another --teacher")
     opened = open_archive(archive)
 
     def samples() -> Iterator[dict]:
         for split in ("train", "valid") if member(task, "valid") in opened.NameToInfo else ("train",):
             for row, text in itertools.zip_longest(questions(opened, task, split), rationales(opened, task, split)):
-                require(None not in (row, text), f"{opened.filename}: {task} {split}: questions and rationales differ in number; get the archive again")
+                require(None not in (row, text),
+                        f"{opened.filename}: {task} {split}: questions and rationales differ in number; get the archive again")
                 yield {"question": row["input"], "slot": 0, "text": text, "finish": "stop"}
     write_lines(path, samples())
     return path
@@ -316,7 +317,8 @@ def ensure_palm(task: str, archive: str | Path | None = None) -> Path:
 # ---------------------------------------------------------------- the demo's task
 
 PEOPLE = ["Ana", "Ben", "Dev", "Emma", "Finn", "Hugo", "Iris", "Kira", "Leo", "Maya", "Noah", "Olga"]
-THINGS = ["apples", "balls", "books", "cards", "coins", "cups", "eggs", "hats", "keys", "mugs", "pears", "photos", "rocks", "shells", "stamps", "toys"]
+THINGS = ["apples", "balls", "books", "cards", "coins", "cups", "eggs", "hats", "keys", "mugs", "pears", "photos", "rocks", "shells",
+          "stamps", "toys"]
 
 
 class Kind(NamedTuple):
@@ -341,7 +343,8 @@ KINDS = {
     "groups": Kind("*", "parts", "now", ("{a} has {s} boxes with {u} {o} in each.", "{a} fills {s} bags with {u} {o} each.",
                                          "In each of {a}'s {s} baskets lie {u} {o}."),
                    ("{s} groups of {u} {o} are {sum}.", "{a} has {s} times {u} {o}, {sum}.")),
-    "parts": Kind("+", "groups", "now", ("{a} has {s} {o} at home and {u} {o} at school.", "{a} picks {s} {o} on Monday and {u} {o} on Tuesday.",
+    "parts": Kind("+", "groups", "now", ("{a} has {s} {o} at home and {u} {o} at school.",
+                                         "{a} picks {s} {o} on Monday and {u} {o} on Tuesday.",
                                          "{a} keeps {s} {o} upstairs and {u} {o} downstairs."),
                   ("Both parts make {sum} {o}.", "{a} has {s} and {u} {o}, {sum}.")),
     "gain": Kind("+", "loss", "now", GAIN, ("{a} gets {u} more, {sum}.", "{u} {o} come in, {sum}.")),
@@ -358,7 +361,8 @@ KINDS = {
                   ("{b} has {u} times that, {sum}.", "{u} times as many are {sum}.")),
     "more": Kind("+", "fewer", "other", ("{b} has {u} more {o} than {a}.", "{b} owns {u} {o} more than {a}.", "{b} beats {a} by {u} {o}."),
                  ("{b} has {u} more, {sum}.", "{u} more than that are {sum}.")),
-    "fewer": Kind("-", "more", "other", ("{b} has {u} fewer {o} than {a}.", "{b} owns {u} {o} fewer than {a}.", "{b} trails {a} by {u} {o}."),
+    "fewer": Kind("-", "more", "other", ("{b} has {u} fewer {o} than {a}.", "{b} owns {u} {o} fewer than {a}.",
+                                           "{b} trails {a} by {u} {o}."),
                   ("{b} has {u} fewer, {sum}.", "{u} fewer than that are {sum}.")),
     "gap": Kind("-", "both", "gap", OTHER, ("{b} has {u}, the difference is {sum}.", "{a} is ahead of {u} by {sum}.")),
     "both": Kind("+", "gap", "both", OTHER, ("{b} has {u}, together {sum}.", "With the {u} of {b} there are {sum}.")),
@@ -369,7 +373,8 @@ QUESTIONS = {
     "other": ("How many {o} does {b} have?", "How many {o} are {b}'s?", "What number of {o} does {b} own?"),
     "friend": ("How many {o} does each friend get?", "How many {o} are there for each friend?", "What does each friend receive in {o}?"),
     "gap": ("How many more {o} does {a} have than {b}?", "{a} has how many {o} more than {b}?", "By how many {o} is {a} ahead of {b}?"),
-    "both": ("How many {o} do {a} and {b} have together?", "How many {o} do {a} and {b} have in all?", "What do {a} and {b} own in {o}, added up?"),
+    "both": ("How many {o} do {a} and {b} have together?", "How many {o} do {a} and {b} have in all?",
+             "What do {a} and {b} own in {o}, added up?"),
 }
 UNKNOWN = ("{a} has some {o}.", "{a} has a number of {o}.", "{a} has {o}, we do not know how many.")
 LEFT = ("Now {a} has {s} {o}.", "{a} has {s} {o} now.", "That makes {s} {o} for {a}.")
@@ -484,8 +489,9 @@ def explain(p: Problem, first: int, steps: Iterable[tuple[str, int]], rng: rando
         said.append(LEFT[0] if opens in ("ungain", "unloss") else rng.choice(BEGINNINGS))
     said = [line.format(**p.words, s=first, d=p.distractor) for line in said]
     for i, (kind, u) in enumerate(steps):
-        s, t, op = amounts[i] or "that", amounts[i + 1], KINDS[kind].op
-        left, right = (f"{u} {op} {s}", f"{u} {op} {equation}") if swap and i == len(steps) - 1 else (f"{s} {op} {u}", f"{equation} {op} {u}")
+        s, t = amounts[i] or "that", amounts[i + 1]
+        turned = swap and i == len(steps) - 1
+        left, right = (f"{u} {KINDS[kind].op} {x}" if turned else f"{x} {KINDS[kind].op} {u}" for x in (s, equation))
         said.append(rng.choice(KINDS[kind].why).format(**p.words, s=s, u=u, sum=f"{left} = {t}" if t else left))
         equation = f"( {right} )"
     return " ".join(said) + f" The answer is {equation}."
@@ -526,7 +532,8 @@ class Teacher(BaseHTTPRequestHandler):
         raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         asked = f"{self.command} {self.path}"
         if asked == "GET /v1/models":
-            return self.reply(200, {"object": "list", "data": [{"id": "demo-teacher", "object": "model", "created": 0, "owned_by": "qcrd"}]})
+            model = {"id": "demo-teacher", "object": "model", "created": 0, "owned_by": "qcrd"}
+            return self.reply(200, {"object": "list", "data": [model]})
         if asked != "POST /v1/chat/completions":
             return self.reply(404, f"{self.path}: there are GET /v1/models and POST /v1/chat/completions")
         try:

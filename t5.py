@@ -265,7 +265,7 @@ class Attention(nn.Module):
     def __init__(self, config: Config, cross: bool):
         super().__init__()
         inner = config.num_heads * config.d_kv
-        self.heads = config.num_heads, config.d_kv
+        self.heads, self.width = config.num_heads, config.d_kv
         if cross:
             self.q = linear(config.d_model, inner, (config.d_model * config.d_kv) ** -0.5)
             self.kv = linear(config.d_model, 2 * inner, config.d_model**-0.5)
@@ -277,7 +277,7 @@ class Attention(nn.Module):
 
     def split(self, x: Tensor) -> Tensor:
         """(rows, width, parts * H * d_kv) -> (parts, rows, H, width, d_kv)."""
-        return x.unflatten(-1, (-1, *self.heads)).permute(2, 0, 3, 1, 4)
+        return x.unflatten(-1, (-1, self.heads, self.width)).permute(2, 0, 3, 1, 4)
 
     def forward(self, q: Tensor, kv: Tensor, bias: Tensor, packing: Packing, drop: Dropout) -> Tensor:
         """q (rows, H, T, d), kv (2, rows, H, S, d), bias broadcasting to (rows, H, T, S); packing: of the queries -> (N, D)."""
@@ -441,7 +441,7 @@ class T5(nn.Module):
     def decode(self, target_in: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
         """target_in (B, T) long, starting with 0; memory (B, S, D) and its mask -> hidden (B, T, D) after the last norm."""
         source, target = Packing(mask, memory.device), Packing(torch.ones(target_in.shape, dtype=torch.bool), memory.device)
-        return target.unpack(self._decode(target_in, target, self._cross(source.pack(memory), source), source.bias()))
+        return target.unpack(self._decode(target_in, target, source.pack(memory), source))
 
     def forward(self, input_ids: Tensor, mask: Tensor, target_in: Tensor) -> Tensor:
         """-> logits (B, T, V)."""
@@ -462,12 +462,8 @@ class T5(nn.Module):
         device = self.shared.weight.device
         source, target = Packing(mask, device), Packing(target_mask, device)
         packed = self._encode(input_ids, source, self._dropout()) if memory is None else source.pack(memory)
-        cross, cross_bias = self._cross(packed, source), source.bias()
-        if rows is not None:
-            rows = to_device(rows, device)
-            cross, cross_bias = [kv.index_select(1, rows) for kv in cross], cross_bias[rows]
         targets = to_device(targets, device)
-        hidden = self._decode(F.pad(targets[:, :-1], (1, 0), value=PAD), target, cross, cross_bias)
+        hidden = self._decode(F.pad(targets[:, :-1], (1, 0), value=PAD), target, packed, source, rows)
         losses = OutputLoss.apply(self._scaled(hidden), self._head(), target.pack(targets), torch.is_grad_enabled())
         return target.unpack(losses).sum(1) / to_device(target_mask.sum(1), device)
 
@@ -526,8 +522,12 @@ class T5(nn.Module):
         """Keys and values of the packed memory (N, D), for each decoder layer (2, B, H, S, d_kv)."""
         return [layer.cross.split(source.unpack(layer.cross.kv(memory))) for layer in self.decoder.layers]
 
-    def _decode(self, target_in: Tensor, target: Packing, cross: list[Tensor], cross_bias: Tensor) -> Tensor:
-        """-> packed hidden (N, D)."""
+    def _decode(self, target_in: Tensor, target: Packing, memory: Tensor, source: Packing, rows: Tensor | None = None) -> Tensor:
+        """memory (N, D) packed, rows as in `loss` -> packed hidden (N, D)."""
+        cross, cross_bias = self._cross(memory, source), source.bias()
+        if rows is not None:
+            rows = to_device(rows, memory.device)
+            cross, cross_bias = [kv.index_select(1, rows) for kv in cross], cross_bias[rows]
         # padding needs no mask in self-attention: it stands to the right of every real token, which never looks there
         bias = self.decoder.position_bias(target_in.shape[1])
         return self.decoder(self.shared(target.pack(target_in)), target, bias, self._dropout(), cross, cross_bias)
@@ -825,10 +825,12 @@ class Tokenizer:
 
 
 def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Lists of ids -> (rows, longest) long padded with 0, and its mask."""
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=PAD)
+    """Lists or arrays of ids -> (rows, longest) long padded with 0, and its mask."""
     lengths = torch.tensor([len(row) for row in rows])
-    return ids, torch.arange(ids.shape[1]) < lengths[:, None]
+    mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
+    ids = torch.full(mask.shape, PAD)
+    ids[mask] = torch.from_numpy(np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]))
+    return ids, mask
 
 
 def corrupt(ids: Sequence[int], tokenizer: Tokenizer, rng: random.Random) -> tuple[list[int], list[int]]:

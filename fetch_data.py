@@ -29,7 +29,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import requests
@@ -37,12 +37,11 @@ import sentencepiece
 import torch
 
 import t5
-from t5 import InputError, Progress, atomic
+from t5 import InputError, Progress, atomic, require
 
 HERE = Path(__file__).resolve().parent
 TASKS = ("svamp", "cqa", "anli1", "esnli", "demo")
 SPLITS = ("train", "valid", "test")
-T = TypeVar("T")
 COMMITTED = ("demo", "golden")              # the folders of weights/ that come with the code
 
 
@@ -86,8 +85,8 @@ def measure(path: Path, kind: str) -> str:
 def check(path: Path, pins: Iterable[str], remedy: str) -> None:
     """Raise InputError where the file is not what "kind:value" says."""
     for kind, expected in (pin.split(":") for pin in pins):
-        if (got := measure(path, kind)) != expected:
-            raise InputError(f"{path}: expected {kind} {expected}, got {got}; {remedy}")
+        got = measure(path, kind)
+        require(got == expected, f"{path}: expected {kind} {expected}, got {got}; {remedy}")
 
 
 def download(name: str) -> Path:
@@ -107,10 +106,9 @@ def download(name: str) -> Path:
             return target
         if url.startswith(("http://", "https://")):
             linked = stream(url, part, target)
-        elif Path(url).is_file():
-            shutil.copyfile(url, part)
         else:
-            raise InputError(f"{url}: no such file in the mirror that QCRD_MIRROR names; put it there, or unset QCRD_MIRROR")
+            require(Path(url).is_file(), f"{url}: no such file in the mirror that QCRD_MIRROR names; put it there, or unset QCRD_MIRROR")
+            shutil.copyfile(url, part)
         try:
             check(part, [pin, f"sha256:{linked}"] if linked else [pin], f"{url} brought something else: run again, or put it at {target}")
         except InputError:
@@ -130,8 +128,7 @@ def stream(url: str, part: Path, target: Path) -> str | None:
     failures, linked = 0, None
     while True:
         done = part.stat().st_size if part.exists() else 0
-        # Identity: the bytes of a range would otherwise be those of a compressed file.
-        headers = {"Accept-Encoding": "identity", "Range": f"bytes={done}-"}
+        headers = {"Accept-Encoding": "identity", "Range": f"bytes={done}-"}       # else the range may be a compressed file's
         try:
             with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as r:
                 resumed = r.status_code == 206 and r.headers.get("Content-Range", "").startswith(f"bytes {done}-")
@@ -204,27 +201,32 @@ def record(task: str, r: dict) -> dict[str, str]:
     return made
 
 
-def parsed(archive: zipfile.ZipFile, name: str, parse: Callable[[str], T], whole: bool = False) -> Iterator[T]:
+def member(task: str, split: str) -> str:
+    """The archive's file of questions."""
+    return f"datasets/{task}/{task}_{split}.json"
+
+
+def parsed(archive: zipfile.ZipFile, name: str, parse: Callable[[str], object], whole: bool = False) -> Iterator:
     """parse(line) of a member's lines, or of its whole text; the member by exact name, of bounded size, streamed.
 
     Raises InputError naming member and line for all that can be wrong with it.
     """
-    if name not in archive.NameToInfo:
-        raise InputError(f"{archive.filename}: {name} is missing; get the whole datasets.zip")
-    if archive.NameToInfo[name].file_size > MEMBER_LIMIT:
-        raise InputError(f"{archive.filename}: {name} unpacks to more than {MEMBER_LIMIT >> 20} MiB; this is not datasets.zip")
+    require(name in archive.NameToInfo, f"{archive.filename}: {name} is missing; get the whole datasets.zip")
+    require(archive.NameToInfo[name].file_size <= MEMBER_LIMIT,
+            f"{archive.filename}: {name} unpacks to more than {MEMBER_LIMIT >> 20} MiB; this is not datasets.zip")
     number = 0
     try:
         with io.TextIOWrapper(archive.open(name), encoding="utf-8") as f:
             for number, text in enumerate([f.read()] if whole else f, 1):
                 yield parse(text)
     except DAMAGE as why:
-        raise InputError(f"{archive.filename}: {name} line {number}: {type(why).__name__} {fold(str(why))[:100]}; get the archive again") from None
+        raise InputError(f"{archive.filename}: {name} line {number}: {type(why).__name__} {fold(str(why))[:100]}; "
+                         "get the archive again") from None
 
 
 def questions(archive: zipfile.ZipFile, task: str, split: str) -> Iterator[dict[str, str]]:
     """The records of one split in the archive's order."""
-    return parsed(archive, f"datasets/{task}/{task}_{split}.json", lambda line: record(task, json.loads(line)))
+    return parsed(archive, member(task, split), lambda line: record(task, json.loads(line)))
 
 
 def rationales(archive: zipfile.ZipFile, task: str, split: str) -> Iterator[str]:
@@ -242,24 +244,22 @@ def rationales(archive: zipfile.ZipFile, task: str, split: str) -> Iterator[str]
 
 def write_lines(path: Path, records: Iterable[dict]) -> None:
     """Write records as JSON lines, streaming, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
         f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
 
 
-def write_task(folder: Path, splits: dict[str, Callable[[], Iterable[dict]]]) -> None:
+def write_task(folder: Path, splits: dict[str, Iterable[dict]]) -> None:
     """Write a task's files. Without a "valid" split the last tenth of the training records becomes it.
 
-    Distilling Step-by-Step draws that tenth at random; the last one needs no seed [ours]. Records are read anew for each file, never
-    collected: e-SNLI has half a million.
+    Distilling Step-by-Step draws that tenth at random; the last one needs no seed [ours]. Only there are records collected: e-SNLI, which
+    has half a million, brings its own.
     """
     if "train" in splits and "valid" not in splits:
-        train = splits["train"]
-        total = sum(1 for _ in train())
-        kept = total - total // 10
-        splits = {**splits, "train": lambda: itertools.islice(train(), kept), "valid": lambda: itertools.islice(train(), kept, None)}
-    for split, read in splits.items():
-        write_lines(folder / f"{split}.jsonl", read())
+        train = list(splits["train"])
+        kept = len(train) - len(train) // 10
+        splits = splits | {"train": train[:kept], "valid": train[kept:]}
+    for split, records in splits.items():
+        write_lines(folder / f"{split}.jsonl", records)
 
 
 def ensure(name: str, archive: str | Path | None = None) -> Path:
@@ -275,19 +275,19 @@ def ensure(name: str, archive: str | Path | None = None) -> Path:
     if all((folder / f"{split}.jsonl").is_file() for split in SPLITS):
         return folder
     if name == "demo":
-        write_task(folder, {s: lambda s=s: ({"input": p.text, "label": p.label} for p in demo_problems(s)) for s in SPLITS})
+        write_task(folder, {s: ({"input": p.text, "label": p.label} for p in demo_problems(s)) for s in SPLITS})
     elif name == "svamp" and not archive:
         source = json.loads(download("SVAMP.json").read_text(encoding="utf-8"))
         rows = [{"input": f"{r['Body']}\n{r['Question']}", "label": r["Equation"]} for r in source]
         order = np.random.RandomState(0).permutation(len(rows))    # Distilling Step-by-Step's split: 800 to train on, 200 to test
-        write_task(folder, {"train": lambda: [rows[i] for i in order[:800]], "test": lambda: [rows[i] for i in order[800:]]})
+        write_task(folder, {"train": [rows[i] for i in order[:800]], "test": [rows[i] for i in order[800:]]})
     else:
         opened = open_archive(archive)
-        found = [split for split in SPLITS if f"datasets/{name}/{name}_{split}.json" in opened.NameToInfo]
-        write_task(folder, {split: functools.partial(questions, opened, name, split) for split in found})
+        found = [split for split in SPLITS if member(name, split) in opened.NameToInfo]
+        write_task(folder, {split: questions(opened, name, split) for split in found})
         if missing := [split for split in ("train", "test") if split not in found]:
             has = f"; its {' and '.join(found)} went to {folder}" if found else ""
-            raise InputError(f"{name}: {' and '.join(missing)} missing in {opened.filename} (datasets/{name}/{name}_{missing[0]}.json){has}; "
+            raise InputError(f"{name}: {' and '.join(missing)} missing in {opened.filename} ({member(name, missing[0])}){has}; "
                              "get the whole datasets.zip")
     return folder
 
@@ -300,17 +300,16 @@ def ensure_palm(task: str, archive: str | Path | None = None) -> Path:
     path = root() / "data" / task / "teacher-palm.jsonl"
     if path.is_file():
         return path
-    if task == "demo" or task not in TASKS:
-        raise InputError(f"{task}: PaLM's rationales were published for svamp, cqa, anli1 and esnli; choose another --teacher")
+    require(task in TASKS and task != "demo",
+            f"{task}: PaLM's rationales were published for svamp, cqa, anli1 and esnli; choose another --teacher")
     opened = open_archive(archive)
 
     def samples() -> Iterator[dict]:
-        for split in ("train", "valid"):
-            if split == "train" or f"datasets/{task}/{task}_valid.json" in opened.NameToInfo:
-                for row, text in itertools.zip_longest(questions(opened, task, split), rationales(opened, task, split)):
-                    if row is None or text is None:
-                        raise InputError(f"{opened.filename}: {task} {split}: questions and rationales differ in number; get the archive again")
-                    yield {"question": row["input"], "slot": 0, "text": text, "finish": "stop"}
+        for split in ("train", "valid") if member(task, "valid") in opened.NameToInfo else ("train",):
+            for row, text in itertools.zip_longest(questions(opened, task, split), rationales(opened, task, split)):
+                require(None not in (row, text),
+                        f"{opened.filename}: {task} {split}: questions and rationales differ in number; get the archive again")
+                yield {"question": row["input"], "slot": 0, "text": text, "finish": "stop"}
     write_lines(path, samples())
     return path
 
@@ -318,7 +317,8 @@ def ensure_palm(task: str, archive: str | Path | None = None) -> Path:
 # ---------------------------------------------------------------- the demo's task
 
 PEOPLE = ["Ana", "Ben", "Dev", "Emma", "Finn", "Hugo", "Iris", "Kira", "Leo", "Maya", "Noah", "Olga"]
-THINGS = ["apples", "balls", "books", "cards", "coins", "cups", "eggs", "hats", "keys", "mugs", "pears", "photos", "rocks", "shells", "stamps", "toys"]
+THINGS = ["apples", "balls", "books", "cards", "coins", "cups", "eggs", "hats", "keys", "mugs", "pears", "photos", "rocks", "shells",
+          "stamps", "toys"]
 
 
 class Kind(NamedTuple):
@@ -343,7 +343,8 @@ KINDS = {
     "groups": Kind("*", "parts", "now", ("{a} has {s} boxes with {u} {o} in each.", "{a} fills {s} bags with {u} {o} each.",
                                          "In each of {a}'s {s} baskets lie {u} {o}."),
                    ("{s} groups of {u} {o} are {sum}.", "{a} has {s} times {u} {o}, {sum}.")),
-    "parts": Kind("+", "groups", "now", ("{a} has {s} {o} at home and {u} {o} at school.", "{a} picks {s} {o} on Monday and {u} {o} on Tuesday.",
+    "parts": Kind("+", "groups", "now", ("{a} has {s} {o} at home and {u} {o} at school.",
+                                         "{a} picks {s} {o} on Monday and {u} {o} on Tuesday.",
                                          "{a} keeps {s} {o} upstairs and {u} {o} downstairs."),
                   ("Both parts make {sum} {o}.", "{a} has {s} and {u} {o}, {sum}.")),
     "gain": Kind("+", "loss", "now", GAIN, ("{a} gets {u} more, {sum}.", "{u} {o} come in, {sum}.")),
@@ -360,7 +361,8 @@ KINDS = {
                   ("{b} has {u} times that, {sum}.", "{u} times as many are {sum}.")),
     "more": Kind("+", "fewer", "other", ("{b} has {u} more {o} than {a}.", "{b} owns {u} {o} more than {a}.", "{b} beats {a} by {u} {o}."),
                  ("{b} has {u} more, {sum}.", "{u} more than that are {sum}.")),
-    "fewer": Kind("-", "more", "other", ("{b} has {u} fewer {o} than {a}.", "{b} owns {u} {o} fewer than {a}.", "{b} trails {a} by {u} {o}."),
+    "fewer": Kind("-", "more", "other", ("{b} has {u} fewer {o} than {a}.", "{b} owns {u} {o} fewer than {a}.",
+                                           "{b} trails {a} by {u} {o}."),
                   ("{b} has {u} fewer, {sum}.", "{u} fewer than that are {sum}.")),
     "gap": Kind("-", "both", "gap", OTHER, ("{b} has {u}, the difference is {sum}.", "{a} is ahead of {u} by {sum}.")),
     "both": Kind("+", "gap", "both", OTHER, ("{b} has {u}, together {sum}.", "With the {u} of {b} there are {sum}.")),
@@ -371,7 +373,8 @@ QUESTIONS = {
     "other": ("How many {o} does {b} have?", "How many {o} are {b}'s?", "What number of {o} does {b} own?"),
     "friend": ("How many {o} does each friend get?", "How many {o} are there for each friend?", "What does each friend receive in {o}?"),
     "gap": ("How many more {o} does {a} have than {b}?", "{a} has how many {o} more than {b}?", "By how many {o} is {a} ahead of {b}?"),
-    "both": ("How many {o} do {a} and {b} have together?", "How many {o} do {a} and {b} have in all?", "What do {a} and {b} own in {o}, added up?"),
+    "both": ("How many {o} do {a} and {b} have together?", "How many {o} do {a} and {b} have in all?",
+             "What do {a} and {b} own in {o}, added up?"),
 }
 UNKNOWN = ("{a} has some {o}.", "{a} has a number of {o}.", "{a} has {o}, we do not know how many.")
 LEFT = ("Now {a} has {s} {o}.", "{a} has {s} {o} now.", "That makes {s} {o} for {a}.")
@@ -486,8 +489,9 @@ def explain(p: Problem, first: int, steps: Iterable[tuple[str, int]], rng: rando
         said.append(LEFT[0] if opens in ("ungain", "unloss") else rng.choice(BEGINNINGS))
     said = [line.format(**p.words, s=first, d=p.distractor) for line in said]
     for i, (kind, u) in enumerate(steps):
-        s, t, op = amounts[i] or "that", amounts[i + 1], KINDS[kind].op
-        left, right = (f"{u} {op} {s}", f"{u} {op} {equation}") if swap and i == len(steps) - 1 else (f"{s} {op} {u}", f"{equation} {op} {u}")
+        s, t = amounts[i] or "that", amounts[i + 1]
+        turned = swap and i == len(steps) - 1
+        left, right = (f"{u} {KINDS[kind].op} {x}" if turned else f"{x} {KINDS[kind].op} {u}" for x in (s, equation))
         said.append(rng.choice(KINDS[kind].why).format(**p.words, s=s, u=u, sum=f"{left} = {t}" if t else left))
         equation = f"( {right} )"
     return " ".join(said) + f" The answer is {equation}."
@@ -524,21 +528,21 @@ class Teacher(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(raw)
 
-    def do_GET(self) -> None:
-        if self.path == "/v1/models":
-            self.reply(200, {"object": "list", "data": [{"id": "demo-teacher", "object": "model", "created": 0, "owned_by": "qcrd"}]})
-        else:
-            self.reply(404, f"{self.path}: there are GET /v1/models and POST /v1/chat/completions")
-
     def do_POST(self) -> None:
         raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.path != "/v1/chat/completions":
+        asked = f"{self.command} {self.path}"
+        if asked == "GET /v1/models":
+            model = {"id": "demo-teacher", "object": "model", "created": 0, "owned_by": "qcrd"}
+            return self.reply(200, {"object": "list", "data": [model]})
+        if asked != "POST /v1/chat/completions":
             return self.reply(404, f"{self.path}: there are GET /v1/models and POST /v1/chat/completions")
         try:
             answer = complete(json.loads(raw), self.server.problems)
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as why:
             return self.reply(400, f"no chat completion that can be answered: {type(why).__name__} {why}")
         self.reply(200, answer)
+
+    do_GET = do_POST
 
 
 TOKEN = re.compile(r"\w+|[^\w\s]")     # what the teacher counts as a token
@@ -597,8 +601,8 @@ def ensure_student(name: str) -> Path:
     folder = (HERE if name in COMMITTED else root()) / "weights" / name
     if all((folder / file).is_file() for file in ("config.json", "model.pt", "spiece.model")):
         return folder
-    if name not in PUBLISHED:
-        raise InputError(f"{name}: no task ({', '.join(TASKS)}) and no student ({', '.join(PUBLISHED)}); --from-hf FOLDER brings in others")
+    require(name in PUBLISHED,
+            f"{name}: no task ({', '.join(TASKS)}) and no student ({', '.join(PUBLISHED)}); --from-hf FOLDER brings in others")
     vocab, weights = download(f"{name}/spiece.model"), download(f"{name}/model.safetensors")
     with atomic(weights.parent / "config.json") as temporary:
         temporary.write_text(json.dumps(PUBLISHED[name]), encoding="utf-8")
@@ -608,13 +612,12 @@ def ensure_student(name: str) -> Path:
 def convert(source: str | Path, name: str | None = None, vocab: str | Path | None = None) -> Path:
     """A Hugging Face T5 folder -> weights/<name>/, by default its own name; vocab: its spiece.model, where the folder has none."""
     name, vocab = name or Path(source).resolve().name, Path(vocab or Path(source) / "spiece.model")
-    if not re.fullmatch(r"[\w-][\w.-]*", name) or name in COMMITTED:
-        raise InputError(f"{name!r} cannot be a folder of weights/; choose another --name of letters, digits, '.', '_' and '-'")
+    require(re.fullmatch(r"[\w-][\w.-]*", name) and name not in COMMITTED,
+            f"{name!r} cannot be a folder of weights/; choose another --name of letters, digits, '.', '_' and '-'")
     model = t5.T5.from_hf(source)
-    if not vocab.is_file():
-        raise InputError(f"{vocab}: no such file; name the checkpoint's SentencePiece model with --vocab FILE")
-    if (size := t5.Tokenizer(vocab).size) > model.config.vocab_size:
-        raise InputError(f"{vocab}: {size:,} pieces for the {model.config.vocab_size:,} embeddings of {source}; name its own with --vocab FILE")
+    require(vocab.is_file(), f"{vocab}: no such file; name the checkpoint's SentencePiece model with --vocab FILE")
+    pieces, rows = t5.Tokenizer(vocab).size, model.config.vocab_size
+    require(pieces <= rows, f"{vocab}: {pieces:,} pieces for the {rows:,} embeddings of {source}; name its own with --vocab FILE")
     folder = root() / "weights" / name
     model.save(folder, vocab=vocab)
     return folder
@@ -652,7 +655,6 @@ def train_vocabulary(texts: list[str], path: Path) -> None:
 def pretrain_demo(folder: Path = HERE / "weights" / "demo", steps: int = 6000) -> Path:
     """Make the demo's student: vocabulary, pretraining, half precision on disk. Same machine, same code: same weights."""
     texts, pairs = pretraining_data()
-    folder.mkdir(parents=True, exist_ok=True)
     train_vocabulary(texts, folder / "spiece.model")
     tokenizer = t5.Tokenizer(folder / "spiece.model")
     torch.manual_seed(0)

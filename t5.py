@@ -15,6 +15,7 @@ Weights that meet the same input are one matrix. The output layer and its cross-
 """
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -25,7 +26,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -53,8 +53,12 @@ def require(good: bool, text: str) -> None:
 
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; it takes `path`'s place only when the block succeeds, complete and on disk."""
+    """A temporary path beside `path` to write to; it takes `path`'s place only when the block succeeds, complete and on disk.
+
+    The folder is made where it is missing.
+    """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -92,7 +96,7 @@ class Progress:
 # ---------------------------------------------------------------- configuration
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Shape of a T5, under Hugging Face's names where they exist. The defaults are t5-small's."""
     vocab_size: int = 32128             # rows of the embedding; 32,100 ids are in use, 32,000 of them are SentencePiece pieces
@@ -168,24 +172,29 @@ class Move(torch.autograd.Function):
 
 
 class Packing:
-    """Where the real tokens of a padded batch are. Nothing is moved where there is no padding.
+    """Where the real tokens of a padded batch are: mask (B, S) bool. Nothing is moved where there is no padding.
 
     Indices are found on the device that holds the mask: a mask on the CPU spares a wait for the GPU.
     """
 
     def __init__(self, mask: Tensor, device: torch.device):
-        self.shape, self.index = tuple(mask.shape), None
+        self.mask, self.device, self.index = mask, device, None
         if not bool(mask.all()):
             self.index = to_device(mask.flatten().nonzero()[:, 0], device)
 
     def pack(self, x: Tensor) -> Tensor:
-        """(rows, width, ...) -> (N, ...): the real tokens."""
+        """(B, S, ...) -> (N, ...): the real tokens."""
         x = x.flatten(0, 1)
         return x if self.index is None else Move.apply(x, self.index, None)
 
     def unpack(self, x: Tensor) -> Tensor:
-        """(N, ...) -> (rows, width, ...), 0 on padding."""
-        return (x if self.index is None else Move.apply(x, self.index, math.prod(self.shape))).unflatten(0, self.shape)
+        """(N, ...) -> (B, S, ...), 0 on padding."""
+        return (x if self.index is None else Move.apply(x, self.index, self.mask.numel())).unflatten(0, (-1, self.mask.shape[1]))
+
+    def bias(self) -> Tensor:
+        """(B, 1, 1, S) float32, what the scores of each key get added: 0 on real tokens, -inf on padding."""
+        bias = torch.zeros(self.mask.shape, device=self.mask.device).masked_fill_(~self.mask, float("-inf"))
+        return to_device(bias[:, None, None], self.device)
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
@@ -256,7 +265,7 @@ class Attention(nn.Module):
     def __init__(self, config: Config, cross: bool):
         super().__init__()
         inner = config.num_heads * config.d_kv
-        self.heads = config.num_heads
+        self.heads, self.width = config.num_heads, config.d_kv
         if cross:
             self.q = linear(config.d_model, inner, (config.d_model * config.d_kv) ** -0.5)
             self.kv = linear(config.d_model, 2 * inner, config.d_model**-0.5)
@@ -266,15 +275,15 @@ class Attention(nn.Module):
                 self.qkv.weight[:inner] *= config.d_kv**-0.5
         self.out = linear(inner, config.d_model, inner**-0.5)
 
-    def split(self, x: Tensor, parts: int) -> Tensor:
+    def split(self, x: Tensor) -> Tensor:
         """(rows, width, parts * H * d_kv) -> (parts, rows, H, width, d_kv)."""
-        return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return x.unflatten(-1, (-1, self.heads, self.width)).permute(2, 0, 3, 1, 4)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, drop: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
-        """q (rows, H, T, d), k and v (rows, H, S, d), bias broadcasting to (rows, H, T, S) -> (rows, T, H * d)."""
-        scores = (q @ k.transpose(-1, -2)).float()
+    def forward(self, q: Tensor, kv: Tensor, bias: Tensor, packing: Packing, drop: Dropout) -> Tensor:
+        """q (rows, H, T, d), kv (2, rows, H, S, d), bias broadcasting to (rows, H, T, S); packing: of the queries -> (N, D)."""
+        scores = (q @ kv[0].transpose(-1, -2)).float()
         scores += bias
-        return (drop(scores.softmax(-1)).to(v.dtype) @ v).transpose(1, 2).flatten(2)
+        return self.out(packing.pack((drop(scores.softmax(-1)).to(kv.dtype) @ kv[1]).transpose(1, 2).flatten(2)))
 
 
 class FeedForward(nn.Module):
@@ -286,7 +295,7 @@ class FeedForward(nn.Module):
         self.wi = linear(config.d_model, config.d_ff * (2 if config.gated else 1), config.d_model**-0.5)
         self.wo = linear(config.d_ff, config.d_model, config.d_ff**-0.5)
 
-    def forward(self, x: Tensor, drop: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+    def forward(self, x: Tensor, drop: Dropout) -> Tensor:
         x = self.wi(x)
         # T5's activations pass fp16's 65,504 here, in the product and in wo; under bf16 nothing needs protecting
         half = x.dtype == torch.float16
@@ -323,29 +332,44 @@ class Stack(nn.Module):
         self.norm = RMSNorm(config)
 
     def position_bias(self, width: int) -> Tensor:
-        """(1, H, width, width): what query i adds to its score of key j; the decoder's is -inf for j > i."""
-        config = self.config
+        """(1, H, width, width): what query i adds to its score of key j; the decoder's is -inf for j > i.
+
+        Each head learns a number for each bucket of distances: half of the buckets hold one distance each, the others ranges that grow
+        as its logarithm. The encoder spends half of its buckets on keys to the right; the decoder sees no such keys.
+        """
+        buckets, far = self.config.relative_attention_num_buckets, self.config.relative_attention_max_distance
         position = torch.arange(width, device=self.bias.weight.device)
-        distance = position[None] - position[:, None]
-        bucket = relative_bucket(distance, not self.decoder, config.relative_attention_num_buckets, config.relative_attention_max_distance)
-        bias = self.bias(bucket).permute(2, 0, 1)
-        if self.decoder:
-            bias = bias.masked_fill(distance > 0, float("-inf"))
-        return bias[None]
+        offset = position[None] - position[:, None]
+        bucket, distance = torch.zeros_like(offset), offset.abs()
+        if not self.decoder:
+            buckets //= 2
+            bucket = (offset > 0) * buckets
+        exact = buckets // 2
+        # float32 and this order of operations decide on which side a distance on a boundary falls: they are the published models'
+        growth = torch.log(distance.clamp(min=1).float() / exact) / math.log(far / exact) * (buckets - exact)
+        bucket = bucket + torch.where(distance < exact, distance, (exact + growth.long()).clamp(max=buckets - 1))
+        bias = self.bias(bucket).permute(2, 0, 1)[None]
+        return bias.masked_fill(offset > 0, float("-inf")) if self.decoder else bias
 
     def forward(self, x: Tensor, packing: Packing, bias: Tensor, dropout: float, cross: Sequence[Tensor] = (),
-                cross_bias: Tensor | None = None) -> Tensor:
-        """x (N, D) packed embeddings; cross: for each layer the memory's keys and values (2, rows, H, S, d_kv) -> (N, D)."""
+                cross_bias: Tensor | None = None, caches: Sequence[Tensor] = ()) -> Tensor:
+        """x (N, D) packed embeddings -> (N, D).
+
+        bias broadcasts to (rows, H, queries, keys). For each layer of the decoder, cross: the memory's keys and values (2, rows, H, S,
+        d_kv). In generation caches: the keys and values of all positions so far (2, rows, H, any number, d_kv), x being the last one.
+        """
         drop = Dropout(dropout, x.device)
         x = drop(x) * drop.scale
         for i, layer in enumerate(self.layers):
-            q, k, v = layer.attention.split(packing.unpack(layer.attention.qkv(layer.norm1(x))), 3)
-            branch = layer.attention.out(packing.pack(layer.attention.attend(q, k, v, bias, drop)))
-            x = torch.add(x, drop(branch), alpha=drop.scale**2)
+            qkv = layer.attention.split(packing.unpack(layer.attention.qkv(layer.norm1(x))))
+            q, kv = qkv[0], qkv[1:]
+            if caches:
+                kv = caches[i][..., :bias.shape[-1], :]
+                kv[..., -1:, :] = qkv[1:]
+            x = torch.add(x, drop(layer.attention(q, kv, bias, packing, drop)), alpha=drop.scale**2)
             if self.decoder:
-                (q,) = layer.cross.split(packing.unpack(layer.cross.q(layer.norm2(x))), 1)
-                branch = layer.cross.out(packing.pack(layer.cross.attend(q, *cross[i], cross_bias, drop)))
-                x = torch.add(x, drop(branch), alpha=drop.scale**2)
+                (q,) = layer.cross.split(packing.unpack(layer.cross.q(layer.norm2(x))))
+                x = torch.add(x, drop(layer.cross(q, cross[i], cross_bias, packing, drop)), alpha=drop.scale**2)
             x = torch.add(x, drop(layer.feed_forward(layer.norm3(x), drop)), alpha=drop.scale**2)
         return drop(self.norm(x)) * drop.scale
 
@@ -355,24 +379,6 @@ def linear(inputs: int, outputs: int, std: float) -> nn.Linear:
     layer = nn.Linear(inputs, outputs, bias=False)
     nn.init.normal_(layer.weight, std=std)
     return layer
-
-
-def relative_bucket(distance: Tensor, both_ways: bool, buckets: int, max_distance: int) -> Tensor:
-    """Bucket of each key position - query position: half of the buckets one distance each, the others growing as its logarithm.
-
-    The encoder (both_ways) spends half of its buckets on keys to the right; the decoder has no such keys.
-    """
-    bucket = torch.zeros_like(distance)
-    if both_ways:
-        buckets //= 2
-        bucket = (distance > 0) * buckets
-        distance = distance.abs()
-    else:
-        distance = (-distance).clamp(min=0)
-    exact = buckets // 2
-    # float32 and this order of operations decide on which side a distance on a boundary falls: they are the published models'
-    far = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact) * (buckets - exact)
-    return bucket + torch.where(distance < exact, distance, (exact + far.long()).clamp(max=buckets - 1))
 
 
 class OutputLoss(torch.autograd.Function):
@@ -392,8 +398,7 @@ class OutputLoss(torch.autograd.Function):
         losses = torch.empty(count, device=hidden.device)
         for i in range(0, count, step):
             rows = p[i:i + step] if keep else p[:count - i]
-            with torch.autocast(device, enabled=False):
-                logits = torch.mm(hidden[i:i + step], weight.T, out=rows).float()
+            logits = torch.mm(hidden[i:i + step], weight.T, out=rows).float()
             top = logits.amax(1, keepdim=True)
             chosen = logits.gather(1, targets[i:i + step, None]) - top
             # e^-64 is 0 for every purpose, and the subnormal numbers below e^-87 would make the products ten times slower
@@ -402,18 +407,16 @@ class OutputLoss(torch.autograd.Function):
             losses[i:i + step] = (total.log() - chosen)[:, 0]
             if keep:
                 rows.copy_(exponentials.div_(total))
-        kept = p if keep else None
-        ctx.save_for_backward(hidden, weight, targets, kept)
+        ctx.save_for_backward(hidden, weight, targets, p if keep else None)
         return losses
 
     @staticmethod
     def backward(ctx, g: Tensor):
         hidden, weight, targets, p = ctx.saved_tensors
-        with torch.autocast(hidden.device.type, enabled=False):
-            g = g[:, None]
-            weighted = (g * hidden).to(hidden.dtype)
-            d_hidden = g * (p @ weight - weight[targets])
-            d_weight = (p.T @ weighted).float().index_add_(0, targets, weighted.float(), alpha=-1)
+        g = g[:, None]
+        weighted = (g * hidden).to(hidden.dtype)
+        d_hidden = g * (p @ weight - weight[targets])
+        d_weight = (p.T @ weighted).float().index_add_(0, targets, weighted.float(), alpha=-1)
         return d_hidden, d_weight, None, None
 
 
@@ -432,13 +435,13 @@ class T5(nn.Module):
 
     def encode(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """input_ids (B, S) long, mask (B, S) bool -> memory (B, S, D), 0 on padding. Uses `shared` and `encoder` alone."""
-        packing = Packing(mask, self.shared.weight.device)
-        return packing.unpack(self._encode(input_ids, mask, packing, self._dropout()))
+        source = Packing(mask, self.shared.weight.device)
+        return source.unpack(self._encode(input_ids, source, self._dropout()))
 
     def decode(self, target_in: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
         """target_in (B, T) long, starting with 0; memory (B, S, D) and its mask -> hidden (B, T, D) after the last norm."""
         source, target = Packing(mask, memory.device), Packing(torch.ones(target_in.shape, dtype=torch.bool), memory.device)
-        return target.unpack(self._decode(target_in, target, self._cross(source.pack(memory), source), padding_bias(mask, memory.device)))
+        return target.unpack(self._decode(target_in, target, source.pack(memory), source))
 
     def forward(self, input_ids: Tensor, mask: Tensor, target_in: Tensor) -> Tensor:
         """-> logits (B, T, V)."""
@@ -458,13 +461,9 @@ class T5(nn.Module):
         """
         device = self.shared.weight.device
         source, target = Packing(mask, device), Packing(target_mask, device)
-        packed = self._encode(input_ids, mask, source, self._dropout()) if memory is None else source.pack(memory)
-        cross, cross_bias = self._cross(packed, source), padding_bias(mask, device)
-        if rows is not None:
-            rows = to_device(rows, device)
-            cross, cross_bias = [kv.index_select(1, rows) for kv in cross], cross_bias[rows]
+        packed = self._encode(input_ids, source, self._dropout()) if memory is None else source.pack(memory)
         targets = to_device(targets, device)
-        hidden = self._decode(F.pad(targets[:, :-1], (1, 0), value=PAD), target, cross, cross_bias)
+        hidden = self._decode(F.pad(targets[:, :-1], (1, 0), value=PAD), target, packed, source, rows)
         losses = OutputLoss.apply(self._scaled(hidden), self._head(), target.pack(targets), torch.is_grad_enabled())
         return target.unpack(losses).sum(1) / to_device(target_mask.sum(1), device)
 
@@ -484,37 +483,27 @@ class T5(nn.Module):
         device, count = self.shared.weight.device, len(input_ids)
         uniforms = torch.rand(count, max_new_tokens, generator=generator).to(device) if temperature > 0 else None
         with reordered(self, count):
-            source = Packing(mask, device)
-            cross, cross_bias = self._cross(self._encode(input_ids, mask, source, 0.0), source), padding_bias(mask, device)
-            cross = [kv.contiguous() for kv in cross]
-            bias = self.decoder.position_bias(max_new_tokens)
+            source, single = Packing(mask, device), Packing(torch.ones(1, 1, dtype=torch.bool), device)
+            cross = [kv.contiguous() for kv in self._cross(self._encode(input_ids, source, 0.0), source)]
+            bias, cross_bias = self.decoder.position_bias(max_new_tokens), source.bias()
             caches = [kv.new_empty(*kv.shape[:3], max_new_tokens, kv.shape[4]) for kv in cross]
             written = torch.zeros(count, max_new_tokens, dtype=torch.long, device=device)
             alive = torch.arange(count, device=device)                  # which of the caller's rows the rows at work are
             tokens, finished = written.new_full((count,), PAD), torch.zeros(count, dtype=torch.bool, device=device)
             head = product(self._head(), count)
             for t in range(max_new_tokens):
-                x = self.shared(tokens)
-                for layer, cache, kv in zip(self.decoder.layers, caches, cross):
-                    q, k, v = layer.attention.split(layer.attention.qkv(layer.norm1(x))[:, None], 3)
-                    cache[0, :, :, t], cache[1, :, :, t] = k[:, :, 0], v[:, :, 0]
-                    past = cache[:, :, :, :t + 1]
-                    x = x + layer.attention.out(layer.attention.attend(q, past[0], past[1], bias[:, :, t:t + 1, :t + 1])[:, 0])
-                    (q,) = layer.cross.split(layer.cross.q(layer.norm2(x))[:, None], 1)
-                    x = x + layer.cross.out(layer.cross.attend(q, kv[0], kv[1], cross_bias)[:, 0])
-                    x = x + layer.feed_forward(layer.norm3(x))
-                logits = head(self._scaled(self.decoder.norm(x))).float()
+                hidden = self.decoder(self.shared(tokens), single, bias[:, :, t:t + 1, :t + 1], 0.0, cross, cross_bias, caches)
+                logits = head(self._scaled(hidden)).float()
                 if limit is not None:
                     logits[:, limit:] = float("-inf")
                 tokens = logits.max(1).indices if uniforms is None else draw(logits.div_(temperature), uniforms[alive, t])
                 tokens = tokens.masked_fill(finished, PAD)
                 written[alive, t] = tokens
                 finished = finished | (tokens == EOS)
-                working = len(alive) - int(finished.sum())
-                if working == 0:
+                left = (~finished).nonzero()[:, 0]
+                if len(left) == 0:
                     return written[:, :t + 1]
-                if working <= 0.75 * len(alive):                        # copying the caches is dear: wait until it pays
-                    left = (~finished).nonzero()[:, 0]
+                if len(left) <= 0.75 * len(alive):                      # copying the caches is dear: wait until it pays
                     alive, tokens, finished, cross_bias = alive[left], tokens[left], finished[left], cross_bias[left]
                     caches, cross = [[kv.index_select(1, left) for kv in group] for group in (caches, cross)]
         return written
@@ -522,19 +511,23 @@ class T5(nn.Module):
     def _dropout(self) -> float:
         return self.config.dropout_rate if self.training else 0.0
 
-    def _encode(self, input_ids: Tensor, mask: Tensor, source: Packing, dropout: float) -> Tensor:
+    def _encode(self, input_ids: Tensor, source: Packing, dropout: float) -> Tensor:
         """-> packed memory (N, D)."""
-        bias = self.encoder.position_bias(mask.shape[1])
+        bias = self.encoder.position_bias(source.mask.shape[1])
         if source.index is not None:
-            bias = bias + padding_bias(mask, bias.device)
+            bias = bias + source.bias()
         return self.encoder(self.shared(source.pack(to_device(input_ids, bias.device))), source, bias, dropout)
 
     def _cross(self, memory: Tensor, source: Packing) -> list[Tensor]:
         """Keys and values of the packed memory (N, D), for each decoder layer (2, B, H, S, d_kv)."""
-        return [layer.cross.split(source.unpack(layer.cross.kv(memory)), 2) for layer in self.decoder.layers]
+        return [layer.cross.split(source.unpack(layer.cross.kv(memory))) for layer in self.decoder.layers]
 
-    def _decode(self, target_in: Tensor, target: Packing, cross: list[Tensor], cross_bias: Tensor) -> Tensor:
-        """-> packed hidden (N, D)."""
+    def _decode(self, target_in: Tensor, target: Packing, memory: Tensor, source: Packing, rows: Tensor | None = None) -> Tensor:
+        """memory (N, D) packed, rows as in `loss` -> packed hidden (N, D)."""
+        cross, cross_bias = self._cross(memory, source), source.bias()
+        if rows is not None:
+            rows = to_device(rows, memory.device)
+            cross, cross_bias = [kv.index_select(1, rows) for kv in cross], cross_bias[rows]
         # padding needs no mask in self-attention: it stands to the right of every real token, which never looks there
         bias = self.decoder.position_bias(target_in.shape[1])
         return self.decoder(self.shared(target.pack(target_in)), target, bias, self._dropout(), cross, cross_bias)
@@ -551,9 +544,8 @@ class T5(nn.Module):
 
     def save(self, folder: str | Path, vocab: str | Path | None = None, dtype: torch.dtype = torch.float32) -> None:
         """Writes config.json, model.pt (weights stored as `dtype`) and, given `vocab`, a copy of that file as spiece.model."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic(folder / "model.pt") as path, open(path, "wb") as file:     # given a path, torch.save writes its name into the file
+        # given a path, torch.save writes its name into the file
+        with atomic(Path(folder, "model.pt")) as path, open(path, "wb") as file:
             torch.save({name: tensor.detach().to("cpu", dtype) for name, tensor in self.state_dict().items()}, file)
         write_config(folder, dataclasses.asdict(self.config), vocab)
 
@@ -566,14 +558,13 @@ class T5(nn.Module):
 
     def save_hf(self, folder: str | Path, vocab: str | Path | None = None) -> None:
         """Writes Hugging Face's format: config.json, model.safetensors (float32) and, given `vocab`, spiece.model."""
-        folder, config, tensors = Path(folder), self.config, {}
-        folder.mkdir(parents=True, exist_ok=True)
+        config, tensors = self.config, {}
         state = {name: tensor.detach().float().cpu() for name, tensor in self.state_dict().items()}
         for name, parts in hf_names(config).items():
             tensors.update(zip(parts, state[name].chunk(len(parts))))
         if not config.scaled:
             tensors.setdefault("lm_head.weight", tensors["shared.weight"])    # transformers 4 makes up a head where unscaled means untied
-        with atomic(folder / "model.safetensors") as path:
+        with atomic(Path(folder, "model.safetensors")) as path:
             write_safetensors(path, tensors)
         values = {name: value for name, value in dataclasses.asdict(config).items() if name not in OURS}
         write_config(folder, values | {
@@ -631,17 +622,6 @@ def reordered(model: nn.Module, rows: int) -> Iterator[None]:
             vars(layer).pop("forward", None)
 
 
-def padding_bias(mask: Tensor, device: torch.device) -> Tensor:
-    """mask (B, S) bool -> (B, 1, 1, S) float32: 0 on real tokens, -inf on padding."""
-    return to_device(torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, float("-inf"))[:, None, None], device)
-
-
-def blocks(x: Tensor, fill: float) -> Tensor:
-    """(B, V) -> (B, n, 128) with `fill` after the end: finding a place among V goes by block first, in two cheap steps."""
-    gap = -x.shape[1] % 128
-    return (F.pad(x, (0, gap), value=fill) if gap else x).unflatten(1, (-1, 128))
-
-
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     """Inverse cumulative sum: logits (B, V) float32, uniforms (B,) in [0, 1) -> (B,) long drawn from softmax(logits)."""
 
@@ -652,7 +632,9 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
         index = torch.searchsorted(ends, at, right=True)
         return index, at - ends.gather(1, index) + weights.gather(1, index)
 
-    parts = blocks(logits.softmax(-1), 0.0)
+    # a place among V is found by block first, in two cheap steps
+    probabilities, gap = logits.softmax(-1), -logits.shape[1] % 128
+    parts = (F.pad(probabilities, (0, gap)) if gap else probabilities).unflatten(1, (-1, 128))
     sums = parts.sum(-1)
     block, rest = place(sums, uniforms[:, None] * sums.sum(1, keepdim=True))
     inside, _ = place(parts[torch.arange(len(parts), device=parts.device), block[:, 0]], rest.clamp(min=0))
@@ -669,25 +651,17 @@ def hf_names(config: Config) -> dict[str, list[str]]:
     names = {"shared.weight": ["shared.weight"]}
     if not config.tied:
         names["head.weight"] = ["lm_head.weight"]
-    for stack, count in (("encoder", config.num_layers), ("decoder", config.num_decoder_layers)):
+    blocks = [("norm1", "attention", "SelfAttention", {"qkv": "qkv", "out": "o"}),
+              ("norm2", "cross", "EncDecAttention", {"q": "q", "kv": "kv", "out": "o"}),
+              ("norm3", "feed_forward", "DenseReluDense", {"wi": ("wi_0", "wi_1") if config.gated else ("wi",), "wo": ("wo",)})]
+    for stack, count, inside in (("encoder", config.num_layers, blocks[::2]), ("decoder", config.num_decoder_layers, blocks)):
         names[f"{stack}.bias.weight"] = [f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
         names[f"{stack}.norm.weight"] = [f"{stack}.final_layer_norm.weight"]
-        for i in range(count):
-            ours, theirs = f"{stack}.layers.{i}.", f"{stack}.block.{i}.layer."
-            names[ours + "norm1.weight"] = [theirs + "0.layer_norm.weight"]
-            names[ours + "attention.qkv.weight"] = [f"{theirs}0.SelfAttention.{part}.weight" for part in "qkv"]
-            names[ours + "attention.out.weight"] = [theirs + "0.SelfAttention.o.weight"]
-            last = 1
-            if stack == "decoder":
-                last = 2
-                names[ours + "norm2.weight"] = [theirs + "1.layer_norm.weight"]
-                names[ours + "cross.q.weight"] = [theirs + "1.EncDecAttention.q.weight"]
-                names[ours + "cross.kv.weight"] = [f"{theirs}1.EncDecAttention.{part}.weight" for part in "kv"]
-                names[ours + "cross.out.weight"] = [theirs + "1.EncDecAttention.o.weight"]
-            names[ours + "norm3.weight"] = [f"{theirs}{last}.layer_norm.weight"]
-            wi = ("wi_0", "wi_1") if config.gated else ("wi",)
-            names[ours + "feed_forward.wi.weight"] = [f"{theirs}{last}.DenseReluDense.{part}.weight" for part in wi]
-            names[ours + "feed_forward.wo.weight"] = [f"{theirs}{last}.DenseReluDense.wo.weight"]
+        for i, (j, (norm, module, theirs, matrices)) in itertools.product(range(count), enumerate(inside)):
+            layer, block = f"{stack}.layers.{i}", f"{stack}.block.{i}.layer.{j}"
+            names[f"{layer}.{norm}.weight"] = [f"{block}.layer_norm.weight"]
+            for name, parts in matrices.items():
+                names[f"{layer}.{module}.{name}.weight"] = [f"{block}.{theirs}.{part}.weight" for part in parts]
     return names
 
 
@@ -712,33 +686,40 @@ def build(config: Config, tensors: dict[str, Tensor], where: str, names: dict[st
     return model.requires_grad_().eval()
 
 
+@contextlib.contextmanager
+def reading(path: Path, damaged: str, absent: str = "") -> Iterator[None]:
+    """Whatever a file's contents make the block raise becomes an InputError about `path`: `damaged`, where {} stands for the reason.
+
+    One that cannot be opened: the system's reason and `absent`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}{absent}") from None
+    # torch raises many kinds for damaged and for forbidden contents, with pages of advice to lift the ban
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
+        raise InputError(f"{path}: {damaged.format(error)}") from None
+
+
 def read_json(path: Path) -> dict:
     """A JSON file. Raises InputError."""
-    try:
+    with reading(path, "not JSON ({})", absent="; is it the folder of a model?"):
         return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}; is it the folder of a model?") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
 
 
-def write_config(folder: Path, values: dict, vocab: str | Path | None) -> None:
-    with atomic(folder / "config.json") as path:
+def write_config(folder: str | Path, values: dict, vocab: str | Path | None) -> None:
+    """Writes config.json and, given `vocab`, a copy of that file as spiece.model, which it may be."""
+    with atomic(Path(folder, "config.json")) as path:
         path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    if vocab is not None and Path(vocab).resolve() != (folder / "spiece.model").resolve():
-        with atomic(folder / "spiece.model") as path:
+    if vocab is not None:
+        with atomic(Path(folder, "spiece.model")) as path:
             shutil.copyfile(vocab, path)
 
 
 def load_pickle(path: Path) -> dict[str, Tensor]:
     """A state dict that torch.save wrote; a pickle that would run code is refused. Raises InputError."""
-    try:
+    with reading(path, "not a plain file of weights (damaged, or it holds more than tensors, which is never run)"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from None
-    # torch raises many kinds for damaged and for forbidden contents, with pages of advice to lift the ban
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, AttributeError, TypeError):
-        raise InputError(f"{path}: not a plain file of weights (damaged, or it holds more than tensors, which is never run)") from None
     require(isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()),
             f"{path}: not a dictionary of tensors")
     return state
@@ -749,17 +730,15 @@ def read_hf_tensors(folder: Path) -> tuple[dict[str, Tensor], str]:
     single, index, pickled = folder / "model.safetensors", folder / "model.safetensors.index.json", folder / "pytorch_model.bin"
     if single.exists():
         return read_safetensors(single), str(single)
-    if index.exists():
-        content = read_json(index)
-        places = content.get("weight_map") if isinstance(content, dict) else None
-        require(isinstance(places, dict) and all(isinstance(f, str) and Path(f).name == f for f in places.values()),
-                f"{index}: its weight_map does not name files of this folder")
-        tensors = {}
-        for name in sorted(set(places.values())):
-            tensors.update(read_safetensors(folder / name))
-        return tensors, str(index)
-    require(pickled.exists(), f"{folder}: neither model.safetensors, nor model.safetensors.index.json, nor pytorch_model.bin in it")
-    return load_pickle(pickled), str(pickled)
+    if not index.exists():
+        require(pickled.exists(), f"{folder}: neither model.safetensors, nor model.safetensors.index.json, nor pytorch_model.bin in it")
+        return load_pickle(pickled), str(pickled)
+    content = read_json(index)
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    require(isinstance(places, dict) and all(isinstance(f, str) and Path(f).name == f for f in places.values()),
+            f"{index}: its weight_map does not name files of this folder")
+    shards = [read_safetensors(folder / name) for name in sorted(set(places.values()))]
+    return {name: tensor for shard in shards for name, tensor in shard.items()}, str(index)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -767,28 +746,23 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
     https://github.com/huggingface/safetensors#format. Every length is checked before it is used.
     """
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            require(8 + length <= size, f"{path}: its header says to be {length} bytes long, the file has {size}; fetch it again")
-            header = json.loads(file.read(length))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise InputError(f"{path}: the header is not JSON ({error})") from None
+    with reading(path, "the header is not JSON ({})"), open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        require(8 + length <= size, f"{path}: its header says to be {length} bytes long, the file has {size}; fetch it again")
+        header = json.loads(file.read(length))
     require(isinstance(header, dict) and all(isinstance(entry, dict) for entry in header.values()), f"{path}: the header names no tensors")
     header.pop("__metadata__", None)
 
     def counts(x: object) -> bool:
-        return isinstance(x, list) and all(type(n) is int and n >= 0 for n in x)
+        return isinstance(x, list) and all(type(n) is int and 0 <= n < 2**63 for n in x)
 
     for name, entry in header.items():
-        offsets, shape = entry.get("data_offsets"), entry.get("shape")
-        require(entry.get("dtype") in SAFE_DTYPES, f"{path}: {name} has dtype {entry.get('dtype')!r}; {', '.join(SAFE_DTYPES)} are read")
+        dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+        require(isinstance(dtype, str) and dtype in SAFE_DTYPES, f"{path}: {name} has dtype {dtype!r}; {', '.join(SAFE_DTYPES)} are read")
         require(counts(offsets) and len(offsets) == 2, f"{path}: {name} has data_offsets {offsets!r}")
-        require(counts(shape) and math.prod(shape) * SAFE_DTYPES[entry["dtype"]].itemsize == offsets[1] - offsets[0],
-                f"{path}: {name} has shape {shape!r} and dtype {entry['dtype']}, but offsets {offsets}")
+        require(counts(shape) and math.prod(shape) * SAFE_DTYPES[dtype].itemsize == offsets[1] - offsets[0],
+                f"{path}: {name} has shape {shape!r} and dtype {dtype}, but offsets {offsets}")
     data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length:]
     tensors, end = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -851,22 +825,22 @@ class Tokenizer:
 
 
 def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Lists of ids -> (rows, longest) long padded with 0, and its mask."""
-    width = max(map(len, rows))
-    ids = torch.tensor([list(row) + [PAD] * (width - len(row)) for row in rows])
+    """Lists or arrays of ids -> (rows, longest) long padded with 0, and its mask."""
     lengths = torch.tensor([len(row) for row in rows])
-    return ids, torch.arange(width)[None] < lengths[:, None]
+    mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
+    ids = torch.full(mask.shape, PAD)
+    ids[mask] = torch.from_numpy(np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]))
+    return ids, mask
 
 
-def corrupt(ids: Sequence[int], tokenizer: Tokenizer, rng: random.Random, density: float = 0.15, mean_span: float = 3.0
-            ) -> tuple[list[int], list[int]]:
+def corrupt(ids: Sequence[int], tokenizer: Tokenizer, rng: random.Random) -> tuple[list[int], list[int]]:
     """Span corruption (section 3.1.4 of the paper): ids without </s> -> input and target, both ending in </s>.
 
-    `density` of the tokens are masked in spans of `mean_span` on average; each span becomes one sentinel in the input, and the target
-    lists the sentinels with what they hide.
+    15 % of the tokens are masked in spans of 3 on average; each span becomes one sentinel in the input, and the target lists the
+    sentinels with what they hide.
     """
-    noise = min(max(round(len(ids) * density), 1), len(ids) - 1)
-    spans = min(max(round(noise / mean_span), 1), noise, len(ids) - noise, SENTINELS)
+    noise = min(max(round(len(ids) * 0.15), 1), len(ids) - 1)
+    spans = min(max(round(noise / 3.0), 1), noise, len(ids) - noise, SENTINELS)
 
     def cut(total: int) -> list[int]:
         points = sorted(rng.sample(range(1, total), spans - 1))
@@ -881,7 +855,7 @@ def corrupt(ids: Sequence[int], tokenizer: Tokenizer, rng: random.Random, densit
 
 
 def pretrain(model: T5, tokenizer: Tokenizer, texts: Sequence[str], steps: int, batch: int = 64, lr: float = 1e-3,
-             max_length: int = 256, pairs: Sequence[tuple[str, str]] | None = None, share: float = 0.5, seed: int = 0) -> float:
+             pairs: Sequence[tuple[str, str]] = (), share: float = 0.5, seed: int = 0, max_length: int = 256) -> float:
     """Trains `model` in place on span corruption of `texts`, with supervised `pairs` (input, target) as `share` of the rows.
 
     T5 1.0's own pretraining mixture held supervised tasks too (section 3.5.3 of the paper). AdamW without weight decay, the learning
@@ -891,7 +865,7 @@ def pretrain(model: T5, tokenizer: Tokenizer, texts: Sequence[str], steps: int, 
     rng = random.Random(seed)
     torch.manual_seed(seed)
     token_rows = [row for row in (tokenizer.encode(text, max_length)[:-1] for text in texts) if len(row) > 1]
-    pair_rows = [(tokenizer.encode(x, max_length), tokenizer.encode(y, max_length)) for x, y in pairs or ()]
+    pair_rows = [(tokenizer.encode(x, max_length), tokenizer.encode(y, max_length)) for x, y in pairs]
     require(bool(token_rows or pair_rows), "pretraining needs texts of at least two tokens, or pairs")
     share = share if pair_rows and token_rows else float(bool(pair_rows))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)

@@ -436,6 +436,8 @@ def test_t5_refuses_broken_checkpoints():
         for bad in ([8, 0], [-4, 0], [0], "0", None, [0, 2.5], [True, 4]):
             broken("shared.weight", data_offsets=bad)
         broken("shared.weight", "F64", dtype="F64")
+        broken("shared.weight", "['F32']", dtype=["F32"])
+        broken("shared.weight", "shape", shape=[0, 10**30], data_offsets=[0, 0])
         broken("shared.weight", "I32", dtype="I32")
         broken("shared.weight", "BF16", dtype="BF16")              # half the bytes that the offsets hold
         broken("shared.weight", "shape", shape=[66, 16])
@@ -456,8 +458,9 @@ def test_t5_refuses_broken_checkpoints():
                 ("relative_attention_num_buckets", 2, "buckets"), ("num_layers", 3, "encoder.block.2")):
             config.write_text(json.dumps(settings | {key: value}))
             broken(word)
-        config.write_text("{")
-        broken("config.json", "not JSON")
+        for text in ("{", "[" * 100_000):
+            config.write_text(text)
+            broken("config.json", "not JSON")
         config.unlink()
         broken("config.json")
         ours = folder / "ours"

@@ -35,7 +35,7 @@ import threading
 import time
 import urllib.parse
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -712,6 +712,17 @@ def to_student(text: str) -> str:
 # ------------------------------------------------------------------------------------------------ 5. Batches
 
 
+def shown(what: str, items: Sequence) -> Iterator:
+    """The items, one after the other, while stderr says how many are done."""
+    progress = Progress(what, len(items))
+    try:
+        for done, item in enumerate(items, 1):
+            yield item
+            progress.update(done)
+    finally:
+        progress.close()
+
+
 class Ragged:
     """Rows of token ids in one flat array with offsets: half a million questions as Python lists would not fit."""
 
@@ -735,17 +746,15 @@ class Data:
     def __init__(self, student: Student, split: Split, voted: list[Voted] | None = None):
         self.questions, self.labels, self.rationales = Ragged(), Ragged(), Ragged()
         self.first, self.positive = array("q", [0]), array("b")         # first rationale of each question; in S_pos?
-        config, encode, progress = student.config, student.tokenizer.encode, Progress("  token ids", len(split.inputs))
-        for i, (question, label) in enumerate(zip(*split)):
-            self.questions.append(encode(to_student(question), config.input_tokens))
-            self.labels.append(encode(to_student(label), config.rationale_tokens))
+        config, encode = student.config, student.tokenizer.encode
+        for i in shown("  token ids", range(len(split.inputs))):
+            self.questions.append(encode(to_student(split.inputs[i]), config.input_tokens))
+            self.labels.append(encode(to_student(split.labels[i]), config.rationale_tokens))
             for texts, positive in ((voted[i].positives, 1), (voted[i].negatives, 0)) if voted else ():
                 for text in texts:
                     self.rationales.append(encode(text, config.rationale_tokens))
                     self.positive.append(positive)
             self.first.append(len(self.rationales))
-            progress.update(i + 1)
-        progress.close()
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -755,11 +764,28 @@ class Data:
         return [self.rationales[i] for i in range(self.first[q], self.first[q + 1]) if self.positive[i] == positive]
 
     def digest(self) -> str:
-        h = hashlib.sha256(self.positive.tobytes() + self.first.tobytes())
-        for rows in (self.questions, self.labels, self.rationales):
-            h.update(rows.ids)
-            h.update(rows.ends)
+        h, (x, y, r) = hashlib.sha256(), (self.questions, self.labels, self.rationales)
+        for part in (self.positive, self.first, x.ids, x.ends, y.ids, y.ends, r.ids, r.ends):
+            h.update(part)
         return h.hexdigest()[:16]
+
+
+@dataclass(eq=False)
+class Rationale:
+    """A rationale r of a question x, both as token ids, in its S_pos or S_neg."""
+    x: array
+    r: list[int] | array
+    positive: bool = True
+    student: bool = False         # sampled from the student, not from the teacher
+    place: int = 0                # of its question in the batch
+    loss: float = math.nan        # ℓ(x, r) in eval mode, where it decides what is picked
+
+
+def candidates(data: Data, batch: Iterable[int], negatives: dict, with_negatives: bool = True) -> list[Rationale]:
+    """Each question's S_pos, then its S_neg: the teacher's and, of `negatives`, the student's."""
+    return [Rationale(data.questions[q], row, positive, student, place) for place, q in enumerate(batch) for rows, positive, student in (
+        (data.of(q, True), True, False), (data.of(q, False), False, False), (negatives.get(q, []), False, True))
+        if positive or with_negatives for row in rows]
 
 
 def collate(rows: list, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -786,9 +812,7 @@ def visits(config: Config, n: int, iteration: int) -> list[int]:
     """The questions of an iteration in training order: one pass, or --iteration-steps full batches of the endless passes. Ours."""
     def one_pass(number: int) -> list[int]:
         return np.random.default_rng(derive_seed(config.seed, "order", number)).permutation(n).tolist()
-    if not config.iteration_steps:
-        return one_pass(iteration - 1)
-    count = config.iteration_steps * config.batch
+    count = config.iteration_steps * config.batch or n
     start = (iteration - 1) * count
     stream = [q for number in range(start // n, (start + count - 1) // n + 1) for q in one_pass(number)]
     return stream[start % n:start % n + count]
@@ -828,15 +852,12 @@ class Student:
         length, each with random numbers of its own, are shared out among the ranks: the same rows whatever the number of ranks."""
         order = sorted(range(len(questions)), key=lambda i: (len(questions[i]), i))
         batches, out = [order[i:i + 128] for i in range(0, len(order), 128)], []
-        progress = Progress(title, len(batches))
-        for number in range(rank(), len(batches), world()):
+        for number in shown(title, range(rank(), len(batches), world())):
             ids, mask = collate(self.inputs(prefix, [questions[i] for i in batches[number]]), self.device)
             generator = torch.Generator().manual_seed(derive_seed(*purpose, number))
             with self.amp():
                 rows = self.model.generate(ids, mask, longest, temperature, generator, limit=self.tokenizer.size).tolist()
             out += [(i, array("i", row[:row.index(1) + 1] if 1 in row else row)) for i, row in zip(batches[number], rows)]
-            progress.update(number + 1)
-        progress.close()
         return [row for _, row in sorted(gather(out), key=lambda pair: pair[0])]
 
     def read(self, rows: Iterable[array]) -> list[str]:
@@ -889,12 +910,12 @@ class Discriminator(nn.Module):
         self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
         self.to(student.device)
 
-    def forward(self, student: Student, questions: list, rationales: list) -> Tensor:
-        """Id rows of x (its </s> is the border [ours]) and of r, right-truncated to the input limit -> logits (R,) float32."""
-        pairs = [(list(x) + list(r))[:student.config.input_tokens] for x, r in zip(questions, rationales)]
-        logits = torch.zeros(len(pairs), device=student.device)
-        for group in by_length(pairs, 4 * student.tokens):
-            ids, mask = collate([pairs[i] for i in group], student.device)
+    def forward(self, student: Student, rationales: Sequence[Rationale]) -> Tensor:
+        """The ids of x (its </s> is the border [ours]) then r, right-truncated to the input limit -> logits (R,) float32."""
+        rows = [(list(c.x) + list(c.r))[:student.config.input_tokens] for c in rationales]
+        logits = torch.zeros(len(rows), device=student.device)
+        for group in by_length(rows, 4 * student.tokens):
+            ids, mask = collate([rows[i] for i in group], student.device)
             with student.amp():
                 memory = (self.encoder or student.model).encode(ids, mask)
                 pooled = memory.masked_fill(~mask.to(memory.device)[..., None], -torch.inf).amax(1)
@@ -902,13 +923,10 @@ class Discriminator(nn.Module):
         return logits
 
     @torch.no_grad()
-    def quality(self, student: Student, questions: list, rationales: list) -> Tensor:
+    def quality(self, student: Student, rationales: Sequence[Rationale]) -> Tensor:
         """s(x, r) = sigmoid of the logit, in eval mode and without gradient: (R,) float32 in [0, 1]."""
-        modes = self.training, student.model.training
         self.eval(), student.model.eval()
-        scores = torch.sigmoid(self(student, questions, rationales))
-        self.train(modes[0]), student.model.train(modes[1])
-        return scores
+        return torch.sigmoid(self(student, rationales))
 
 
 def corrupt(text: str, words: list[str], part: float, rng: np.random.Generator) -> str:
@@ -924,25 +942,24 @@ def corrupt(text: str, words: list[str], part: float, rng: np.random.Generator) 
 
 
 def discriminator_batch(data: Data, student: Student, config: Config, rng: np.random.Generator, questions: list[int], negatives: dict,
-                        count: int) -> tuple[list, list, Tensor]:
-    """A balanced batch, half positives and half negatives -> (questions, rationales, targets), empty where there is no positive.
+                        count: int) -> tuple[list[Rationale], Tensor]:
+    """A balanced batch, half positives, then half negatives -> (rationales, targets), empty where there is no positive.
 
     Negatives are S_neg's and, for as many as it is smaller than S_pos, positives with corrupted words [review]."""
-    good = [(data.questions[q], row) for q in questions for row in data.of(q, True)]
-    bad = [(data.questions[q], row) for q in questions for row in data.of(q, False) + negatives.get(q, [])]
-    half, out = max(1, count // 2) if good else 0, []
-    for k in rng.integers(max(1, len(good)), size=half):
-        out.append((*good[k], 1.0))
+    some = candidates(data, questions, negatives)
+    good, bad = [c for c in some if c.positive], [c for c in some if not c.positive]
+    half = max(1, count // 2) if good else 0
+    out = [good[k] for k in rng.integers(max(1, len(good)), size=half)]
     for k in rng.integers(max(1, len(good), len(bad)), size=half):
         if k < len(bad):
-            out.append((*bad[k], 0.0))
+            out.append(bad[k])
         else:
-            (x, row), others = good[rng.integers(len(good))], [good[i][1] for i in rng.integers(len(good), size=4)]
-            wrong = corrupt(student.read([row])[0], " ".join(student.read(others)).split() or ["the"], config.corrupt, rng)
-            out.append((x, student.tokenizer.encode(wrong, config.rationale_tokens), 0.0))
-    targets = torch.tensor([target for _, _, target in out])
+            old, others = good[rng.integers(len(good))], [good[i].r for i in rng.integers(len(good), size=4)]
+            wrong = corrupt(student.read([old.r])[0], " ".join(student.read(others)).split() or ["the"], config.corrupt, rng)
+            out.append(Rationale(old.x, student.tokenizer.encode(wrong, config.rationale_tokens), positive=False))
+    targets = torch.tensor([1.0] * half + [0.0] * half)
     flipped = torch.from_numpy(rng.random(len(out)) < config.discriminator_noise)
-    return [x for x, _, _ in out], [row for _, row, _ in out], torch.where(flipped, 1 - targets, targets).to(student.device)
+    return out, torch.where(flipped, 1 - targets, targets).to(student.device)
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, lr: float) -> None:
@@ -960,20 +977,18 @@ def train_discriminator(d: Discriminator, optimizer: torch.optim.Optimizer, stud
     """`steps` steps of L_D = binary cross-entropy [review], the same ones on every rank -> mean L_D."""
     seed = derive_seed(config.seed, "discriminator", iteration)
     rng, total = np.random.default_rng(seed), torch.zeros((), device=student.device)
-    scaler, progress = torch.amp.GradScaler(student.device.type, enabled=student.dtype == torch.float16), Progress("  discriminator", steps)
+    scaler = torch.amp.GradScaler(student.device.type, enabled=student.dtype == torch.float16)
     torch.manual_seed(seed)
-    d.train(), student.model.train(d.encoder is not None)
-    for step in range(steps):
+    d.train(), student.model.eval()
+    for _ in shown("  discriminator", range(steps)):
         some = [questions[i] for i in rng.integers(len(questions), size=4 * config.batch)]     # a step costs the same however many there are
-        xs, rows, targets = discriminator_batch(data, student, config, rng, some, negatives, config.batch)
-        if rows:
+        rationales, targets = discriminator_batch(data, student, config, rng, some, negatives, config.batch)
+        if rationales:
             optimizer.zero_grad()
-            loss = F.binary_cross_entropy_with_logits(d(student, xs, rows), targets)
+            loss = F.binary_cross_entropy_with_logits(d(student, rationales), targets)
             scaler.scale(loss).backward()
             optimizer_step(optimizer, scaler, lr)
             total += loss.detach()
-        progress.update(step + 1)
-    progress.close()
     student.model.zero_grad()             # shared: the pretraining of the head moves nothing else
     if world() > 1:                       # on CUDA the last digits of the ranks' same steps may have parted
         for p in d.parameters():
@@ -983,11 +998,12 @@ def train_discriminator(d: Discriminator, optimizer: torch.optim.Optimizer, stud
 
 def discriminator_accuracy(d: Discriminator, student: Student, data: Data, config: Config) -> dict[str, float]:
     """On the validation questions' teacher samples: which part is recognised of S_pos, of S_neg, of corrupted positives (NaN: none there)."""
-    good, bad = ([(data.questions[q], row) for q in range(len(data)) for row in data.of(q, positive)][:1000] for positive in (True, False))
-    rng, texts = np.random.default_rng(0), student.read(row for _, row in good)
+    everything = candidates(data, range(len(data)), {})
+    good, bad = ([c for c in everything if c.positive == positive][:1000] for positive in (True, False))
+    rng, texts = np.random.default_rng(0), student.read(c.r for c in good)
     words = " ".join(texts).split()
-    fake = [(x, student.tokenizer.encode(corrupt(text, words, config.corrupt, rng), config.rationale_tokens)) for (x, _), text in zip(good, texts)]
-    seen = [d.quality(student, *zip(*pairs)).cpu() > 0.5 if pairs else torch.zeros(0) for pairs in (good, bad, fake)]
+    fake = [Rationale(c.x, student.tokenizer.encode(corrupt(text, words, config.corrupt, rng), config.rationale_tokens)) for c, text in zip(good, texts)]
+    seen = [d.quality(student, some).cpu() > 0.5 if some else torch.zeros(0) for some in (good, bad, fake)]
     parts = [s.float().mean().item() for s in seen]
     return dict(positives=parts[0], negatives=1 - parts[1], corrupted=1 - parts[2])
 
@@ -995,67 +1011,43 @@ def discriminator_accuracy(d: Discriminator, student: Student, data: Data, confi
 # ------------------------------------------------------------------------------------------------ 8. Loss
 
 
-class Candidates(NamedTuple):
-    """S_pos and S_neg of a batch of questions, a row a rationale."""
-    rows: list                    # of token ids
-    owner: list[int]              # which question of the batch
-    positive: list[bool]
-
-
 class Picks(NamedTuple):
     """The candidates that count in the loss."""
-    rows: list[int]               # which candidates
-    left_out: float               # share of the negatives that the eval pass finds beyond δ: their term is 0, they are not run again
+    rationales: list[Rationale]   # P of them
     share: Tensor                 # (P,) part of its question's term: 1, or 1/n under a mean
     positive: Tensor              # (P,) bool
     scores: Tensor                # (P,) s(x, r)
+    left_out: float               # shares of the negatives that the eval pass finds beyond δ: their term is 0, they are not run again
 
 
-def candidates(data: Data, config: Config, batch: list[int], negatives: dict) -> Candidates:
-    out = Candidates([], [], [])
-    for i, q in enumerate(batch):
-        student_rows = negatives.get(q, [])
-        for positive, rows in ((True, data.of(q, True)), (False, data.of(q, False) + student_rows if config.negatives else [])):
-            for row in rows:
-                out.rows.append(row), out.owner.append(i), out.positive.append(positive)
-    return out
-
-
-def needs_losses(c: Candidates, config: Config) -> list[int]:
+def need_losses(some: list[Rationale], config: Config) -> list[Rationale]:
     """The candidates whose ℓ decides something: among several positives, and of every negative, whether it is beyond δ."""
-    positives = collections.Counter(owner for owner, positive in zip(c.owner, c.positive) if positive)
-    return [r for r, (owner, positive) in enumerate(zip(c.owner, c.positive))
-            if not positive or (positives[owner] > 1 and config.positive != "mean")]
+    positives = collections.Counter(c.place for c in some if c.positive)
+    return [c for c in some if not c.positive or (positives[c.place] > 1 and config.positive != "mean")]
 
 
-def pick(losses: list[float], c: Candidates, config: Config) -> tuple[list[int], list[float], float]:
-    """Which rationales count: -> (candidates, the share of each in its question's term, shares of the negatives left out).
+def pick(some: list[Rationale], config: Config, student: Student, d: Discriminator | None) -> Picks:
+    """Which candidates count, by their `loss` (eval mode, no gradient [ours]; only that of `need_losses` is read), and their quality.
 
     ℓ_pos = min over S_pos of ℓ, ℓ_neg = max over S_neg of min(ℓ - δ, 0) [review]: r⁺ the argmin, r⁻ the argmax of the unclamped ℓ, the
     first on a tie [ours]. A mean counts every candidate with share 1/n. A picked negative whose ℓ here is already δ adds 0: left out.
-    losses (R,): eval mode, no gradient [ours]; only those that `needs_losses` names are read."""
-    sets: dict[tuple[int, bool], list[int]] = {}
-    for r, key in enumerate(zip(c.owner, c.positive)):
-        sets.setdefault(key, []).append(r)
-    rows, shares, left_out = [], [], 0.0
+    Without a discriminator both weights are 1: s = 1 for positives, 0 for negatives."""
+    sets: dict[tuple[int, bool], list[Rationale]] = {}
+    for c in some:
+        sets.setdefault((c.place, c.positive), []).append(c)
+    picked, shares, left_out = [], [], 0.0
     for (_, positive), members in sets.items():
         how = config.positive if positive else config.negative
         if how != "mean" and len(members) > 1:
-            members = [(min if how == "min" else max)(members, key=losses.__getitem__)]
-        for r in members:
-            if not positive and losses[r] >= config.delta:
+            members = [(min if how == "min" else max)(members, key=lambda c: c.loss)]
+        for c in members:
+            if not positive and c.loss >= config.delta:
                 left_out += 1 / len(members)
             else:
-                rows.append(r), shares.append(1 / len(members))
-    return rows, shares, left_out
-
-
-def choose(student: Student, d: Discriminator | None, data: Data, batch: list[int], c: Candidates, losses: list[float], config: Config) -> Picks:
-    """`pick`, and the quality of what was picked. Without a discriminator both weights are 1: s = 1 for positives, 0 for negatives."""
-    rows, share, left_out = pick(losses, c, config)
-    positive = torch.tensor([c.positive[r] for r in rows], dtype=torch.bool, device=student.device)
-    scores = d.quality(student, [data.questions[batch[c.owner[r]]] for r in rows], [c.rows[r] for r in rows]) if d else positive.float()
-    return Picks(rows, left_out, torch.tensor(share, device=student.device), positive, scores)
+                picked.append(c), shares.append(1 / len(members))
+    is_positive = torch.tensor([c.positive for c in picked], dtype=torch.bool, device=student.device)
+    scores = d.quality(student, picked) if d else is_positive.float()
+    return Picks(picked, torch.tensor(shares, device=student.device), is_positive, scores, left_out)
 
 
 def contrastive_terms(losses: Tensor, scores: Tensor, share: Tensor, positive: Tensor, beta: float, delta: float) -> Tensor:
@@ -1079,55 +1071,54 @@ def alphas_of(config: Config, iteration: int) -> tuple[float, float, float]:
 
 
 @torch.no_grad()
-def candidate_losses(student: Student, data: Data, batch: list[int], c: Candidates, needed: list[int]) -> Tensor:
-    """ℓ(x, r) of the needed candidates in eval mode without gradient: (len(needed),); one encoding serves all rationales of a question."""
-    losses = torch.zeros(len(needed), device=student.device)
-    training, asked = student.model.training, sorted({c.owner[r] for r in needed})
+def candidate_losses(student: Student, some: list[Rationale]) -> Tensor:
+    """ℓ(x, r) in eval mode without gradient: (len(some),); one encoding serves all rationales of a question."""
+    losses, xs = torch.zeros(len(some), device=student.device), {c.place: c.x for c in some}
     student.model.eval()
-    for start in range(0, len(asked), 64):
-        part = asked[start:start + 64]
-        mine = [k for k, r in enumerate(needed) if c.owner[r] in part]
+    for start in range(0, len(xs), 64):
+        part = list(xs)[start:start + 64]
+        mine = [k for k, c in enumerate(some) if c.place in part]
         with student.amp():
-            memory, mask = student.encode(student.inputs(student.explain_prefix, [data.questions[batch[i]] for i in part]))
-            for group in by_length([c.rows[needed[k]] for k in mine], 4 * student.tokens):
+            memory, mask = student.encode(student.inputs(student.explain_prefix, [xs[place] for place in part]))
+            for group in by_length([some[k].r for k in mine], 4 * student.tokens):
                 at = [mine[i] for i in group]
-                y, y_mask = collate([c.rows[needed[k]] for k in at], student.device)
-                rows = torch.tensor([part.index(c.owner[needed[k]]) for k in at])
+                y, y_mask = collate([some[k].r for k in at], student.device)
+                rows = torch.tensor([part.index(some[k].place) for k in at])
                 losses[torch.tensor(at, device=student.device)] = student.model.loss(None, mask, y, y_mask, memory, rows)
-    student.model.train(training)
     return losses
 
 
-def backward(student: Student, data: Data, config: Config, batch: list[int], c: Candidates, picks: Picks, alphas: tuple, questions: int,
+def backward(student: Student, data: Data, config: Config, batch: list[int], picks: Picks, alphas: tuple, questions: int,
              scale: Callable = lambda loss: loss) -> tuple[Tensor, Tensor]:
     """Add the gradient of the batch's part of α1 · L_predict + α2 · L_cl, every term a sum over questions divided by `questions`, those
     of the global batch. -> ℓ of the labels (B,) and of the picks (P,), float32, detached.
 
     One encoding of `predict: x` and of `explain: x` serves all targets; targets run in groups of like length whose gradients meet in one
     detached memory, so that the encoder runs backward once and the logits of a whole batch never exist."""
-    device, n = student.device, len(batch)
+    device, n, picked = student.device, len(batch), picks.rationales
     size = config.micro_batch or (max(1, n) if device.type == "cuda" else 16)
-    label_losses, pick_losses = torch.zeros(n, device=device), torch.zeros(len(picks.rows), device=device)
+    losses = torch.zeros(n + len(picked), device=device)               # the labels', then the picks'
     for part in (range(start, min(n, start + size)) for start in range(0, n, size)):
-        mine = [k for k, r in enumerate(picks.rows) if c.owner[r] in part]
+        mine = [k for k, c in enumerate(picked) if c.place in part]
         xs = [data.questions[batch[i]] for i in part]
-        targets = [data.labels[batch[i]] for i in part] + [c.rows[picks.rows[k]] for k in mine]
-        memory_row = torch.tensor([*range(len(part)), *(len(part) + c.owner[picks.rows[k]] - part.start for k in mine)])
+        targets = [data.labels[batch[i]] for i in part] + [picked[k].r for k in mine]
+        place = torch.tensor([*part, *(n + k for k in mine)])          # of each target in `losses`
+        memory_row = torch.tensor([*range(len(part)), *(len(part) + picked[k].place - part.start for k in mine)])
         with student.amp():
             memory, mask = student.encode(student.inputs(student.predict_prefix, xs) + student.inputs(student.explain_prefix, xs if mine else []))
             leaf = memory.detach().requires_grad_()
             for group in by_length(targets, student.tokens):
-                labels, others = [i for i in group if i < len(part)], [i for i in group if i >= len(part)]
-                y, y_mask = collate([targets[i] for i in labels + others], device)
-                loss = student.model.loss(None, mask, y, y_mask, leaf, memory_row[labels + others])
-                at = torch.tensor([part[i] for i in labels], dtype=torch.long, device=device)
-                to = torch.tensor([mine[i - len(part)] for i in others], dtype=torch.long, device=device)
-                predict, rationale = loss[:len(labels)], loss[len(labels):]
-                terms = contrastive_terms(rationale, picks.scores[to], picks.share[to], picks.positive[to], config.beta, config.delta)
-                scale(total_loss(predict.sum(), terms.sum(), 0.0, alphas) / questions).backward()
-                label_losses[at], pick_losses[to] = predict.detach(), rationale.detach()
+                labels = sum(i < len(part) for i in group)
+                group.sort(key=lambda i: i >= len(part))               # labels first
+                y, y_mask = collate([targets[i] for i in group], device)
+                loss = student.model.loss(None, mask, y, y_mask, leaf, memory_row[group])
+                at = place[group].to(device)
+                to = at[labels:] - n
+                terms = contrastive_terms(loss[labels:], picks.scores[to], picks.share[to], picks.positive[to], config.beta, config.delta)
+                scale(total_loss(loss[:labels].sum(), terms.sum(), 0.0, alphas) / questions).backward()
+                losses[at] = loss.detach()
             memory.backward(leaf.grad)
-    return label_losses, pick_losses
+    return losses[:n], losses[n:]
 
 
 STATS = ["L_predict", "l_pos", "l_neg", "L_cl", "s_pos", "w_neg", "L_D", "zero_neg", "with_pos", "with_neg", "stop"]
@@ -1237,25 +1228,23 @@ class Trainer:
         with the losses that the picks are made from: one transfer a step. Errors: Stopped, before anything has changed."""
         config, student, train = self.config, self.student, self.train
         mine = batch[rank()::world()]
-        c = candidates(train, config, mine, negatives) if alphas[1] else Candidates([], [], [])
-        needed = needs_losses(c, config)
-        known = candidate_losses(student, train, mine, c, needed)
-        host = torch.cat([known, pending]).tolist()
+        some = candidates(train, mine, negatives, config.negatives) if alphas[1] else []
+        needed = need_losses(some, config)
+        host = torch.cat([candidate_losses(student, needed), pending]).tolist()
         self.account(host[len(needed):], number - 1)
-        losses = [math.nan] * len(c.rows)
-        for r, loss in zip(needed, host):
-            losses[r] = loss
-        picks = choose(student, self.d, train, mine, c, losses, config)
-        self.state.tokens += sum(len(c.rows[r]) for r in needed + picks.rows) + sum(len(train.labels[q]) for q in mine)
+        for c, loss in zip(needed, host):
+            c.loss = loss
+        picks = pick(some, config, student, self.d)
+        self.state.tokens += sum(len(c.r) for c in needed + picks.rationales) + sum(len(train.labels[q]) for q in mine)
         self.optimizer.zero_grad()
         student.model.train()
-        labels, rationales = backward(student, train, config, mine, c, picks, alphas, len(batch), self.scaler.scale)
+        labels, rationales = backward(student, train, config, mine, picks, alphas, len(batch), self.scaler.scale)
         l_d = torch.zeros((), device=student.device)
         if self.d and not self.d.encoder:                            # shared: L_D joins the step
             rng = np.random.default_rng(derive_seed(config.seed, "L_D", number, rank()))
-            xs, rows, targets = discriminator_batch(train, student, config, rng, mine, negatives, 2 * len(mine))
-            if rows:
-                l_d = F.binary_cross_entropy_with_logits(self.d.train()(student, xs, rows), targets)
+            some, targets = discriminator_batch(train, student, config, rng, mine, negatives, 2 * len(mine))
+            if some:
+                l_d = F.binary_cross_entropy_with_logits(self.d.train()(student, some), targets)
                 self.scaler.scale(total_loss(0.0, 0.0, l_d, alphas) * len(mine) / len(batch)).backward()
         stats = step_stats(labels, rationales, picks, l_d.detach(), config)
         if world() > 1:                                              # one all-reduce after the local backward passes
@@ -1355,13 +1344,14 @@ class Trainer:
         m = dict(iteration=t, loss=total_loss(*terms.values(), alphas), **terms, alphas=alphas)
         m |= {name: s[name] / max(1, s[of]) for name, of in (("l_pos", "with_pos"), ("l_neg", "with_neg"), ("s_pos", "with_pos"), ("zero_neg", "with_neg"))}
         m |= dict(w_neg=s["w_neg"] / max(1, s["with_neg"] - s["zero_neg"]), tokens=self.state.tokens, negatives=counts, scores={})
-        sets = dict(positives=[(q, row) for q in some for row in self.train.of(q, True)], teacher=[(q, row) for q in some for row in self.train.of(q, False)],
-                    student=[(q, row) for q in some for row in negatives.get(q, [])])
-        m["a_question"] = {name: len(pairs) / len(some) for name, pairs in sets.items()}
+        sets: dict[str, list] = dict(positives=[], teacher=[], student=[])
+        for c in candidates(self.train, some, negatives):
+            sets["positives" if c.positive else "student" if c.student else "teacher"].append(c)
+        m["a_question"] = {name: len(members) / len(some) for name, members in sets.items()}
         if self.d:
             m["discriminator"] = discriminator_accuracy(self.d, self.student, self.valid, self.config)
-            for name, pairs in ((name, pairs[:256]) for name, pairs in sets.items() if pairs):
-                x = self.d.quality(self.student, [self.train.questions[q] for q, _ in pairs], [row for _, row in pairs]).cpu()
+            for name in filter(sets.get, sets):
+                x = self.d.quality(self.student, sets[name][:256]).cpu()
                 m["scores"][name] = dict(mean=x.mean().item(), histogram=torch.histc(x, 10, 0, 1).tolist())
         if self.scaler.is_enabled():
             m["fp16_skipped"] = self.per_iteration * t - int(max((v["step"] for v in self.optimizer.state.values()), default=0))
@@ -1581,7 +1571,7 @@ def explain(student: Student, d: Discriminator | None, data: Data) -> tuple[list
     """The student's greedy rationale for each question, and its quality s(x, r) (NaN without a discriminator)."""
     questions = list(data.questions)
     rows = student.write(student.explain_prefix, questions, student.config.rationale_tokens, 0.0, (), "  rationales")
-    return student.read(rows), d.quality(student, questions, rows).tolist() if d else [math.nan] * len(rows)
+    return student.read(rows), d.quality(student, list(map(Rationale, questions, rows))).tolist() if d else [math.nan] * len(rows)
 
 
 def audit(run: Path, count: int, as_json: bool, **changes: Any) -> None:
@@ -1596,30 +1586,30 @@ def audit(run: Path, count: int, as_json: bool, **changes: Any) -> None:
     negatives, counts = trainer.negatives_for(t, order)
     student.model.eval()
     for q in order:
-        c = candidates(data, config, [q], negatives) if alphas[1] else Candidates([], [], [])
-        losses = candidate_losses(student, data, [q], c, list(range(len(c.rows)))).tolist()
-        picks = choose(student, d, data, [q], c, losses, config)
-        scores = d.quality(student, [data.questions[q]] * len(c.rows), c.rows).tolist() if d else [float(p) for p in c.positive]
-        labels, rationales = backward(student, data, config, [q], c, picks, alphas, 1)
+        some = candidates(data, [q], negatives, config.negatives) if alphas[1] else []
+        for c, loss in zip(some, candidate_losses(student, some).tolist()):
+            c.loss = loss
+        picks = pick(some, config, student, d)
+        scores = d.quality(student, some).tolist() if d else [float(c.positive) for c in some]
+        weights = [s if c.positive else 1 - s for c, s in zip(some, scores)]
+        labels, rationales = backward(student, data, config, [q], picks, alphas, 1)
         predict = labels[0].item()
         cl = contrastive_terms(rationales, picks.scores, picks.share, picks.positive, config.beta, config.delta).sum().item()
-        l_d = 0.0
-        if d and len(set(c.positive)) == 2:                          # on the question's own rationales, each class with half the weight
-            sides = [[s for s, p in zip(scores, c.positive) if p], [1 - s for s, p in zip(scores, c.positive) if not p]]
-            l_d = sum(-math.log(max(s, 1e-12)) / len(side) / 2 for side in sides for s in side)
-        for r, loss in zip(picks.rows, rationales.tolist()):
-            losses[r] = loss                                         # to the last digit what the sum is made of
+        sizes, l_d = collections.Counter(c.positive for c in some), 0.0
+        if d and len(sizes) == 2:                                    # on the question's own rationales, each class with half the weight
+            l_d = sum(-math.log(max(w, 1e-12)) / sizes[c.positive] / 2 for c, w in zip(some, weights))
+        for c, loss in zip(picks.rationales, rationales.tolist()):
+            c.loss = loss                                            # to the last digit what the sum is made of
         read = read_slots(task, task.train.inputs[q], slots[q]) if slots else []
         keys = [answer_key(answer, task.kind) for _, answer in read]
         best, pos, _ = majority(keys)
-        share = dict(zip(picks.rows, picks.share.tolist()))
+        share = dict(zip(picks.rationales, picks.share.tolist()))
         out.append(dict(
             question=task.train.inputs[q], label=task.train.labels[q], iteration=t, majority=best,
             teacher=[dict(slot=k, answer=answer, value=key, vote="none" if key is None else "positive" if k in pos else "negative", rationale=rationale)
                      for k, ((rationale, answer), key) in enumerate(zip(read, keys))],
-            candidates=[dict(set="positive" if p else "negative", source="student" if row in negatives.get(q, []) else "teacher", loss=loss, score=s,
-                             weight=s if p else 1 - s, picked=r in share, share=share.get(r, 0.0), rationale=student.read([row])[0])
-                        for r, (row, p, loss, s) in enumerate(zip(c.rows, c.positive, losses, scores))],
+            candidates=[dict(set="positive" if c.positive else "negative", source="student" if c.student else "teacher", loss=c.loss, score=s, weight=w,
+                             picked=c in share, share=share.get(c, 0.0), rationale=student.read([c.r])[0]) for c, s, w in zip(some, scores, weights)],
             negatives_from=counts["source"], positive=config.positive, negative=config.negative, delta=config.delta, beta=config.beta,
             alphas=alphas, L_predict=predict, L_cl=cl, L_D=l_d, total=total_loss(predict, cl, l_d, alphas)))
     if as_json:

@@ -1163,7 +1163,9 @@ class Trainer:
 
     def __init__(self, config: Config, student: Student, folder: Path, task: Task, train: Data, valid: Data):
         self.config, self.student, self.folder, self.task, self.train, self.valid = config, student, folder, task, train, valid
-        self.state, self.fixed, self.d, self.resumed_rng = State(), None, None, None
+        self.state, self.d, self.resumed_rng = State(), None, None
+        self.samples = config.method == "qcrd" and config.negatives                     # negatives of a student join the teacher's
+        self.from_past = self.samples and config.negative_source == "snapshot"
         self.per_iteration = config.iteration_steps or math.ceil(len(train) / config.batch)
         if config.method == "qcrd" and config.discriminator != "none":
             self.d = Discriminator(student, config)
@@ -1172,6 +1174,7 @@ class Trainer:
         self.params = [*student.model.parameters(), *shared]
         self.optimizer = torch.optim.AdamW(self.params, lr=config.lr, weight_decay=0.0, fused=True)
         self.scaler = torch.amp.GradScaler(student.device.type, enabled=student.dtype == torch.float16)
+        self.fixed = T5.load(config.negative_model) if self.samples and not self.from_past else None
 
     def parts(self) -> dict[str, Any]:
         """What has a state of its own, by its name in checkpoint.pt."""
@@ -1200,18 +1203,17 @@ class Trainer:
 
     def negatives_for(self, iteration: int, questions: list[int]) -> tuple[dict, dict]:
         """Iteration t samples from snapshot t - lag [abstract]; none while t - lag < 1: the untrained student never counts [ours]."""
-        config, fixed = self.config, self.config.negative_source == "fixed"
-        if config.method != "qcrd" or not config.negatives or (not fixed and iteration - config.lag < 1):
+        number = iteration - self.config.lag
+        if not self.samples or (self.from_past and number < 1):
             return {}, dict(source="", sampled=0, dropped=0, tokens=0, seconds=0.0)
-        past = self.fixed
-        if not past:                              # a snapshot is in memory for the sampling only
-            model = T5.load(config.negative_model) if fixed else T5(self.student.model.config)
-            if not fixed:
-                model.load_state_dict(read_pt(self.folder / "snapshots" / f"{iteration - config.lag}.pt", "cpu"))
-            past = Student(model, self.student.vocab, config, self.student.device)
-            self.fixed = past if fixed else None
-        negatives, counts = sample_negatives(past, self.train, config, iteration, questions)
-        return negatives, counts | dict(source="fixed student" if fixed else f"snapshot {iteration - config.lag}")
+        if self.from_past:                        # a snapshot is in memory for the sampling only
+            model = T5(self.student.model.config)
+            model.load_state_dict(read_pt(self.folder / "snapshots" / f"{number}.pt", "cpu"))
+        else:
+            model = self.fixed
+        past = Student(model, self.student.vocab, self.config, self.student.device)
+        negatives, counts = sample_negatives(past, self.train, self.config, iteration, questions)
+        return negatives, counts | dict(source=f"snapshot {number}" if self.from_past else "fixed student")
 
     def update_discriminator(self, iteration: int, questions: list[int], negatives: dict, steps: int, alpha_d: float) -> float | None:
         """Pretraining (iteration 0) [review] and online update [abstract] -> mean L_D, None where none is due. With an encoder of its own a
@@ -1269,67 +1271,74 @@ class Trainer:
                 raise Stopped
 
     def run(self) -> None:
-        """All iterations: negatives, discriminator, optimizer steps, validation, snapshot, checkpoint. Errors: Stopped."""
-        config, state = self.config, self.state
-        if config.method == "qcrd" and config.negatives and config.negative_source == "snapshot" and config.iterations <= config.lag:
+        """Pretraining of the discriminator, then all iterations that are left. Errors: Stopped."""
+        config = self.config
+        if self.from_past and config.iterations <= config.lag:
             say(f"note: {config.iterations} iterations are too few for negatives of the student's own past, which begin with iteration {config.lag + 1}; "
                 "--iteration-steps makes shorter ones")
         if self.d and not self.resumed_rng:
-            l_d = state.l_d = self.update_discriminator(0, list(range(len(self.train))), {}, config.discriminator_pretrain, 0.5)
+            l_d = self.state.l_d = self.update_discriminator(0, list(range(len(self.train))), {}, config.discriminator_pretrain, 0.5)
             a = discriminator_accuracy(self.d, self.student, self.valid, config)
             seen = ", ".join(f"{part:.0%} of the {name}" for name, part in a.items() if part == part)
             say(f"discriminator: L_D {l_d:.3f} over {config.discriminator_pretrain} pretraining steps; of validation rationales it recognises {seen}")
-        while state.iteration < config.iterations:
-            t, times = state.iteration + 1, [time.perf_counter()]
-            alphas, order = alphas_of(config, t), visits(config, len(self.train), t)
-            negatives, counts = self.negatives_for(t, order)
-            times.append(time.perf_counter())
-            if state.step:                                           # resumed in mid-iteration
-                torch.set_rng_state(self.resumed_rng[0].cpu())
-                if self.resumed_rng[1] is not None:
-                    torch.cuda.set_rng_state(self.resumed_rng[1].cpu(), self.student.device)
-            else:
-                state.sums, state.tokens = [0.0] * len(STATS), 0
-                l_d = self.update_discriminator(t, order, negatives, config.discriminator_steps, alphas[2])
-                state.l_d = state.l_d if l_d is None else l_d
-                torch.manual_seed(derive_seed(config.seed, "dropout", t, rank()))
-            times.append(time.perf_counter())
-            first, stopping, pending = state.step, False, torch.zeros(0, device=self.student.device)
-            progress = Progress(f"  iteration {t}/{config.iterations}", self.per_iteration)
-            try:
-                for k in range(first, self.per_iteration):
-                    pending = self.step(order[k * config.batch:(k + 1) * config.batch], negatives, alphas, (t - 1) * self.per_iteration + k, pending)
-                    state.step = k + 1
-                    progress.update(k + 1)
-                    if t == 1 and k == 2:
-                        self.foretell((time.perf_counter() - times[-1]) / (k + 1 - first))
-                self.account(pending.tolist(), t * self.per_iteration - 1)
-            except Stopped:                                          # on every rank: it came with the sums of all
-                stopping = True
-                if state.step < self.per_iteration:
-                    self.save()
-                    raise
-            finally:
-                progress.close()
-            times.append(time.perf_counter())
-            accuracy, _ = evaluate(self.student, self.valid, self.task.valid.labels, self.task.kind, "  validation")
-            m = self.metrics(t, order, negatives, counts, alphas) | dict(valid_accuracy=accuracy)
-            state.iteration, state.step = t, 0
-            if accuracy > state.best:
-                state.best, state.best_iteration = accuracy, t
-                save_student(self.student, self.d, self.folder / "student")
-            if config.method == "qcrd" and config.negatives and config.negative_source == "snapshot":
-                write_pt(self.folder / "snapshots" / f"{t}.pt", self.student.model.state_dict())
-            times.append(time.perf_counter())
-            m["seconds"] = dict(zip(("negatives", "discriminator", "steps", "rest"), np.diff(times).tolist())) | dict(all=times[-1] - times[0])
-            self.report(m)
-            self.save()                                              # after the line: a killed run may have one too many, never one too few
-            for path in (self.folder / "snapshots").glob("*.pt") if not rank() else ():
-                if int(path.stem) <= t - config.lag:                 # no later iteration needs it
-                    path.unlink()
-            gather([])                                               # the next iteration may read what rank 0 has written
-            if stopping:
-                raise Stopped
+        while self.state.iteration < config.iterations:
+            self.iterate(self.state.iteration + 1)
+
+    def iterate(self, t: int) -> None:
+        """One iteration: negatives, discriminator, optimizer steps, validation, snapshot, checkpoint. Errors: Stopped."""
+        config, state, times = self.config, self.state, [time.perf_counter()]
+        alphas, order = alphas_of(config, t), visits(config, len(self.train), t)
+        negatives, counts = self.negatives_for(t, order)
+        times.append(time.perf_counter())
+        if state.step:                                               # resumed in mid-iteration
+            torch.set_rng_state(self.resumed_rng[0].cpu())
+            if self.resumed_rng[1] is not None:
+                torch.cuda.set_rng_state(self.resumed_rng[1].cpu(), self.student.device)
+        else:
+            state.sums, state.tokens = [0.0] * len(STATS), 0
+            l_d = self.update_discriminator(t, order, negatives, config.discriminator_steps, alphas[2])
+            state.l_d = state.l_d if l_d is None else l_d
+            torch.manual_seed(derive_seed(config.seed, "dropout", t, rank()))
+        times.append(time.perf_counter())
+        stopping = self.train_on(order, negatives, alphas, t)
+        times.append(time.perf_counter())
+        accuracy, _ = evaluate(self.student, self.valid, self.task.valid, self.task.kind, "  validation")
+        m = {} if rank() else self.metrics(t, order, negatives, counts, alphas) | dict(valid_accuracy=accuracy)
+        state.iteration, state.step = t, 0
+        if accuracy > state.best:
+            state.best, state.best_iteration = accuracy, t
+            save_student(self.student, self.d, self.folder / "student")
+        if self.from_past:
+            write_pt(self.folder / "snapshots" / f"{t}.pt", self.student.model.state_dict())
+        times.append(time.perf_counter())
+        if not rank():
+            seconds = dict(zip(("negatives", "discriminator", "steps", "rest"), np.diff(times).tolist()))
+            self.report(m | dict(seconds=seconds | dict(all=times[-1] - times[0])))
+        self.save()                                                  # after the line: a killed run may have one too many, never one too few
+        for path in (self.folder / "snapshots").glob("*.pt") if not rank() else ():
+            if int(path.stem) <= t - config.lag:                     # no later iteration needs it
+                path.unlink()
+        gather([])                                                   # the next iteration may read what rank 0 has written
+        if stopping:
+            raise Stopped
+
+    def train_on(self, order: list[int], negatives: dict, alphas: tuple, t: int) -> bool:
+        """The optimizer steps of an iteration that are left -> was the last one asked to stop? Errors: Stopped, saved, before that."""
+        state, first, start = self.state, self.state.step, time.perf_counter()
+        pending, size, before = torch.zeros(0, device=self.student.device), self.config.batch, (t - 1) * self.per_iteration
+        try:
+            for k in shown(f"  iteration {t}/{self.config.iterations}", range(first, self.per_iteration)):
+                pending = self.step(order[k * size:(k + 1) * size], negatives, alphas, before + k, pending)
+                state.step = k + 1
+                if t == 1 and k == 2:
+                    self.foretell((time.perf_counter() - start) / (k + 1 - first))
+            self.account(pending.tolist(), before + self.per_iteration - 1)
+        except Stopped:                                              # on every rank: it came with the sums of all
+            if state.step < self.per_iteration:
+                self.save()
+                raise
+            return True
+        return False
 
     def foretell(self, seconds: float) -> None:
         steps = self.config.iterations * self.per_iteration
@@ -1359,8 +1368,6 @@ class Trainer:
 
     def report(self, m: dict) -> None:
         """The iteration's line on the terminal and in metrics.jsonl."""
-        if rank():
-            return
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps(rounded(m)) + "\n")
         a, c, n = m["alphas"], m["negatives"], m["a_question"]
@@ -1369,7 +1376,7 @@ class Trainer:
             line += f" + {a[1]:g}·contrastive {m['L_cl']:.3f} (pos {m['l_pos']:.2f}, neg {m['l_neg']:.2f}, {m['zero_neg']:.0%} beyond δ)"
         if self.d:
             line += f" + {a[2]:.3f}·discriminator {m['L_D']:.3f} (s⁺ {m['s_pos']:.2f}, 1-s⁻ {m['w_neg']:.2f})"
-        if self.config.method == "qcrd" and self.config.negatives:
+        if self.samples:
             line += f"  negatives a question: teacher {n['teacher']:.2f}, " + (
                 f"{c['source']} {n['student']:.2f} ({c['tokens']} tokens in {c['seconds']:.1f} s)" if c["source"] else "student none yet")
         say(f"{line}  valid {m['valid_accuracy']:.1%}{' (best)' * (self.state.best_iteration == m['iteration'])}  {m['seconds']['all']:.1f} s")
@@ -1401,10 +1408,19 @@ def read_pt(path: Path, device: torch.device | str) -> dict:
         raise InputError(f"{path}: cannot be read ({type(e).__name__}: broken or cut off); start a new run") from None
 
 
-def write_json(path: Path, values: Any) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Rank 0 writes, whole or not at all."""
     if not rank():
         with atomic(path) as temporary:
-            temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False), "utf-8")
+            temporary.write_text(text, "utf-8")
+
+
+def write_json(path: Path, values: Any) -> None:
+    write_text(path, json.dumps(values, indent=1, ensure_ascii=False))
+
+
+def json_line(values: dict) -> str:
+    return json.dumps(rounded(values), ensure_ascii=False)
 
 
 def save_student(student: Student, d: Discriminator | None, folder: Path) -> None:
@@ -1414,10 +1430,11 @@ def save_student(student: Student, d: Discriminator | None, folder: Path) -> Non
             write_pt(folder / "discriminator.pt", d.state_dict())
 
 
-def evaluate(student: Student, data: Data, labels: list[str], kind: str, title: str) -> tuple[float, list[str]]:
-    """Greedy labels for all questions -> (accuracy, the labels)."""
+def evaluate(student: Student, data: Data, split: Split, kind: str, title: str) -> tuple[float, list[dict]]:
+    """Greedy labels for all questions -> (accuracy, a row a question: input, gold, answer, right)."""
     answers = student.read(student.write(student.predict_prefix, list(data.questions), student.answer_tokens, 0.0, (), title))
-    return sum(is_right(a, label, kind) for a, label in zip(answers, labels)) / len(labels), answers
+    rows = [dict(input=x, gold=gold, answer=a, right=is_right(a, gold, kind)) for x, gold, a in zip(*split, answers)]
+    return sum(row["right"] for row in rows) / len(rows), rows
 
 
 def interval(accuracy: float, n: int) -> str:
@@ -1527,22 +1544,22 @@ def train(config: Config, folder: Path | None = None) -> Path:
         trainer.load()
         with contextlib.suppress(FileNotFoundError):                 # iterations after the checkpoint will be done again: their lines go
             lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()[:trainer.state.iteration]
-    if not rank():
-        with atomic(folder / "metrics.jsonl") as path:
-            path.write_text("".join(line + "\n" for line in lines), "utf-8")
+    write_text(folder / "metrics.jsonl", "".join(line + "\n" for line in lines))
     write_json(folder / "config.json", dict(config=dataclasses.asdict(config), kind=task.kind, answer_tokens=student.answer_tokens))
     say(f"student: {config.model}, {sum(p.numel() for p in student.model.parameters()) / 1e6:.1f}M parameters, {str(student.dtype)[6:]} on "
         f"{student.device}; {len(data)} questions, {config.iterations} iterations of {trainer.per_iteration} steps of {config.batch}"
         + (f", going on after iteration {trainer.state.iteration}" if resumed else "") + f"; run folder {folder}")
+    ends_at_once = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+
     def finish_the_step(number: int, _: object) -> None:
         STOP.set()
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(number, ends_at_once[number])
         print("\nfinishing the step, then writing; once more stops at once", file=sys.stderr)
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, finish_the_step)
+    for number in ends_at_once:
+        signal.signal(number, finish_the_step)
     trainer.run()
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, signal.default_int_handler if s == signal.SIGINT else signal.SIG_DFL)
+    for number, handler in ends_at_once.items():
+        signal.signal(number, handler)
     gather([])                                                       # rank 0 has written student/
     test(folder, trainer.state, task)
     return folder
@@ -1552,15 +1569,12 @@ def test(folder: Path, state: State, task: Task) -> None:
     """The best student on the test questions, once -> predictions.jsonl and result.json."""
     config, _, student, d = load_trained(folder)
     data = Data(student, task.test)
-    accuracy, answers = evaluate(student, data, task.test.labels, task.kind, "  test")
+    accuracy, rows = evaluate(student, data, task.test, task.kind, "  test")
     rationales, scores = explain(student, d, data) if config.method != "finetune" else ([""] * len(data), [math.nan] * len(data))
-    if not rank():
-        with atomic(folder / "predictions.jsonl") as path, open(path, "w", encoding="utf-8") as f:
-            for x, gold, a, r, s in zip(*task.test, answers, rationales, scores):
-                row = dict(input=x, gold=gold, answer=a, right=is_right(a, gold, task.kind), rationale=r, quality=s)
-                f.write(json.dumps(rounded(row), ensure_ascii=False) + "\n")
-    write_json(folder / "result.json", dict(test_accuracy=accuracy, questions=len(answers), valid_accuracy=state.best, best_iteration=state.best_iteration))
-    say(f"test accuracy {interval(accuracy, len(answers))}, student of iteration {state.best_iteration}, best on validation\nrun folder: {folder}\n"
+    write_text(folder / "predictions.jsonl", "".join(
+        json_line(row | dict(rationale=r, quality=s)) + "\n" for row, r, s in zip(rows, rationales, scores)))
+    write_json(folder / "result.json", dict(test_accuracy=accuracy, questions=len(rows), valid_accuracy=state.best, best_iteration=state.best_iteration))
+    say(f"test accuracy {interval(accuracy, len(rows))}, student of iteration {state.best_iteration}, best on validation\nrun folder: {folder}\n"
         f"  python qcrd.py --ask {folder} \"a question\"    python qcrd.py --audit {folder} 1    python qcrd.py --export {folder} out/")
 
 
@@ -1650,7 +1664,7 @@ def ask_student(run: Path, questions: list[str], as_json: bool, **changes: Any) 
     labels = student.read(student.write(student.predict_prefix, list(data.questions), student.answer_tokens, 0.0, (), "  labels"))
     for x, label, rationale, quality in zip(questions, labels, *explain(student, d, data)):
         v = value(label)
-        print(json.dumps(rounded(dict(input=x, label=label, rationale=rationale, quality=quality)), ensure_ascii=False) if as_json else
+        print(json_line(dict(input=x, label=label, rationale=rationale, quality=quality)) if as_json else
               f"label:     {label}{'' if v is None else f' = {v:g}'}\nrationale: {rationale}\nquality:   {quality:.3f}")
 
 
@@ -1658,10 +1672,9 @@ def evaluate_run(run: Path, file: str, **changes: Any) -> None:
     """Accuracy with its interval on a JSONL file, the task's test questions without one; predictions on stdout."""
     config, saved, student, _ = load_trained(run, **changes)
     split = read_split(Path(file), saved["kind"]) if file else load_task(config).test
-    accuracy, answers = evaluate(student, Data(student, split), split.labels, saved["kind"], "  evaluate")
-    for x, gold, a in zip(*split, answers):
-        print(json.dumps(dict(input=x, gold=gold, answer=a, right=is_right(a, gold, saved["kind"])), ensure_ascii=False))
-    print(f"accuracy {interval(accuracy, len(answers))}", file=sys.stderr)
+    accuracy, rows = evaluate(student, Data(student, split), split, saved["kind"], "  evaluate")
+    print(*map(json_line, rows), sep="\n")
+    print(f"accuracy {interval(accuracy, len(rows))}", file=sys.stderr)
 
 
 def export(run: Path, folder: Path) -> None:

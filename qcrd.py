@@ -1163,9 +1163,9 @@ class Trainer:
 
     def __init__(self, config: Config, student: Student, folder: Path, task: Task, train: Data, valid: Data):
         self.config, self.student, self.folder, self.task, self.train, self.valid = config, student, folder, task, train, valid
-        self.state, self.d, self.resumed_rng = State(), None, None
-        self.samples = config.method == "qcrd" and config.negatives                     # negatives of a student join the teacher's
-        self.from_past = self.samples and config.negative_source == "snapshot"
+        self.state, self.d = State(), None
+        self.student_negatives = config.method == "qcrd" and config.negatives      # negatives of a student join the teacher's
+        self.from_past = self.student_negatives and config.negative_source == "snapshot"
         self.per_iteration = config.iteration_steps or math.ceil(len(train) / config.batch)
         if config.method == "qcrd" and config.discriminator != "none":
             self.d = Discriminator(student, config)
@@ -1174,7 +1174,7 @@ class Trainer:
         self.params = [*student.model.parameters(), *shared]
         self.optimizer = torch.optim.AdamW(self.params, lr=config.lr, weight_decay=0.0, fused=True)
         self.scaler = torch.amp.GradScaler(student.device.type, enabled=student.dtype == torch.float16)
-        self.fixed = T5.load(config.negative_model) if self.samples and not self.from_past else None
+        self.fixed = T5.load(config.negative_model) if self.student_negatives and not self.from_past else None
 
     def parts(self) -> dict[str, Any]:
         """What has a state of its own, by its name in checkpoint.pt."""
@@ -1199,15 +1199,18 @@ class Trainer:
         for name, part in self.parts().items():
             if keep[name]:                        # the scaler's is empty but for fp16
                 part.load_state_dict(keep[name])
-        self.state, self.resumed_rng = State(**keep["state"]), keep["rng"][min(rank(), len(keep["rng"]) - 1)]
+        self.state, (cpu, cuda) = State(**keep["state"]), keep["rng"][min(rank(), len(keep["rng"]) - 1)]
+        torch.set_rng_state(cpu.cpu())                                     # for dropout; nothing draws from it before the next step
+        if cuda is not None and self.student.device.type == "cuda":
+            torch.cuda.set_rng_state(cuda.cpu(), self.student.device)
 
     def negatives_for(self, iteration: int, questions: list[int]) -> tuple[dict, dict]:
         """Iteration t samples from snapshot t - lag [abstract]; none while t - lag < 1: the untrained student never counts [ours]."""
         number = iteration - self.config.lag
-        if not self.samples or (self.from_past and number < 1):
+        if not self.student_negatives or (self.from_past and number < 1):
             return {}, dict(source="", sampled=0, dropped=0, tokens=0, seconds=0.0)
         if self.from_past:                        # a snapshot is in memory for the sampling only
-            model = T5(self.student.model.config)
+            model = copy.deepcopy(self.student.model)
             model.load_state_dict(read_pt(self.folder / "snapshots" / f"{number}.pt", "cpu"))
         else:
             model = self.fixed
@@ -1276,7 +1279,7 @@ class Trainer:
         if self.from_past and config.iterations <= config.lag:
             say(f"note: {config.iterations} iterations are too few for negatives of the student's own past, which begin with iteration {config.lag + 1}; "
                 "--iteration-steps makes shorter ones")
-        if self.d and not self.resumed_rng:
+        if self.d and not (self.state.iteration or self.state.step):
             l_d = self.state.l_d = self.update_discriminator(0, list(range(len(self.train))), {}, config.discriminator_pretrain, 0.5)
             a = discriminator_accuracy(self.d, self.student, self.valid, config)
             seen = ", ".join(f"{part:.0%} of the {name}" for name, part in a.items() if part == part)
@@ -1290,11 +1293,7 @@ class Trainer:
         alphas, order = alphas_of(config, t), visits(config, len(self.train), t)
         negatives, counts = self.negatives_for(t, order)
         times.append(time.perf_counter())
-        if state.step:                                               # resumed in mid-iteration
-            torch.set_rng_state(self.resumed_rng[0].cpu())
-            if self.resumed_rng[1] is not None:
-                torch.cuda.set_rng_state(self.resumed_rng[1].cpu(), self.student.device)
-        else:
+        if not state.step:                                           # else resumed in mid-iteration
             state.sums, state.tokens = [0.0] * len(STATS), 0
             l_d = self.update_discriminator(t, order, negatives, config.discriminator_steps, alphas[2])
             state.l_d = state.l_d if l_d is None else l_d
@@ -1303,17 +1302,17 @@ class Trainer:
         stopping = self.train_on(order, negatives, alphas, t)
         times.append(time.perf_counter())
         accuracy, _ = evaluate(self.student, self.valid, self.task.valid, self.task.kind, "  validation")
-        m = {} if rank() else self.metrics(t, order, negatives, counts, alphas) | dict(valid_accuracy=accuracy)
         state.iteration, state.step = t, 0
         if accuracy > state.best:
             state.best, state.best_iteration = accuracy, t
             save_student(self.student, self.d, self.folder / "student")
         if self.from_past:
             write_pt(self.folder / "snapshots" / f"{t}.pt", self.student.model.state_dict())
-        times.append(time.perf_counter())
         if not rank():
-            seconds = dict(zip(("negatives", "discriminator", "steps", "rest"), np.diff(times).tolist()))
-            self.report(m | dict(seconds=seconds | dict(all=times[-1] - times[0])))
+            m = self.metrics(t, order, negatives, counts, alphas) | dict(valid_accuracy=accuracy)
+            times.append(time.perf_counter())
+            stages = ("negatives", "discriminator", "steps", "rest", "all")
+            self.report(m | dict(seconds=dict(zip(stages, [*np.diff(times).tolist(), times[-1] - times[0]]))))
         self.save()                                                  # after the line: a killed run may have one too many, never one too few
         for path in (self.folder / "snapshots").glob("*.pt") if not rank() else ():
             if int(path.stem) <= t - config.lag:                     # no later iteration needs it
@@ -1376,7 +1375,7 @@ class Trainer:
             line += f" + {a[1]:g}·contrastive {m['L_cl']:.3f} (pos {m['l_pos']:.2f}, neg {m['l_neg']:.2f}, {m['zero_neg']:.0%} beyond δ)"
         if self.d:
             line += f" + {a[2]:.3f}·discriminator {m['L_D']:.3f} (s⁺ {m['s_pos']:.2f}, 1-s⁻ {m['w_neg']:.2f})"
-        if self.samples:
+        if self.student_negatives:
             line += f"  negatives a question: teacher {n['teacher']:.2f}, " + (
                 f"{c['source']} {n['student']:.2f} ({c['tokens']} tokens in {c['seconds']:.1f} s)" if c["source"] else "student none yet")
         say(f"{line}  valid {m['valid_accuracy']:.1%}{' (best)' * (self.state.best_iteration == m['iteration'])}  {m['seconds']['all']:.1f} s")
@@ -1493,7 +1492,6 @@ def prepare(config: Config, ask: bool = True) -> tuple[Student, Task, Data, Data
     ask False: the samples that are on disk and no others, for a run that has begun."""
     device, task, slots = pick_device(config), load_task(config), []
     config.model = config.model or ("demo" if config.task == "demo" else "t5-base" if device.type == "cuda" else "t5-small")
-    student = None
     if config.stage != "teacher":                                    # before anything is paid for: a missing folder says so at once
         folder = fetch_data.HERE / "weights" / "demo" if config.model == "demo" else config.model
         student = load_student(fetch_data.ensure(config.model) if config.model in ("t5-small", "t5-base") else folder, config, device)
@@ -1539,12 +1537,11 @@ def train(config: Config, folder: Path | None = None) -> Path:
     folder = Path(gather([str(folder)])[0])
     trainer = Trainer(config, student, folder, task, data, valid)
     config.iterations = config.iterations or math.ceil(config.steps / trainer.per_iteration)
-    lines = []
     if resumed and (folder / "checkpoint.pt").exists():
         trainer.load()
-        with contextlib.suppress(FileNotFoundError):                 # iterations after the checkpoint will be done again: their lines go
-            lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()[:trainer.state.iteration]
-    write_text(folder / "metrics.jsonl", "".join(line + "\n" for line in lines))
+    log = folder / "metrics.jsonl"                                   # iterations after the checkpoint will be done again: their lines go
+    lines = log.read_text("utf-8").splitlines() if log.exists() else []
+    write_text(log, "".join(line + "\n" for line in lines[:trainer.state.iteration]))
     write_json(folder / "config.json", dict(config=dataclasses.asdict(config), kind=task.kind, answer_tokens=student.answer_tokens))
     say(f"student: {config.model}, {sum(p.numel() for p in student.model.parameters()) / 1e6:.1f}M parameters, {str(student.dtype)[6:]} on "
         f"{student.device}; {len(data)} questions, {config.iterations} iterations of {trainer.per_iteration} steps of {config.batch}"
@@ -1607,7 +1604,6 @@ def audit(run: Path, count: int, as_json: bool, **changes: Any) -> None:
         scores = d.quality(student, some).tolist() if d else [float(c.positive) for c in some]
         weights = [s if c.positive else 1 - s for c, s in zip(some, scores)]
         labels, rationales = backward(student, data, config, [q], picks, alphas, 1)
-        predict = labels[0].item()
         cl = contrastive_terms(rationales, picks.scores, picks.share, picks.positive, config.beta, config.delta).sum().item()
         sizes, l_d = collections.Counter(c.positive for c in some), 0.0
         if d and len(sizes) == 2:                                    # on the question's own rationales, each class with half the weight
@@ -1616,16 +1612,16 @@ def audit(run: Path, count: int, as_json: bool, **changes: Any) -> None:
             c.loss = loss                                            # to the last digit what the sum is made of
         read = read_slots(task, task.train.inputs[q], slots[q]) if slots else []
         keys = [answer_key(answer, task.kind) for _, answer in read]
-        best, pos, _ = majority(keys)
+        best = majority(keys)[0]
         share = dict(zip(picks.rationales, picks.share.tolist()))
         out.append(dict(
             question=task.train.inputs[q], label=task.train.labels[q], iteration=t, majority=best,
-            teacher=[dict(slot=k, answer=answer, value=key, vote="none" if key is None else "positive" if k in pos else "negative", rationale=rationale)
+            teacher=[dict(slot=k, answer=answer, value=key, vote="none" if key is None else "positive" if key == best else "negative", rationale=rationale)
                      for k, ((rationale, answer), key) in enumerate(zip(read, keys))],
             candidates=[dict(set="positive" if c.positive else "negative", source="student" if c.student else "teacher", loss=c.loss, score=s, weight=w,
                              picked=c in share, share=share.get(c, 0.0), rationale=student.read([c.r])[0]) for c, s, w in zip(some, scores, weights)],
             negatives_from=counts["source"], positive=config.positive, negative=config.negative, delta=config.delta, beta=config.beta,
-            alphas=alphas, L_predict=predict, L_cl=cl, L_D=l_d, total=total_loss(predict, cl, l_d, alphas)))
+            alphas=alphas, L_predict=labels.item(), L_cl=cl, L_D=l_d, total=total_loss(labels.item(), cl, l_d, alphas)))
     if as_json:
         return print(json.dumps(out, ensure_ascii=False, indent=1))
     print(f"{run}: the weights after {t - 1} iterations and {trainer.state.step} steps in iteration {t}, with student negatives drawn afresh for these questions;\n"

@@ -1174,7 +1174,7 @@ class Trainer:
         self.params = [*student.model.parameters(), *shared]
         self.optimizer = torch.optim.AdamW(self.params, lr=config.lr, weight_decay=0.0, fused=True)
         self.scaler = torch.amp.GradScaler(student.device.type, enabled=student.dtype == torch.float16)
-        self.fixed = T5.load(config.negative_model) if self.student_negatives and not self.from_past else None
+        self.fixed = T5.load(config.negative_model) if self.student_negatives and not self.from_past else None     # --negative-source fixed
 
     def parts(self) -> dict[str, Any]:
         """What has a state of its own, by its name in checkpoint.pt."""
@@ -1209,11 +1209,9 @@ class Trainer:
         number = iteration - self.config.lag
         if not self.student_negatives or (self.from_past and number < 1):
             return {}, dict(source="", sampled=0, dropped=0, tokens=0, seconds=0.0)
-        if self.from_past:                        # a snapshot is in memory for the sampling only
-            model = copy.deepcopy(self.student.model)
+        model = self.fixed or copy.deepcopy(self.student.model)                    # a snapshot is in memory for the sampling only
+        if self.from_past:
             model.load_state_dict(read_pt(self.folder / "snapshots" / f"{number}.pt", "cpu"))
-        else:
-            model = self.fixed
         past = Student(model, self.student.vocab, self.config, self.student.device)
         negatives, counts = sample_negatives(past, self.train, self.config, iteration, questions)
         return negatives, counts | dict(source=f"snapshot {number}" if self.from_past else "fixed student")

@@ -34,7 +34,7 @@ import threading
 import time
 import urllib.parse
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from multiprocessing.pool import ThreadPool
@@ -685,6 +685,17 @@ def to_student(text: str) -> str:
 # ------------------------------------------------------------------------------------------------ 5. Batches
 
 
+def shown(what: str, items: Sequence) -> Iterator:
+    """The items, one after the other, while stderr says how many are done."""
+    progress = Progress(what, len(items))
+    try:
+        for done, item in enumerate(items, 1):
+            yield item
+            progress.update(done)
+    finally:
+        progress.close()
+
+
 class Ragged:
     """Rows of token ids in one flat array with offsets: half a million questions as Python lists would not fit."""
 
@@ -708,17 +719,15 @@ class Data:
     def __init__(self, student: Student, split: Split, voted: list[Voted] | None = None):
         self.questions, self.labels, self.rationales = Ragged(), Ragged(), Ragged()
         self.first, self.positive = array("q", [0]), array("b")         # first rationale of each question; in S_pos?
-        config, encode, progress = student.config, student.tokenizer.encode, Progress("  token ids", len(split.inputs))
-        for i, (question, label) in enumerate(zip(*split)):
-            self.questions.append(encode(to_student(question), config.input_tokens))
-            self.labels.append(encode(to_student(label), config.rationale_tokens))
+        config, encode = student.config, student.tokenizer.encode
+        for i in shown("  token ids", range(len(split.inputs))):
+            self.questions.append(encode(to_student(split.inputs[i]), config.input_tokens))
+            self.labels.append(encode(to_student(split.labels[i]), config.rationale_tokens))
             for texts, positive in ((voted[i].positives, 1), (voted[i].negatives, 0)) if voted else ():
                 for text in texts:
                     self.rationales.append(encode(text, config.rationale_tokens))
                     self.positive.append(positive)
             self.first.append(len(self.rationales))
-            progress.update(i + 1)
-        progress.close()
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -728,11 +737,28 @@ class Data:
         return [self.rationales[i] for i in range(self.first[q], self.first[q + 1]) if self.positive[i] == positive]
 
     def digest(self) -> str:
-        h = hashlib.sha256(self.positive.tobytes() + self.first.tobytes())
-        for rows in (self.questions, self.labels, self.rationales):
-            h.update(rows.ids)
-            h.update(rows.ends)
+        h, (x, y, r) = hashlib.sha256(), (self.questions, self.labels, self.rationales)
+        for part in (self.positive, self.first, x.ids, x.ends, y.ids, y.ends, r.ids, r.ends):
+            h.update(part)
         return h.hexdigest()[:16]
+
+
+@dataclass(eq=False)
+class Rationale:
+    """A rationale r of a question x, both as token ids, in its S_pos or S_neg."""
+    x: array
+    r: list[int] | array
+    positive: bool = True
+    student: bool = False         # sampled from the student, not from the teacher
+    place: int = 0                # of its question in the batch
+    loss: float = math.nan        # ℓ(x, r) in eval mode, where it decides what is picked
+
+
+def candidates(data: Data, batch: Iterable[int], negatives: dict, with_negatives: bool = True) -> list[Rationale]:
+    """Each question's S_pos, then its S_neg: the teacher's and, of `negatives`, the student's."""
+    return [Rationale(data.questions[q], row, positive, student, place) for place, q in enumerate(batch) for rows, positive, student in (
+        (data.of(q, True), True, False), (data.of(q, False), False, False), (negatives.get(q, []), False, True))
+        if positive or with_negatives for row in rows]
 
 
 def collate(rows: list, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -759,9 +785,7 @@ def visits(config: Config, n: int, iteration: int) -> list[int]:
     """The questions of an iteration in training order: one pass, or --iteration-steps full batches of the endless passes. Ours."""
     def one_pass(number: int) -> list[int]:
         return np.random.default_rng(derive_seed(config.seed, "order", number)).permutation(n).tolist()
-    if not config.iteration_steps:
-        return one_pass(iteration - 1)
-    count = config.iteration_steps * config.batch
+    count = config.iteration_steps * config.batch or n
     start = (iteration - 1) * count
     stream = [q for number in range(start // n, (start + count - 1) // n + 1) for q in one_pass(number)]
     return stream[start % n:start % n + count]
@@ -801,15 +825,12 @@ class Student:
         length, each with random numbers of its own, are shared out among the ranks: the same rows whatever the number of ranks."""
         order = sorted(range(len(questions)), key=lambda i: (len(questions[i]), i))
         batches, out = [order[i:i + 128] for i in range(0, len(order), 128)], []
-        progress = Progress(title, len(batches))
-        for number in range(rank(), len(batches), world()):
+        for number in shown(title, range(rank(), len(batches), world())):
             ids, mask = collate(self.inputs(prefix, [questions[i] for i in batches[number]]), self.device)
             generator = torch.Generator().manual_seed(derive_seed(*purpose, number))
             with self.amp():
                 rows = self.model.generate(ids, mask, longest, temperature, generator, limit=self.tokenizer.size).tolist()
             out += [(i, array("i", row[:row.index(1) + 1] if 1 in row else row)) for i, row in zip(batches[number], rows)]
-            progress.update(number + 1)
-        progress.close()
         return [row for _, row in sorted(gather(out), key=lambda pair: pair[0])]
 
     def read(self, rows: Iterable[array]) -> list[str]:
@@ -862,12 +883,12 @@ class Discriminator(nn.Module):
         self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
         self.to(student.device)
 
-    def forward(self, student: Student, questions: list, rationales: list) -> Tensor:
-        """Id rows of x (its </s> is the border [ours]) and of r, right-truncated to the input limit -> logits (R,) float32."""
-        pairs = [(list(x) + list(r))[:student.config.input_tokens] for x, r in zip(questions, rationales)]
-        logits = torch.zeros(len(pairs), device=student.device)
-        for group in by_length(pairs, 4 * student.tokens):
-            ids, mask = collate([pairs[i] for i in group], student.device)
+    def forward(self, student: Student, rationales: Sequence[Rationale]) -> Tensor:
+        """The ids of x (its </s> is the border [ours]) then r, right-truncated to the input limit -> logits (R,) float32."""
+        rows = [(list(c.x) + list(c.r))[:student.config.input_tokens] for c in rationales]
+        logits = torch.zeros(len(rows), device=student.device)
+        for group in by_length(rows, 4 * student.tokens):
+            ids, mask = collate([rows[i] for i in group], student.device)
             with student.amp():
                 memory = (self.encoder or student.model).encode(ids, mask)
                 pooled = memory.masked_fill(~mask.to(memory.device)[..., None], -torch.inf).amax(1)
@@ -875,13 +896,10 @@ class Discriminator(nn.Module):
         return logits
 
     @torch.no_grad()
-    def quality(self, student: Student, questions: list, rationales: list) -> Tensor:
+    def quality(self, student: Student, rationales: Sequence[Rationale]) -> Tensor:
         """s(x, r) = sigmoid of the logit, in eval mode and without gradient: (R,) float32 in [0, 1]."""
-        modes = self.training, student.model.training
         self.eval(), student.model.eval()
-        scores = torch.sigmoid(self(student, questions, rationales))
-        self.train(modes[0]), student.model.train(modes[1])
-        return scores
+        return torch.sigmoid(self(student, rationales))
 
 
 def corrupt(text: str, words: list[str], part: float, rng: np.random.Generator) -> str:
@@ -897,25 +915,24 @@ def corrupt(text: str, words: list[str], part: float, rng: np.random.Generator) 
 
 
 def discriminator_batch(data: Data, student: Student, config: Config, rng: np.random.Generator, questions: list[int], negatives: dict,
-                        count: int) -> tuple[list, list, Tensor]:
-    """A balanced batch, half positives and half negatives -> (questions, rationales, targets), empty where there is no positive.
+                        count: int) -> tuple[list[Rationale], Tensor]:
+    """A balanced batch, half positives, then half negatives -> (rationales, targets), empty where there is no positive.
 
     Negatives are S_neg's and, for as many as it is smaller than S_pos, positives with corrupted words [review]."""
-    good = [(data.questions[q], row) for q in questions for row in data.of(q, True)]
-    bad = [(data.questions[q], row) for q in questions for row in data.of(q, False) + negatives.get(q, [])]
-    half, out = max(1, count // 2) if good else 0, []
-    for k in rng.integers(max(1, len(good)), size=half):
-        out.append((*good[k], 1.0))
+    some = candidates(data, questions, negatives)
+    good, bad = [c for c in some if c.positive], [c for c in some if not c.positive]
+    half = max(1, count // 2) if good else 0
+    out = [good[k] for k in rng.integers(max(1, len(good)), size=half)]
     for k in rng.integers(max(1, len(good), len(bad)), size=half):
         if k < len(bad):
-            out.append((*bad[k], 0.0))
+            out.append(bad[k])
         else:
-            (x, row), others = good[rng.integers(len(good))], [good[i][1] for i in rng.integers(len(good), size=4)]
-            wrong = corrupt(student.read([row])[0], " ".join(student.read(others)).split() or ["the"], config.corrupt, rng)
-            out.append((x, student.tokenizer.encode(wrong, config.rationale_tokens), 0.0))
-    targets = torch.tensor([target for _, _, target in out])
+            old, others = good[rng.integers(len(good))], [good[i].r for i in rng.integers(len(good), size=4)]
+            wrong = corrupt(student.read([old.r])[0], " ".join(student.read(others)).split() or ["the"], config.corrupt, rng)
+            out.append(Rationale(old.x, student.tokenizer.encode(wrong, config.rationale_tokens), positive=False))
+    targets = torch.tensor([1.0] * half + [0.0] * half)
     flipped = torch.from_numpy(rng.random(len(out)) < config.discriminator_noise)
-    return [x for x, _, _ in out], [row for _, row, _ in out], torch.where(flipped, 1 - targets, targets).to(student.device)
+    return out, torch.where(flipped, 1 - targets, targets).to(student.device)
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, lr: float) -> None:
@@ -933,20 +950,18 @@ def train_discriminator(d: Discriminator, optimizer: torch.optim.Optimizer, stud
     """`steps` steps of L_D = binary cross-entropy [review], the same ones on every rank -> mean L_D."""
     seed = derive_seed(config.seed, "discriminator", iteration)
     rng, total = np.random.default_rng(seed), torch.zeros((), device=student.device)
-    scaler, progress = torch.amp.GradScaler(student.device.type, enabled=student.dtype == torch.float16), Progress("  discriminator", steps)
+    scaler = torch.amp.GradScaler(student.device.type, enabled=student.dtype == torch.float16)
     torch.manual_seed(seed)
-    d.train(), student.model.train(d.encoder is not None)
-    for step in range(steps):
+    d.train(), student.model.eval()
+    for _ in shown("  discriminator", range(steps)):
         some = [questions[i] for i in rng.integers(len(questions), size=4 * config.batch)]     # a step costs the same however many there are
-        xs, rows, targets = discriminator_batch(data, student, config, rng, some, negatives, config.batch)
-        if rows:
+        rationales, targets = discriminator_batch(data, student, config, rng, some, negatives, config.batch)
+        if rationales:
             optimizer.zero_grad()
-            loss = F.binary_cross_entropy_with_logits(d(student, xs, rows), targets)
+            loss = F.binary_cross_entropy_with_logits(d(student, rationales), targets)
             scaler.scale(loss).backward()
             optimizer_step(optimizer, scaler, lr)
             total += loss.detach()
-        progress.update(step + 1)
-    progress.close()
     student.model.zero_grad()             # shared: the pretraining of the head moves nothing else
     if world() > 1:                       # on CUDA the last digits of the ranks' same steps may have parted
         for p in d.parameters():
@@ -956,11 +971,12 @@ def train_discriminator(d: Discriminator, optimizer: torch.optim.Optimizer, stud
 
 def discriminator_accuracy(d: Discriminator, student: Student, data: Data, config: Config) -> dict[str, float]:
     """On the validation questions' teacher samples: which part is recognised of S_pos, of S_neg, of corrupted positives (NaN: none there)."""
-    good, bad = ([(data.questions[q], row) for q in range(len(data)) for row in data.of(q, positive)][:1000] for positive in (True, False))
-    rng, texts = np.random.default_rng(0), student.read(row for _, row in good)
+    everything = candidates(data, range(len(data)), {})
+    good, bad = ([c for c in everything if c.positive == positive][:1000] for positive in (True, False))
+    rng, texts = np.random.default_rng(0), student.read(c.r for c in good)
     words = " ".join(texts).split()
-    fake = [(x, student.tokenizer.encode(corrupt(text, words, config.corrupt, rng), config.rationale_tokens)) for (x, _), text in zip(good, texts)]
-    seen = [d.quality(student, *zip(*pairs)).cpu() > 0.5 if pairs else torch.zeros(0) for pairs in (good, bad, fake)]
+    fake = [Rationale(c.x, student.tokenizer.encode(corrupt(text, words, config.corrupt, rng), config.rationale_tokens)) for c, text in zip(good, texts)]
+    seen = [d.quality(student, some).cpu() > 0.5 if some else torch.zeros(0) for some in (good, bad, fake)]
     parts = [s.float().mean().item() for s in seen]
     return dict(positives=parts[0], negatives=1 - parts[1], corrupted=1 - parts[2])
 
@@ -968,67 +984,43 @@ def discriminator_accuracy(d: Discriminator, student: Student, data: Data, confi
 # ------------------------------------------------------------------------------------------------ 8. Loss
 
 
-class Candidates(NamedTuple):
-    """S_pos and S_neg of a batch of questions, a row a rationale."""
-    rows: list                    # of token ids
-    owner: list[int]              # which question of the batch
-    positive: list[bool]
-
-
 class Picks(NamedTuple):
     """The candidates that count in the loss."""
-    rows: list[int]               # which candidates
-    left_out: float               # share of the negatives that the eval pass finds beyond δ: their term is 0, they are not run again
+    rationales: list[Rationale]   # P of them
     share: Tensor                 # (P,) part of its question's term: 1, or 1/n under a mean
     positive: Tensor              # (P,) bool
     scores: Tensor                # (P,) s(x, r)
+    left_out: float               # shares of the negatives that the eval pass finds beyond δ: their term is 0, they are not run again
 
 
-def candidates(data: Data, config: Config, batch: list[int], negatives: dict) -> Candidates:
-    out = Candidates([], [], [])
-    for i, q in enumerate(batch):
-        student_rows = negatives.get(q, [])
-        for positive, rows in ((True, data.of(q, True)), (False, data.of(q, False) + student_rows if config.negatives else [])):
-            for row in rows:
-                out.rows.append(row), out.owner.append(i), out.positive.append(positive)
-    return out
-
-
-def needs_losses(c: Candidates, config: Config) -> list[int]:
+def need_losses(some: list[Rationale], config: Config) -> list[Rationale]:
     """The candidates whose ℓ decides something: among several positives, and of every negative, whether it is beyond δ."""
-    positives = collections.Counter(owner for owner, positive in zip(c.owner, c.positive) if positive)
-    return [r for r, (owner, positive) in enumerate(zip(c.owner, c.positive))
-            if not positive or (positives[owner] > 1 and config.positive != "mean")]
+    positives = collections.Counter(c.place for c in some if c.positive)
+    return [c for c in some if not c.positive or (positives[c.place] > 1 and config.positive != "mean")]
 
 
-def pick(losses: list[float], c: Candidates, config: Config) -> tuple[list[int], list[float], float]:
-    """Which rationales count: -> (candidates, the share of each in its question's term, shares of the negatives left out).
+def pick(some: list[Rationale], config: Config, student: Student, d: Discriminator | None) -> Picks:
+    """Which candidates count, by their `loss` (eval mode, no gradient [ours]; only that of `need_losses` is read), and their quality.
 
     ℓ_pos = min over S_pos of ℓ, ℓ_neg = max over S_neg of min(ℓ - δ, 0) [review]: r⁺ the argmin, r⁻ the argmax of the unclamped ℓ, the
     first on a tie [ours]. A mean counts every candidate with share 1/n. A picked negative whose ℓ here is already δ adds 0: left out.
-    losses (R,): eval mode, no gradient [ours]; only those that `needs_losses` names are read."""
-    sets: dict[tuple[int, bool], list[int]] = {}
-    for r, key in enumerate(zip(c.owner, c.positive)):
-        sets.setdefault(key, []).append(r)
-    rows, shares, left_out = [], [], 0.0
+    Without a discriminator both weights are 1: s = 1 for positives, 0 for negatives."""
+    sets: dict[tuple[int, bool], list[Rationale]] = {}
+    for c in some:
+        sets.setdefault((c.place, c.positive), []).append(c)
+    picked, shares, left_out = [], [], 0.0
     for (_, positive), members in sets.items():
         how = config.positive if positive else config.negative
         if how != "mean" and len(members) > 1:
-            members = [(min if how == "min" else max)(members, key=losses.__getitem__)]
-        for r in members:
-            if not positive and losses[r] >= config.delta:
+            members = [(min if how == "min" else max)(members, key=lambda c: c.loss)]
+        for c in members:
+            if not positive and c.loss >= config.delta:
                 left_out += 1 / len(members)
             else:
-                rows.append(r), shares.append(1 / len(members))
-    return rows, shares, left_out
-
-
-def choose(student: Student, d: Discriminator | None, data: Data, batch: list[int], c: Candidates, losses: list[float], config: Config) -> Picks:
-    """`pick`, and the quality of what was picked. Without a discriminator both weights are 1: s = 1 for positives, 0 for negatives."""
-    rows, share, left_out = pick(losses, c, config)
-    positive = torch.tensor([c.positive[r] for r in rows], dtype=torch.bool, device=student.device)
-    scores = d.quality(student, [data.questions[batch[c.owner[r]]] for r in rows], [c.rows[r] for r in rows]) if d else positive.float()
-    return Picks(rows, left_out, torch.tensor(share, device=student.device), positive, scores)
+                picked.append(c), shares.append(1 / len(members))
+    is_positive = torch.tensor([c.positive for c in picked], dtype=torch.bool, device=student.device)
+    scores = d.quality(student, picked) if d else is_positive.float()
+    return Picks(picked, torch.tensor(shares, device=student.device), is_positive, scores, left_out)
 
 
 def contrastive_terms(losses: Tensor, scores: Tensor, share: Tensor, positive: Tensor, beta: float, delta: float) -> Tensor:
@@ -1052,55 +1044,55 @@ def alphas_of(config: Config, iteration: int) -> tuple[float, float, float]:
 
 
 @torch.no_grad()
-def candidate_losses(student: Student, data: Data, batch: list[int], c: Candidates, needed: list[int]) -> Tensor:
-    """ℓ(x, r) of the needed candidates in eval mode without gradient: (len(needed),); one encoding serves all rationales of a question."""
-    losses = torch.zeros(len(needed), device=student.device)
-    training, asked = student.model.training, sorted({c.owner[r] for r in needed})
+def candidate_losses(student: Student, some: list[Rationale]) -> Tensor:
+    """ℓ(x, r) in eval mode without gradient: (len(some),); one encoding serves all rationales of a question."""
+    losses, xs = torch.zeros(len(some), device=student.device), {c.place: c.x for c in some}
     student.model.eval()
-    for start in range(0, len(asked), 64):
-        part = asked[start:start + 64]
-        mine = [k for k, r in enumerate(needed) if c.owner[r] in part]
+    for start in range(0, len(xs), 64):
+        part = list(xs)[start:start + 64]
+        mine = [k for k, c in enumerate(some) if c.place in part]
         with student.amp():
-            memory, mask = student.encode(student.inputs(student.explain_prefix, [data.questions[batch[i]] for i in part]))
-            for group in by_length([c.rows[needed[k]] for k in mine], 4 * student.tokens):
+            memory, mask = student.encode(student.inputs(student.explain_prefix, [xs[place] for place in part]))
+            for group in by_length([some[k].r for k in mine], 4 * student.tokens):
                 at = [mine[i] for i in group]
-                y, y_mask = collate([c.rows[needed[k]] for k in at], student.device)
-                rows = torch.tensor([part.index(c.owner[needed[k]]) for k in at])
+                y, y_mask = collate([some[k].r for k in at], student.device)
+                rows = torch.tensor([part.index(some[k].place) for k in at])
                 losses[torch.tensor(at, device=student.device)] = student.model.loss(None, mask, y, y_mask, memory, rows)
-    student.model.train(training)
     return losses
 
 
-def backward(student: Student, data: Data, config: Config, batch: list[int], c: Candidates, picks: Picks, alphas: tuple, questions: int,
+def backward(student: Student, data: Data, config: Config, batch: list[int], picks: Picks, alphas: tuple, questions: int,
              scale: Callable = lambda loss: loss) -> tuple[Tensor, Tensor]:
     """Add the gradient of the batch's part of α1 · L_predict + α2 · L_cl, every term a sum over questions divided by `questions`, those
     of the global batch. -> ℓ of the labels (B,) and of the picks (P,), float32, detached.
 
     One encoding of `predict: x` and of `explain: x` serves all targets; targets run in groups of like length whose gradients meet in one
     detached memory, so that the encoder runs backward once and the logits of a whole batch never exist."""
-    device, n = student.device, len(batch)
+    device, n, picked = student.device, len(batch), picks.rationales
     size = config.micro_batch or (max(1, n) if device.type == "cuda" else 16)
-    label_losses, pick_losses = torch.zeros(n, device=device), torch.zeros(len(picks.rows), device=device)
+    losses = torch.zeros(n + len(picked), device=device)               # the labels', then the picks'
     for part in (range(start, min(n, start + size)) for start in range(0, n, size)):
-        mine = [k for k, r in enumerate(picks.rows) if c.owner[r] in part]
+        mine = [k for k, c in enumerate(picked) if c.place in part]
         xs = [data.questions[batch[i]] for i in part]
-        targets = [data.labels[batch[i]] for i in part] + [c.rows[picks.rows[k]] for k in mine]
-        memory_row = torch.tensor([*range(len(part)), *(len(part) + c.owner[picks.rows[k]] - part.start for k in mine)])
+        targets = [data.labels[batch[i]] for i in part] + [picked[k].r for k in mine]
+        place = torch.tensor([*part, *(n + k for k in mine)])          # of each target in `losses`
+        memory_row = torch.tensor([*range(len(part)), *(len(part) + picked[k].place - part.start for k in mine)])
         with student.amp():
             memory, mask = student.encode(student.inputs(student.predict_prefix, xs) + student.inputs(student.explain_prefix, xs if mine else []))
-            leaf = memory.detach().requires_grad_()
-            for group in by_length(targets, student.tokens):
-                labels, others = [i for i in group if i < len(part)], [i for i in group if i >= len(part)]
-                y, y_mask = collate([targets[i] for i in labels + others], device)
-                loss = student.model.loss(None, mask, y, y_mask, leaf, memory_row[labels + others])
-                at = torch.tensor([part[i] for i in labels], dtype=torch.long, device=device)
-                to = torch.tensor([mine[i - len(part)] for i in others], dtype=torch.long, device=device)
-                predict, rationale = loss[:len(labels)], loss[len(labels):]
-                terms = contrastive_terms(rationale, picks.scores[to], picks.share[to], picks.positive[to], config.beta, config.delta)
-                scale(total_loss(predict.sum(), terms.sum(), 0.0, alphas) / questions).backward()
-                label_losses[at], pick_losses[to] = predict.detach(), rationale.detach()
-            memory.backward(leaf.grad)
-    return label_losses, pick_losses
+        leaf = memory.detach().requires_grad_()
+        for group in by_length(targets, student.tokens):
+            labels = sum(i < len(part) for i in group)
+            group.sort(key=lambda i: i >= len(part))                   # labels first
+            y, y_mask = collate([targets[i] for i in group], device)
+            with student.amp():                                        # around the forward pass alone, as autocast wants it
+                loss = student.model.loss(None, mask, y, y_mask, leaf, memory_row[group])
+            at = place[group].to(device)
+            to = at[labels:] - n
+            terms = contrastive_terms(loss[labels:], picks.scores[to], picks.share[to], picks.positive[to], config.beta, config.delta)
+            scale(total_loss(loss[:labels].sum(), terms.sum(), 0.0, alphas) / questions).backward()
+            losses[at] = loss.detach()
+        memory.backward(leaf.grad)
+    return losses[:n], losses[n:]
 
 
 STATS = ["L_predict", "l_pos", "l_neg", "L_cl", "s_pos", "w_neg", "L_D", "zero_neg", "with_pos", "with_neg", "stop"]
@@ -1145,7 +1137,9 @@ class Trainer:
 
     def __init__(self, config: Config, student: Student, folder: Path, task: Task, train: Data, valid: Data):
         self.config, self.student, self.folder, self.task, self.train, self.valid = config, student, folder, task, train, valid
-        self.state, self.fixed, self.d, self.resumed_rng = State(), None, None, None
+        self.state, self.d = State(), None
+        self.student_negatives = config.method == "qcrd" and config.negatives      # negatives of a student join the teacher's
+        self.from_past = self.student_negatives and config.negative_source == "snapshot"
         self.per_iteration = config.iteration_steps or math.ceil(len(train) / config.batch)
         if config.method == "qcrd" and config.discriminator != "none":
             self.d = Discriminator(student, config)
@@ -1154,6 +1148,7 @@ class Trainer:
         self.params = [*student.model.parameters(), *shared]
         self.optimizer = torch.optim.AdamW(self.params, lr=config.lr, weight_decay=0.0, fused=True)
         self.scaler = torch.amp.GradScaler(student.device.type, enabled=student.dtype == torch.float16)
+        self.fixed = T5.load(config.negative_model) if self.student_negatives and not self.from_past else None     # --negative-source fixed
 
     def parts(self) -> dict[str, Any]:
         """What has a state of its own, by its name in checkpoint.pt."""
@@ -1178,22 +1173,22 @@ class Trainer:
         for name, part in self.parts().items():
             if keep[name]:                        # the scaler's is empty but for fp16
                 part.load_state_dict(keep[name])
-        self.state, self.resumed_rng = State(**keep["state"]), keep["rng"][min(rank(), len(keep["rng"]) - 1)]
+        self.state, (cpu, cuda) = State(**keep["state"]), keep["rng"][min(rank(), len(keep["rng"]) - 1)]
+        torch.set_rng_state(cpu.cpu())                                     # for dropout; nothing draws from it before the next step
+        if cuda is not None and self.student.device.type == "cuda":
+            torch.cuda.set_rng_state(cuda.cpu(), self.student.device)
 
     def negatives_for(self, iteration: int, questions: list[int]) -> tuple[dict, dict]:
         """Iteration t samples from snapshot t - lag [abstract]; none while t - lag < 1: the untrained student never counts [ours]."""
-        config, fixed = self.config, self.config.negative_source == "fixed"
-        if config.method != "qcrd" or not config.negatives or (not fixed and iteration - config.lag < 1):
+        number = iteration - self.config.lag
+        if not self.student_negatives or (self.from_past and number < 1):
             return {}, dict(source="", sampled=0, dropped=0, tokens=0, seconds=0.0)
-        past = self.fixed
-        if not past:                              # a snapshot is in memory for the sampling only
-            model = T5.load(config.negative_model) if fixed else T5(self.student.model.config)
-            if not fixed:
-                model.load_state_dict(read_pt(self.folder / "snapshots" / f"{iteration - config.lag}.pt", "cpu"))
-            past = Student(model, self.student.vocab, config, self.student.device)
-            self.fixed = past if fixed else None
-        negatives, counts = sample_negatives(past, self.train, config, iteration, questions)
-        return negatives, counts | dict(source="fixed student" if fixed else f"snapshot {iteration - config.lag}")
+        model = self.fixed or copy.deepcopy(self.student.model)                    # a snapshot is in memory for the sampling only
+        if self.from_past:
+            model.load_state_dict(read_pt(self.folder / "snapshots" / f"{number}.pt", "cpu"))
+        past = Student(model, self.student.vocab, self.config, self.student.device)
+        negatives, counts = sample_negatives(past, self.train, self.config, iteration, questions)
+        return negatives, counts | dict(source=f"snapshot {number}" if self.from_past else "fixed student")
 
     def update_discriminator(self, iteration: int, questions: list[int], negatives: dict, steps: int, alpha_d: float) -> float | None:
         """Pretraining (iteration 0) [review] and online update [abstract] -> mean L_D, None where none is due. With an encoder of its own a
@@ -1210,25 +1205,23 @@ class Trainer:
         with the losses that the picks are made from: one transfer a step. Errors: Stopped, before anything has changed."""
         config, student, train = self.config, self.student, self.train
         mine = batch[rank()::world()]
-        c = candidates(train, config, mine, negatives) if alphas[1] else Candidates([], [], [])
-        needed = needs_losses(c, config)
-        known = candidate_losses(student, train, mine, c, needed)
-        host = torch.cat([known, pending]).tolist()
+        some = candidates(train, mine, negatives, config.negatives) if alphas[1] else []
+        needed = need_losses(some, config)
+        host = torch.cat([candidate_losses(student, needed), pending]).tolist()
         self.account(host[len(needed):], number - 1)
-        losses = [math.nan] * len(c.rows)
-        for r, loss in zip(needed, host):
-            losses[r] = loss
-        picks = choose(student, self.d, train, mine, c, losses, config)
-        self.state.tokens += sum(len(c.rows[r]) for r in needed + picks.rows) + sum(len(train.labels[q]) for q in mine)
+        for c, loss in zip(needed, host):
+            c.loss = loss
+        picks = pick(some, config, student, self.d)
+        self.state.tokens += sum(len(c.r) for c in needed + picks.rationales) + sum(len(train.labels[q]) for q in mine)
         self.optimizer.zero_grad()
         student.model.train()
-        labels, rationales = backward(student, train, config, mine, c, picks, alphas, len(batch), self.scaler.scale)
+        labels, rationales = backward(student, train, config, mine, picks, alphas, len(batch), self.scaler.scale)
         l_d = torch.zeros((), device=student.device)
         if self.d and not self.d.encoder:                            # shared: L_D joins the step
             rng = np.random.default_rng(derive_seed(config.seed, "L_D", number, rank()))
-            xs, rows, targets = discriminator_batch(train, student, config, rng, mine, negatives, 2 * len(mine))
-            if rows:
-                l_d = F.binary_cross_entropy_with_logits(self.d.train()(student, xs, rows), targets)
+            some, targets = discriminator_batch(train, student, config, rng, mine, negatives, 2 * len(mine))
+            if some:
+                l_d = F.binary_cross_entropy_with_logits(self.d.train()(student, some), targets)
                 self.scaler.scale(total_loss(0.0, 0.0, l_d, alphas) * len(mine) / len(batch)).backward()
         stats = step_stats(labels, rationales, picks, l_d.detach(), config)
         if world() > 1:                                              # one all-reduce after the local backward passes
@@ -1253,67 +1246,70 @@ class Trainer:
                 raise Stopped
 
     def run(self) -> None:
-        """All iterations: negatives, discriminator, optimizer steps, validation, snapshot, checkpoint. Errors: Stopped."""
-        config, state = self.config, self.state
-        if config.method == "qcrd" and config.negatives and config.negative_source == "snapshot" and config.iterations <= config.lag:
+        """Pretraining of the discriminator, then all iterations that are left. Errors: Stopped."""
+        config = self.config
+        if self.from_past and config.iterations <= config.lag:
             say(f"note: {config.iterations} iterations are too few for negatives of the student's own past, which begin with iteration {config.lag + 1}; "
                 "--iteration-steps makes shorter ones")
-        if self.d and not self.resumed_rng:
-            l_d = state.l_d = self.update_discriminator(0, list(range(len(self.train))), {}, config.discriminator_pretrain, 0.5)
+        if self.d and not (self.state.iteration or self.state.step):
+            l_d = self.state.l_d = self.update_discriminator(0, list(range(len(self.train))), {}, config.discriminator_pretrain, 0.5)
             a = discriminator_accuracy(self.d, self.student, self.valid, config)
             seen = ", ".join(f"{part:.0%} of the {name}" for name, part in a.items() if part == part)
             say(f"discriminator: L_D {l_d:.3f} over {config.discriminator_pretrain} pretraining steps; of validation rationales it recognises {seen}")
-        while state.iteration < config.iterations:
-            t, times = state.iteration + 1, [time.perf_counter()]
-            alphas, order = alphas_of(config, t), visits(config, len(self.train), t)
-            negatives, counts = self.negatives_for(t, order)
-            times.append(time.perf_counter())
-            if state.step:                                           # resumed in mid-iteration
-                torch.set_rng_state(self.resumed_rng[0].cpu())
-                if self.resumed_rng[1] is not None:
-                    torch.cuda.set_rng_state(self.resumed_rng[1].cpu(), self.student.device)
-            else:
-                state.sums, state.tokens = [0.0] * len(STATS), 0
-                l_d = self.update_discriminator(t, order, negatives, config.discriminator_steps, alphas[2])
-                state.l_d = state.l_d if l_d is None else l_d
-                torch.manual_seed(derive_seed(config.seed, "dropout", t, rank()))
-            times.append(time.perf_counter())
-            first, stopping, pending = state.step, False, torch.zeros(0, device=self.student.device)
-            progress = Progress(f"  iteration {t}/{config.iterations}", self.per_iteration)
-            try:
-                for k in range(first, self.per_iteration):
-                    pending = self.step(order[k * config.batch:(k + 1) * config.batch], negatives, alphas, (t - 1) * self.per_iteration + k, pending)
-                    state.step = k + 1
-                    progress.update(k + 1)
-                    if t == 1 and k == 2:
-                        self.foretell((time.perf_counter() - times[-1]) / (k + 1 - first))
-                self.account(pending.tolist(), t * self.per_iteration - 1)
-            except Stopped:                                          # on every rank: it came with the sums of all
-                stopping = True
-                if state.step < self.per_iteration:
-                    self.save()
-                    raise
-            finally:
-                progress.close()
-            times.append(time.perf_counter())
-            accuracy, _ = evaluate(self.student, self.valid, self.task.valid.labels, self.task.kind, "  validation")
+        while self.state.iteration < config.iterations:
+            self.iterate(self.state.iteration + 1)
+
+    def iterate(self, t: int) -> None:
+        """One iteration: negatives, discriminator, optimizer steps, validation, snapshot, checkpoint. Errors: Stopped."""
+        config, state, times = self.config, self.state, [time.perf_counter()]
+        alphas, order = alphas_of(config, t), visits(config, len(self.train), t)
+        negatives, counts = self.negatives_for(t, order)
+        times.append(time.perf_counter())
+        if not state.step:                                           # else resumed in mid-iteration
+            state.sums, state.tokens = [0.0] * len(STATS), 0
+            l_d = self.update_discriminator(t, order, negatives, config.discriminator_steps, alphas[2])
+            state.l_d = state.l_d if l_d is None else l_d
+            torch.manual_seed(derive_seed(config.seed, "dropout", t, rank()))
+        times.append(time.perf_counter())
+        stopping = self.train_on(order, negatives, alphas, t)
+        times.append(time.perf_counter())
+        accuracy, _ = evaluate(self.student, self.valid, self.task.valid, self.task.kind, "  validation")
+        state.iteration, state.step = t, 0
+        if accuracy > state.best:
+            state.best, state.best_iteration = accuracy, t
+            save_student(self.student, self.d, self.folder / "student")
+        if self.from_past:
+            write_pt(self.folder / "snapshots" / f"{t}.pt", self.student.model.state_dict())
+        if not rank():
             m = self.metrics(t, order, negatives, counts, alphas) | dict(valid_accuracy=accuracy)
-            state.iteration, state.step = t, 0
-            if accuracy > state.best:
-                state.best, state.best_iteration = accuracy, t
-                save_student(self.student, self.d, self.folder / "student")
-            if config.method == "qcrd" and config.negatives and config.negative_source == "snapshot":
-                write_pt(self.folder / "snapshots" / f"{t}.pt", self.student.model.state_dict())
             times.append(time.perf_counter())
-            m["seconds"] = dict(zip(("negatives", "discriminator", "steps", "rest"), np.diff(times).tolist())) | dict(all=times[-1] - times[0])
-            self.report(m)
-            self.save()                                              # after the line: a killed run may have one too many, never one too few
-            for path in (self.folder / "snapshots").glob("*.pt") if not rank() else ():
-                if int(path.stem) <= t - config.lag:                 # no later iteration needs it
-                    path.unlink()
-            gather([])                                               # the next iteration may read what rank 0 has written
-            if stopping:
-                raise Stopped
+            stages = ("negatives", "discriminator", "steps", "rest", "all")
+            self.report(m | dict(seconds=dict(zip(stages, [*np.diff(times).tolist(), times[-1] - times[0]]))))
+        self.save()                                                  # after the line: a killed run may have one too many, never one too few
+        for path in (self.folder / "snapshots").glob("*.pt") if not rank() else ():
+            if int(path.stem) <= t - config.lag:                     # no later iteration needs it
+                path.unlink()
+        gather([])                                                   # the next iteration may read what rank 0 has written
+        if stopping:
+            raise Stopped
+
+    def train_on(self, order: list[int], negatives: dict, alphas: tuple, t: int) -> bool:
+        """The optimizer steps of an iteration that are left -> was the last one asked to stop? Errors: Stopped, saved, before that."""
+        state, first, start = self.state, self.state.step, time.perf_counter()
+        pending, size, before = torch.zeros(0, device=self.student.device), self.config.batch, (t - 1) * self.per_iteration
+        try:
+            for k in shown(f"  iteration {t}/{self.config.iterations}", range(first, self.per_iteration)):
+                pending = self.step(order[k * size:(k + 1) * size], negatives, alphas, before + k, pending)
+                state.step = k + 1
+                if t == 1 and k == 2:
+                    self.foretell((time.perf_counter() - start) / (k + 1 - first))
+            self.account(pending.tolist(), before + self.per_iteration - 1)
+        except Stopped:                                              # on every rank: it came with the sums of all
+            if state.step < self.per_iteration:
+                self.save()
+                raise
+            return True
+        return False
 
     def foretell(self, seconds: float) -> None:
         steps = self.config.iterations * self.per_iteration
@@ -1328,13 +1324,14 @@ class Trainer:
         m = dict(iteration=t, loss=total_loss(*terms.values(), alphas), **terms, alphas=alphas)
         m |= {name: s[name] / max(1, s[of]) for name, of in (("l_pos", "with_pos"), ("l_neg", "with_neg"), ("s_pos", "with_pos"), ("zero_neg", "with_neg"))}
         m |= dict(w_neg=s["w_neg"] / max(1, s["with_neg"] - s["zero_neg"]), tokens=self.state.tokens, negatives=counts, scores={})
-        sets = dict(positives=[(q, row) for q in some for row in self.train.of(q, True)], teacher=[(q, row) for q in some for row in self.train.of(q, False)],
-                    student=[(q, row) for q in some for row in negatives.get(q, [])])
-        m["a_question"] = {name: len(pairs) / len(some) for name, pairs in sets.items()}
+        sets: dict[str, list] = dict(positives=[], teacher=[], student=[])
+        for c in candidates(self.train, some, negatives):
+            sets["positives" if c.positive else "student" if c.student else "teacher"].append(c)
+        m["a_question"] = {name: len(members) / len(some) for name, members in sets.items()}
         if self.d:
             m["discriminator"] = discriminator_accuracy(self.d, self.student, self.valid, self.config)
-            for name, pairs in ((name, pairs[:256]) for name, pairs in sets.items() if pairs):
-                x = self.d.quality(self.student, [self.train.questions[q] for q, _ in pairs], [row for _, row in pairs]).cpu()
+            for name in filter(sets.get, sets):
+                x = self.d.quality(self.student, sets[name][:256]).cpu()
                 m["scores"][name] = dict(mean=x.mean().item(), histogram=torch.histc(x, 10, 0, 1).tolist())
         if self.scaler.is_enabled():
             m["fp16_skipped"] = self.per_iteration * t - int(max((v["step"] for v in self.optimizer.state.values()), default=0))
@@ -1342,8 +1339,6 @@ class Trainer:
 
     def report(self, m: dict) -> None:
         """The iteration's line on the terminal and in metrics.jsonl."""
-        if rank():
-            return
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps(rounded(m)) + "\n")
         a, c, n = m["alphas"], m["negatives"], m["a_question"]
@@ -1352,7 +1347,7 @@ class Trainer:
             line += f" + {a[1]:g}·contrastive {m['L_cl']:.3f} (pos {m['l_pos']:.2f}, neg {m['l_neg']:.2f}, {m['zero_neg']:.0%} beyond δ)"
         if self.d:
             line += f" + {a[2]:.3f}·discriminator {m['L_D']:.3f} (s⁺ {m['s_pos']:.2f}, 1-s⁻ {m['w_neg']:.2f})"
-        if self.config.method == "qcrd" and self.config.negatives:
+        if self.student_negatives:
             line += f"  negatives a question: teacher {n['teacher']:.2f}, " + (
                 f"{c['source']} {n['student']:.2f} ({c['tokens']} tokens in {c['seconds']:.1f} s)" if c["source"] else "student none yet")
         say(f"{line}  valid {m['valid_accuracy']:.1%}{' (best)' * (self.state.best_iteration == m['iteration'])}  {m['seconds']['all']:.1f} s")
@@ -1384,10 +1379,19 @@ def read_pt(path: Path, device: torch.device | str) -> dict:
         raise InputError(f"{path}: cannot be read ({type(e).__name__}: broken or cut off); start a new run") from None
 
 
-def write_json(path: Path, values: Any) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Rank 0 writes, whole or not at all."""
     if not rank():
         with atomic(path) as temporary:
-            temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False), "utf-8")
+            temporary.write_text(text, "utf-8")
+
+
+def write_json(path: Path, values: Any) -> None:
+    write_text(path, json.dumps(values, indent=1, ensure_ascii=False))
+
+
+def json_line(values: dict) -> str:
+    return json.dumps(rounded(values), ensure_ascii=False)
 
 
 def save_student(student: Student, d: Discriminator | None, folder: Path) -> None:
@@ -1397,10 +1401,11 @@ def save_student(student: Student, d: Discriminator | None, folder: Path) -> Non
             write_pt(folder / "discriminator.pt", d.state_dict())
 
 
-def evaluate(student: Student, data: Data, labels: list[str], kind: str, title: str) -> tuple[float, list[str]]:
-    """Greedy labels for all questions -> (accuracy, the labels)."""
+def evaluate(student: Student, data: Data, split: Split, kind: str, title: str) -> tuple[float, list[dict]]:
+    """Greedy labels for all questions -> (accuracy, a row a question: input, gold, answer, right)."""
     answers = student.read(student.write(student.predict_prefix, list(data.questions), student.answer_tokens, 0.0, (), title))
-    return sum(is_right(a, label, kind) for a, label in zip(answers, labels)) / len(labels), answers
+    rows = [dict(input=x, gold=gold, answer=a, right=is_right(a, gold, kind)) for x, gold, a in zip(*split, answers)]
+    return sum(row["right"] for row in rows) / len(rows), rows
 
 
 def interval(accuracy: float, n: int) -> str:
@@ -1459,7 +1464,6 @@ def prepare(config: Config, ask: bool = True) -> tuple[Student, Task, Data, Data
     ask False: the samples that are on disk and no others, for a run that has begun."""
     device, task, slots = pick_device(config), load_task(config), []
     config.model = config.model or ("demo" if config.task == "demo" else "t5-base" if device.type == "cuda" else "t5-small")
-    student = None
     if config.stage != "teacher":                                    # before anything is paid for: a missing folder says so at once
         folder = fetch_data.HERE / "weights" / "demo" if config.model == "demo" else config.model
         student = load_student(fetch_data.ensure(config.model) if config.model in ("t5-small", "t5-base") else folder, config, device)
@@ -1505,27 +1509,26 @@ def train(config: Config, folder: Path | None = None) -> Path:
     folder = Path(gather([str(folder)])[0])
     trainer = Trainer(config, student, folder, task, data, valid)
     config.iterations = config.iterations or math.ceil(config.steps / trainer.per_iteration)
-    lines = []
     if resumed and (folder / "checkpoint.pt").exists():
         trainer.load()
-        with contextlib.suppress(FileNotFoundError):                 # iterations after the checkpoint will be done again: their lines go
-            lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()[:trainer.state.iteration]
-    if not rank():
-        with atomic(folder / "metrics.jsonl") as path:
-            path.write_text("".join(line + "\n" for line in lines), "utf-8")
+    log = folder / "metrics.jsonl"                                   # iterations after the checkpoint will be done again: their lines go
+    lines = log.read_text("utf-8").splitlines() if log.exists() else []
+    write_text(log, "".join(line + "\n" for line in lines[:trainer.state.iteration]))
     write_json(folder / "config.json", dict(config=dataclasses.asdict(config), kind=task.kind, answer_tokens=student.answer_tokens))
     say(f"student: {config.model}, {sum(p.numel() for p in student.model.parameters()) / 1e6:.1f}M parameters, {str(student.dtype)[6:]} on "
         f"{student.device}; {len(data)} questions, {config.iterations} iterations of {trainer.per_iteration} steps of {config.batch}"
         + (f", going on after iteration {trainer.state.iteration}" if resumed else "") + f"; run folder {folder}")
+    ends_at_once = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+
     def finish_the_step(number: int, _: object) -> None:
         STOP.set()
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(number, ends_at_once[number])
         print("\nfinishing the step, then writing; once more stops at once", file=sys.stderr)
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, finish_the_step)
+    for number in ends_at_once:
+        signal.signal(number, finish_the_step)
     trainer.run()
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, signal.default_int_handler if s == signal.SIGINT else signal.SIG_DFL)
+    for number, handler in ends_at_once.items():
+        signal.signal(number, handler)
     gather([])                                                       # rank 0 has written student/
     test(folder, trainer.state, task)
     return folder
@@ -1535,15 +1538,12 @@ def test(folder: Path, state: State, task: Task) -> None:
     """The best student on the test questions, once -> predictions.jsonl and result.json."""
     config, _, student, d = load_trained(folder)
     data = Data(student, task.test)
-    accuracy, answers = evaluate(student, data, task.test.labels, task.kind, "  test")
+    accuracy, rows = evaluate(student, data, task.test, task.kind, "  test")
     rationales, scores = explain(student, d, data) if config.method != "finetune" else ([""] * len(data), [math.nan] * len(data))
-    if not rank():
-        with atomic(folder / "predictions.jsonl") as path, open(path, "w", encoding="utf-8") as f:
-            for x, gold, a, r, s in zip(*task.test, answers, rationales, scores):
-                row = dict(input=x, gold=gold, answer=a, right=is_right(a, gold, task.kind), rationale=r, quality=s)
-                f.write(json.dumps(rounded(row), ensure_ascii=False) + "\n")
-    write_json(folder / "result.json", dict(test_accuracy=accuracy, questions=len(answers), valid_accuracy=state.best, best_iteration=state.best_iteration))
-    say(f"test accuracy {interval(accuracy, len(answers))}, student of iteration {state.best_iteration}, best on validation\nrun folder: {folder}\n"
+    write_text(folder / "predictions.jsonl", "".join(
+        json_line(row | dict(rationale=r, quality=s)) + "\n" for row, r, s in zip(rows, rationales, scores)))
+    write_json(folder / "result.json", dict(test_accuracy=accuracy, questions=len(rows), valid_accuracy=state.best, best_iteration=state.best_iteration))
+    say(f"test accuracy {interval(accuracy, len(rows))}, student of iteration {state.best_iteration}, best on validation\nrun folder: {folder}\n"
         f"  python qcrd.py --ask {folder} \"a question\"    python qcrd.py --audit {folder} 1    python qcrd.py --export {folder} out/")
 
 
@@ -1554,7 +1554,7 @@ def explain(student: Student, d: Discriminator | None, data: Data) -> tuple[list
     """The student's greedy rationale for each question, and its quality s(x, r) (NaN without a discriminator)."""
     questions = list(data.questions)
     rows = student.write(student.explain_prefix, questions, student.config.rationale_tokens, 0.0, (), "  rationales")
-    return student.read(rows), d.quality(student, questions, rows).tolist() if d else [math.nan] * len(rows)
+    return student.read(rows), d.quality(student, list(map(Rationale, questions, rows))).tolist() if d else [math.nan] * len(rows)
 
 
 def audit(run: Path, count: int, as_json: bool, **changes: Any) -> None:
@@ -1569,32 +1569,31 @@ def audit(run: Path, count: int, as_json: bool, **changes: Any) -> None:
     negatives, counts = trainer.negatives_for(t, order)
     student.model.eval()
     for q in order:
-        c = candidates(data, config, [q], negatives) if alphas[1] else Candidates([], [], [])
-        losses = candidate_losses(student, data, [q], c, list(range(len(c.rows)))).tolist()
-        picks = choose(student, d, data, [q], c, losses, config)
-        scores = d.quality(student, [data.questions[q]] * len(c.rows), c.rows).tolist() if d else [float(p) for p in c.positive]
-        labels, rationales = backward(student, data, config, [q], c, picks, alphas, 1)
-        predict = labels[0].item()
+        some = candidates(data, [q], negatives, config.negatives) if alphas[1] else []
+        for c, loss in zip(some, candidate_losses(student, some).tolist()):
+            c.loss = loss
+        picks = pick(some, config, student, d)
+        scores = d.quality(student, some).tolist() if d else [float(c.positive) for c in some]
+        weights = [s if c.positive else 1 - s for c, s in zip(some, scores)]
+        labels, rationales = backward(student, data, config, [q], picks, alphas, 1)
         cl = contrastive_terms(rationales, picks.scores, picks.share, picks.positive, config.beta, config.delta).sum().item()
-        l_d = 0.0
-        if d and len(set(c.positive)) == 2:                          # on the question's own rationales, each class with half the weight
-            sides = [[s for s, p in zip(scores, c.positive) if p], [1 - s for s, p in zip(scores, c.positive) if not p]]
-            l_d = sum(-math.log(max(s, 1e-12)) / len(side) / 2 for side in sides for s in side)
-        for r, loss in zip(picks.rows, rationales.tolist()):
-            losses[r] = loss                                         # to the last digit what the sum is made of
+        sizes, l_d = collections.Counter(c.positive for c in some), 0.0
+        if d and len(sizes) == 2:                                    # on the question's own rationales, each class with half the weight
+            l_d = sum(-math.log(max(w, 1e-12)) / sizes[c.positive] / 2 for c, w in zip(some, weights))
+        for c, loss in zip(picks.rationales, rationales.tolist()):
+            c.loss = loss                                            # to the last digit what the sum is made of
         read = read_slots(task, task.train.inputs[q], slots[q]) if slots else []
         keys = [answer_key(answer, task.kind) for _, answer in read]
-        best, pos, _ = majority(keys)
-        share = dict(zip(picks.rows, picks.share.tolist()))
+        best = majority(keys)[0]
+        share = dict(zip(picks.rationales, picks.share.tolist()))
         out.append(dict(
             question=task.train.inputs[q], label=task.train.labels[q], iteration=t, majority=best,
-            teacher=[dict(slot=k, answer=answer, value=key, vote="none" if key is None else "positive" if k in pos else "negative", rationale=rationale)
+            teacher=[dict(slot=k, answer=answer, value=key, vote="none" if key is None else "positive" if key == best else "negative", rationale=rationale)
                      for k, ((rationale, answer), key) in enumerate(zip(read, keys))],
-            candidates=[dict(set="positive" if p else "negative", source="student" if row in negatives.get(q, []) else "teacher", loss=loss, score=s,
-                             weight=s if p else 1 - s, picked=r in share, share=share.get(r, 0.0), rationale=student.read([row])[0])
-                        for r, (row, p, loss, s) in enumerate(zip(c.rows, c.positive, losses, scores))],
+            candidates=[dict(set="positive" if c.positive else "negative", source="student" if c.student else "teacher", loss=c.loss, score=s, weight=w,
+                             picked=c in share, share=share.get(c, 0.0), rationale=student.read([c.r])[0]) for c, s, w in zip(some, scores, weights)],
             negatives_from=counts["source"], positive=config.positive, negative=config.negative, delta=config.delta, beta=config.beta,
-            alphas=alphas, L_predict=predict, L_cl=cl, L_D=l_d, total=total_loss(predict, cl, l_d, alphas)))
+            alphas=alphas, L_predict=labels.item(), L_cl=cl, L_D=l_d, total=total_loss(labels.item(), cl, l_d, alphas)))
     if as_json:
         return print(json.dumps(out, ensure_ascii=False, indent=1))
     print(f"{run}: the weights after {t - 1} iterations and {trainer.state.step} steps in iteration {t}, with student negatives drawn afresh for these questions;\n"
@@ -1633,7 +1632,7 @@ def ask_student(run: Path, questions: list[str], as_json: bool, **changes: Any) 
     labels = student.read(student.write(student.predict_prefix, list(data.questions), student.answer_tokens, 0.0, (), "  labels"))
     for x, label, rationale, quality in zip(questions, labels, *explain(student, d, data)):
         v = value(label)
-        print(json.dumps(rounded(dict(input=x, label=label, rationale=rationale, quality=quality)), ensure_ascii=False) if as_json else
+        print(json_line(dict(input=x, label=label, rationale=rationale, quality=quality)) if as_json else
               f"label:     {label}{'' if v is None else f' = {v:g}'}\nrationale: {rationale}\nquality:   {quality:.3f}")
 
 
@@ -1641,10 +1640,9 @@ def evaluate_run(run: Path, file: str, **changes: Any) -> None:
     """Accuracy with its interval on a JSONL file, the task's test questions without one; predictions on stdout."""
     config, saved, student, _ = load_trained(run, **changes)
     split = read_split(Path(file), saved["kind"]) if file else load_task(config).test
-    accuracy, answers = evaluate(student, Data(student, split), split.labels, saved["kind"], "  evaluate")
-    for x, gold, a in zip(*split, answers):
-        print(json.dumps(dict(input=x, gold=gold, answer=a, right=is_right(a, gold, saved["kind"])), ensure_ascii=False))
-    print(f"accuracy {interval(accuracy, len(answers))}", file=sys.stderr)
+    accuracy, rows = evaluate(student, Data(student, split), split, saved["kind"], "  evaluate")
+    print(*map(json_line, rows), sep="\n")
+    print(f"accuracy {interval(accuracy, len(rows))}", file=sys.stderr)
 
 
 def export(run: Path, folder: Path) -> None:

@@ -1112,7 +1112,8 @@ def test_vote_drops_repetitions_after_counting():
 def test_loss_by_hand():
     """Two questions. A: S_pos 0.9, 0.4 (s 0.8, 0.5), S_neg 2.0, 2.5, 1.0 (s 0.3, 0.1, 0.6). B: S_pos 1.5 (s 1), S_neg 3.2, 0.5 (s 0.2, 0.9)."""
     losses, score = [0.9, 0.4, 2.0, 2.5, 1.0, 1.5, 3.2, 0.5], [0.8, 0.5, 0.3, 0.1, 0.6, 1.0, 0.2, 0.9]
-    c = qcrd.Candidates([None] * 8, [0, 0, 0, 0, 0, 1, 1, 1], [True, True, False, False, False, True, False, False])
+    some = [qcrd.Rationale(None, None, positive, place=place, loss=loss) for place, positive, loss in
+            zip([0, 0, 0, 0, 0, 1, 1, 1], [True, True, False, False, False, True, False, False], losses)]
     by_hand = {  # ℓ_pos s - 0.2 (1 - s⁻) min(ℓ⁻ - 3, 0)
         ("min", "max"): ([1, 3, 5], 0.5 * 0.4 + 0.2 * 0.9 * 0.5 + 1.5, 1),       # B's negative beyond δ: its term is 0
         ("min", "min"): ([1, 4, 5, 7], 0.5 * 0.4 + 0.2 * 0.4 * 2.0 + 1.5 + 0.2 * 0.1 * 2.5, 0),
@@ -1121,12 +1122,12 @@ def test_loss_by_hand():
                            + 0.2 * 0.1 * 2.5 / 2, 0.5)}
     for (positive, negative), (rows, expected, left_out) in by_hand.items():
         config = qcrd.Config(positive=positive, negative=negative)
-        picked, share, out = qcrd.pick(losses, c, config)
-        assert (picked, out) == (rows, left_out), (positive, negative, picked, out)
+        picks = qcrd.pick(some, config, tiny_student(config), None)
+        picked = [some.index(c) for c in picks.rationales]
+        assert (picked, picks.left_out) == (rows, left_out), (positive, negative, picked, picks)
         chosen = torch.tensor([losses[r] for r in picked], requires_grad=True)
         s = torch.tensor([score[r] for r in picked], requires_grad=True)
-        is_pos = torch.tensor([c.positive[r] for r in picked])
-        cl = qcrd.contrastive_terms(chosen, s, torch.tensor(share), is_pos, config.beta, config.delta).sum()
+        cl = qcrd.contrastive_terms(chosen, s, picks.share, picks.positive, config.beta, config.delta).sum()
         assert abs(cl.item() - expected) < 1e-6, (positive, negative, cl.item(), expected)
         cl.backward()
         assert s.grad is None                                                    # weights carry no gradient
@@ -1140,8 +1141,9 @@ def test_loss_by_hand():
 
 
 def test_loss_ties_and_alphas():
-    c = qcrd.Candidates([None] * 4, [0] * 4, [True, True, False, False])
-    assert qcrd.pick([1.0, 1.0, 2.0, 2.0], c, qcrd.Config())[0] == [0, 2]          # the first on a tie
+    config = qcrd.Config()
+    some = [qcrd.Rationale(None, None, loss < 2, loss=loss) for loss in (1.0, 1.0, 2.0, 2.0)]
+    assert qcrd.pick(some, config, tiny_student(config), None).rationales == [some[0], some[2]]      # the first on a tie
     alphas = [qcrd.alphas_of(qcrd.Config(), t) for t in (1, 2, 3)]
     assert np.allclose(alphas, [(0.5, 0.5, 0.5), (0.5, 0.5, 0.45), (0.5, 0.5, 0.405)])
     assert qcrd.alphas_of(qcrd.Config(method="finetune"), 3) == (1.0, 0.0, 0.0) and qcrd.alphas_of(qcrd.Config(method="dss"), 3) == (0.5, 0.5, 0.0)
@@ -1164,7 +1166,7 @@ def plain_loss(student: qcrd.Student, d: qcrd.Discriminator | None, data: qcrd.D
                 continue
             losses = torch.stack([row_loss(student.explain_prefix, x, row) for row in rows])
             with torch.no_grad():
-                s = torch.cat([torch.sigmoid(d(student, [x], [row])) for row in rows]) if d else torch.full((len(rows),), float(positive))
+                s = torch.cat([torch.sigmoid(d(student, [qcrd.Rationale(x, row)])) for row in rows]) if d else torch.full((len(rows),), float(positive))
             weights = s if positive else 1 - s
             values = losses if positive else -config.beta * (losses - config.delta).clamp(max=0)
             if how == "mean":
@@ -1191,12 +1193,12 @@ def test_step_equals_the_plain_mathematics():
         plain = {name: p.grad.clone() for name, p in student.model.named_parameters() if p.grad is not None}
         student.model.zero_grad()
         batch = list(range(len(data)))
-        c = qcrd.candidates(data, config, batch, negatives)
-        needed, losses = qcrd.needs_losses(c, config), [float("nan")] * len(c.rows)
-        for r, loss in zip(needed, qcrd.candidate_losses(student, data, batch, c, needed).tolist()):
-            losses[r] = loss
-        picks = qcrd.choose(student, d, data, batch, c, losses, config)
-        labels, rationales = qcrd.backward(student, data, config, batch, c, picks, (0.5, 0.5, 0.0), len(batch))
+        some = qcrd.candidates(data, batch, negatives)
+        needed = qcrd.need_losses(some, config)
+        for c, loss in zip(needed, qcrd.candidate_losses(student, needed).tolist()):
+            c.loss = loss
+        picks = qcrd.pick(some, config, student, d)
+        labels, rationales = qcrd.backward(student, data, config, batch, picks, (0.5, 0.5, 0.0), len(batch))
         cl = qcrd.contrastive_terms(rationales, picks.scores, picks.share, picks.positive, config.beta, config.delta).sum()
         loss = qcrd.total_loss(labels.sum(), cl, 0.0, (0.5, 0.5, 0.0)) / len(batch)
         assert abs(loss.item() - expected.item()) < 1e-5 * abs(expected.item()), (positive, negative)
@@ -1243,14 +1245,14 @@ def test_discriminator_batches_are_balanced():
     data, negatives = toy(student)
     rng = np.random.default_rng(0)
     for questions in ([0, 1, 2, 3, 4], [1]):                                     # the second has no negative: corrupted words make them
-        _, rows, targets = qcrd.discriminator_batch(data, student, config, rng, questions, negatives, 20)
+        rows, targets = qcrd.discriminator_batch(data, student, config, rng, questions, negatives, 20)
         assert len(rows) == 20 and targets.sum() == 10
-    assert qcrd.discriminator_batch(data, student, config, rng, [2, 3], negatives, 20)[1] == []
+    assert qcrd.discriminator_batch(data, student, config, rng, [2, 3], negatives, 20)[0] == []
     changed = [qcrd.corrupt("one two three four five six seven eight nine ten", ["x"], 0.3, rng) for _ in range(200)]
     kept = np.mean([sum(w != "x" for w in text.split()) for text in changed])
     assert 6.5 < kept < 7.5 and all("x" in text or len(text.split()) < 10 for text in changed)
     flipped = qcrd.Config(discriminator_noise=1.0)
-    assert (qcrd.discriminator_batch(data, student, flipped, rng, [0], {}, 8)[2] == torch.tensor([0.0] * 4 + [1.0] * 4)).all()
+    assert (qcrd.discriminator_batch(data, student, flipped, rng, [0], {}, 8)[1] == torch.tensor([0.0] * 4 + [1.0] * 4)).all()
 
 
 def test_iteration_samples_snapshot_lag_iterations_back():

@@ -49,7 +49,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fetch_data
-from t5 import T5, InputError, Progress, Tokenizer, atomic, require
+from t5 import T5, InputError, Progress, Tokenizer, atomic, pad, require, to_device
 
 # ------------------------------------------------------------------------------------------------ 1. Settings
 
@@ -685,13 +685,16 @@ def to_student(text: str) -> str:
 # ------------------------------------------------------------------------------------------------ 5. Batches
 
 
-def shown(what: str, items: Sequence) -> Iterator:
-    """The items, one after the other, while stderr says how many are done."""
+def shown(what: str, items: Sequence, saves: bool = False) -> Iterator:
+    """The items, one after the other, while stderr says how many are done. Errors: Stopped after Ctrl-C, unless the caller `saves` first
+    or other ranks would wait for this one."""
     progress = Progress(what, len(items))
     try:
         for done, item in enumerate(items, 1):
             yield item
             progress.update(done)
+            if STOP.is_set() and not saves and world() == 1:
+                raise Stopped
     finally:
         progress.close()
 
@@ -763,11 +766,8 @@ def candidates(data: Data, batch: Iterable[int], negatives: dict, with_negatives
 
 def collate(rows: list, device: torch.device) -> tuple[Tensor, Tensor]:
     """-> ids (B, W) int64 on the device, 0-padded; mask (B, W) bool, left on the CPU: T5 reads lengths there without waiting for CUDA."""
-    lengths = torch.tensor([len(r) for r in rows])
-    mask = torch.arange(max(int(lengths.max()), 1))[None] < lengths[:, None]
-    ids = torch.zeros(mask.shape, dtype=torch.long)
-    ids[mask] = torch.from_numpy(np.concatenate([np.asarray(r, dtype=np.int64) for r in rows]))
-    return (ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ids), mask
+    ids, mask = pad(rows)
+    return to_device(ids, device), mask
 
 
 def by_length(rows: list, tokens: int) -> list[list[int]]:
@@ -1271,7 +1271,7 @@ class Trainer:
             state.l_d = state.l_d if l_d is None else l_d
             torch.manual_seed(derive_seed(config.seed, "dropout", t, rank()))
         times.append(time.perf_counter())
-        stopping = self.train_on(order, negatives, alphas, t)
+        self.train_on(order, negatives, alphas, t)
         times.append(time.perf_counter())
         accuracy, _ = evaluate(self.student, self.valid, self.task.valid, self.task.kind, "  validation")
         state.iteration, state.step = t, 0
@@ -1290,26 +1290,21 @@ class Trainer:
             if int(path.stem) <= t - config.lag:                     # no later iteration needs it
                 path.unlink()
         gather([])                                                   # the next iteration may read what rank 0 has written
-        if stopping:
-            raise Stopped
 
-    def train_on(self, order: list[int], negatives: dict, alphas: tuple, t: int) -> bool:
-        """The optimizer steps of an iteration that are left -> was the last one asked to stop? Errors: Stopped, saved, before that."""
+    def train_on(self, order: list[int], negatives: dict, alphas: tuple, t: int) -> None:
+        """The optimizer steps of an iteration that are left. Errors: Stopped, when what is done is saved."""
         state, first, start = self.state, self.state.step, time.perf_counter()
         pending, size, before = torch.zeros(0, device=self.student.device), self.config.batch, (t - 1) * self.per_iteration
         try:
-            for k in shown(f"  iteration {t}/{self.config.iterations}", range(first, self.per_iteration)):
+            for k in shown(f"  iteration {t}/{self.config.iterations}", range(first, self.per_iteration), saves=True):
                 pending = self.step(order[k * size:(k + 1) * size], negatives, alphas, before + k, pending)
                 state.step = k + 1
                 if t == 1 and k == 2:
                     self.foretell((time.perf_counter() - start) / (k + 1 - first))
             self.account(pending.tolist(), before + self.per_iteration - 1)
         except Stopped:                                              # on every rank: it came with the sums of all
-            if state.step < self.per_iteration:
-                self.save()
-                raise
-            return True
-        return False
+            self.save()
+            raise
 
     def foretell(self, seconds: float) -> None:
         steps = self.config.iterations * self.per_iteration
@@ -1523,7 +1518,7 @@ def train(config: Config, folder: Path | None = None) -> Path:
     def finish_the_step(number: int, _: object) -> None:
         STOP.set()
         signal.signal(number, ends_at_once[number])
-        print("\nfinishing the step, then writing; once more stops at once", file=sys.stderr)
+        print("\nfinishing what is under way, then writing; once more stops at once", file=sys.stderr)
     for number in ends_at_once:
         signal.signal(number, finish_the_step)
     trainer.run()
@@ -1712,6 +1707,7 @@ def main() -> None:
     if verb:
         run, *rest = use[verb]
         unused = ", ".join(map(flag, sorted(set(args) - {"device", "precision", "micro_batch"})))
+        require(not use["resume"], f"--{verb} and --resume are two commands; finish the run first")
         require(not unused, f"--{verb} takes its settings from the run: {unused} has no effect on it")
     if verb == "ask":
         questions = rest or [line.strip() for line in sys.stdin if line.strip()]
@@ -1764,7 +1760,7 @@ def run_main() -> int:
         say(str(e))
         return 0
     except Stopped:
-        line, code = "stopped after a finished step; --resume and the run's folder go on from there", 130
+        line, code = "stopped; --resume and the run's folder go on from what is written", 130
     except KeyboardInterrupt:
         line, code = "stopped", 130
     print(line, file=sys.stderr)

@@ -825,7 +825,7 @@ class Tokenizer:
 
 
 def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Lists or arrays of ids -> (rows, longest) long padded with 0, and its mask."""
+    """Lists or arrays of ids, one at least not empty -> (rows, longest) long, padded with 0, and its mask."""
     lengths = torch.tensor([len(row) for row in rows])
     mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
     ids = torch.full(mask.shape, PAD)

@@ -1692,6 +1692,21 @@ def test_judge_is_blind_to_the_order():
             assert "predictions.jsonl" in str(e)
 
 
+def test_ctrl_c_ends_long_work_at_once_and_training_after_saving():
+    """Sampling, validation and the discriminator's steps stop after the item under way; the steps of training go on to where they save."""
+    for saves, expected in ((False, [0, 1]), (True, [0, 1, 2, 3])):
+        seen, stopped = [], False
+        try:
+            for i in qcrd.shown("work", range(4), saves):
+                seen.append(i)
+                if i == 1:
+                    qcrd.STOP.set()
+        except qcrd.Stopped:
+            stopped = True
+        qcrd.STOP.clear()
+        assert (seen, stopped) == (expected, not saves), (seen, stopped)
+
+
 def said(*texts: object, finish: str = "stop") -> dict:
     """The body of a good answer."""
     return {"choices": [{"message": {"content": text}, "finish_reason": finish} for text in texts], "usage": {"prompt_tokens": 10, "completion_tokens": 5}}

@@ -1,7 +1,7 @@
 """QCRD, Quality-guided Contrastive Rationale Distillation (Wang et al., EMNLP 2025, arXiv 2405.13014), in one file.
 
 A large language model (the teacher) explains its answers; a small T5 (the student) learns to answer and to explain.
-The file follows the paper: 1 settings, 2 tasks, 3 teacher, 4 vote, 5 batches, 6 negatives from snapshots,
+The file follows the paper: 1 settings, 2 tasks, 3 teacher, 4 vote, 5 batches and student, 6 negatives from snapshots,
 7 discriminator, 8 loss, 9 training, 10 using a trained student. Its marks say where a choice comes from:
 [abstract] the paper's abstract, [overview] published overviews of it, [review] a published third-party review of it,
 [DSS] Distilling Step-by-Step, whose protocol the paper follows, [ours] where the sources are silent or unread.
@@ -62,7 +62,7 @@ def option(default: Any, mark: str, help: str, choices: tuple | None = None) -> 
 class Config:
     """Every setting with its default, the source of that default, and its help text; the command line is made from it."""
     # Task
-    task: str = option("demo", "DSS", "demo, svamp, cqa, anli1, esnli, or a folder with train.jsonl, valid.jsonl and test.jsonl of {input, "
+    task: str = option("demo", "ours", "demo, svamp, cqa, anli1, esnli, or a folder with train.jsonl, valid.jsonl and test.jsonl of {input, "
                        "label}")
     answer: str = option("text", "ours", "what a folder's labels are; numbers and equations are compared by value", ("text", "number"))
     labels: str = option("gold", "review", "labels to learn: the data's, or the teacher's majority answer as it was written", ("gold", "teacher"))
@@ -87,7 +87,7 @@ class Config:
     input_tokens: int = option(512, "ours", "longest input")
     rationale_tokens: int = option(256, "DSS", "longest label or rationale")
     # Negatives from its own past
-    negatives: bool = option(True, "review", "use S_neg at all")
+    negatives: bool = option(True, "review", "S_neg in the loss; without it the student samples none and the discriminator alone sees the teacher's")
     negative_source: str = option("snapshot", "review", "whose negatives join the teacher's: an earlier self, or a fixed student's", ("snapshot", "fixed"))
     negative_model: str = option("", "ours", "folder of the fixed student (a run's student/)")
     lag: int = option(5, "review", "iteration t samples from the student after iteration t - lag")
@@ -165,6 +165,17 @@ def gather(items: list) -> list:
 def say(text: str) -> None:
     if rank() == 0:
         print(text, flush=True)
+
+
+STOP = threading.Event()                  # set by SIGINT and SIGTERM: finish the step, write, say how to go on
+
+
+class Stopped(Exception):
+    """Training was asked to stop."""
+
+
+class Done(Exception):
+    """Nothing is left to do; its text says why."""
 
 
 # ------------------------------------------------------------------------------------------------ 2. Tasks
@@ -487,7 +498,7 @@ class Teacher:
         while slots and not self.stop.is_set():
             with self.lock:
                 progress.update(self.filled, f"{self.requests} requests, {self.tokens} tokens, {self.failures} failures")
-                if 0 < config.teacher_budget / world() <= self.requests:
+                if config.teacher_budget and self.requests >= (config.teacher_budget + world() - 1 - rank()) // world():    # this rank's share
                     return
                 self.requests += 1
             optional = {"n": len(slots), "seed": base + slots[0], "temperature": config.teacher_temperature,
@@ -581,8 +592,9 @@ def collect(task: Task, config: Config, may_ask: bool = True) -> tuple[list[list
             f"  For the paper's {config.samples} samples name a teacher: --teacher http://localhost:11434/v1 (Ollama, vLLM, llama.cpp), or set OPENAI_API_KEY.")
         slots = [[by_question.get(q, {}).get(0)] for q in questions]
     else:
-        if url == "openai":
-            url, model = "https://api.openai.com/v1", model or "gpt-3.5-turbo"
+        url = "https://api.openai.com/v1" if url == "openai" else url
+        if "//api.openai.com" in url:
+            model = model or "gpt-3.5-turbo"
         require(re.fullmatch(r"https?://[^@?#\s]+", url),      # not repeated here: it may hold a key
                 "--teacher must be palm, openai or a URL like http://localhost:11434/v1; "
                 "a key belongs into OPENAI_API_KEY, not into the URL")
@@ -682,18 +694,18 @@ def to_student(text: str) -> str:
     return text.replace("÷", "/").replace("×", "*")
 
 
-# ------------------------------------------------------------------------------------------------ 5. Batches
+# ------------------------------------------------------------------------------------------------ 5. Batches and the student
 
 
-def shown(what: str, items: Sequence, saves: bool = False) -> Iterator:
-    """The items, one after the other, while stderr says how many are done. Errors: Stopped after Ctrl-C, unless the caller `saves` first
-    or other ranks would wait for this one."""
+def shown(what: str, items: Sequence, stops: bool = True) -> Iterator:
+    """The items, one after the other, while stderr says how many are done. Errors: Stopped after Ctrl-C, where it `stops` and no other
+    rank would wait for this one."""
     progress = Progress(what, len(items))
     try:
         for done, item in enumerate(items, 1):
             yield item
             progress.update(done)
-            if STOP.is_set() and not saves and world() == 1:
+            if STOP.is_set() and stops and world() == 1:
                 raise Stopped
     finally:
         progress.close()
@@ -791,9 +803,6 @@ def visits(config: Config, n: int, iteration: int) -> list[int]:
     return stream[start % n:start % n + count]
 
 
-# ------------------------------------------------------------------------------------------------ 6. Negatives from snapshots
-
-
 class Student:
     """A T5 with its tokenizer, prefixes and precision: what training, sampling and asking share."""
 
@@ -837,6 +846,9 @@ class Student:
         return [self.tokenizer.decode(row) for row in rows]
 
 
+# ------------------------------------------------------------------------------------------------ 6. Negatives from snapshots
+
+
 def student_temperature(config: Config, iteration: int) -> float:
     """τ = 1.5 [review], or A:B, a straight line over the iterations [ours]."""
     try:
@@ -845,15 +857,15 @@ def student_temperature(config: Config, iteration: int) -> float:
         ends = []
     if len(ends) not in (1, 2) or not all(0 < t < math.inf for t in ends):
         raise InputError(f"--student-temperature {config.student_temperature}: must be a number above 0, or two as in 2.0:1.0")
-    return ends[0] + (ends[-1] - ends[0]) * (iteration - 1) / max(1, config.iterations - 1)
+    return ends[0] + (ends[-1] - ends[0]) * min(1.0, (iteration - 1) / max(1, config.iterations - 1))
 
 
 def sample_negatives(past: Student, data: Data, config: Config, iteration: int, questions: list[int]) -> tuple[dict, dict]:
     """`--student-samples` rationales of an earlier student for each question of the iteration -> ({question: rows}, counts).
 
-    Trained on as sampled; empty ones and ones equal to a positive are dropped [ours]."""
+    Trained on as sampled; empty ones, repetitions and ones equal to a positive are dropped [ours]."""
     start, unique = time.perf_counter(), sorted(set(questions))
-    purpose = config.seed, "negatives", iteration if config.negative_source == "snapshot" else 0      # a fixed student's stay the same
+    purpose = config.seed, "negatives", iteration if config.negative_source == "snapshot" else 0      # a fixed student's change with τ and questions only
     rows = past.write(past.explain_prefix, [data.questions[q] for q in unique for _ in range(config.student_samples)], config.rationale_tokens,
                       student_temperature(config, iteration), purpose, "  negatives")
     kept: dict[int, list[array]] = {}
@@ -1109,20 +1121,9 @@ def step_stats(labels: Tensor, losses: Tensor, p: Picks, l_d: Tensor, config: Co
 
 # ------------------------------------------------------------------------------------------------ 9. Training
 
-STOP = threading.Event()                  # set by SIGINT and SIGTERM: finish the step, write, say how to go on
-
-
-class Stopped(Exception):
-    """Training was asked to stop and has written its checkpoint."""
-
-
-class Done(Exception):
-    """Nothing is left to do; its text says why."""
-
-
 @dataclass
 class State:
-    """What training counts; with weights, optimizers and random state it is all that a checkpoint holds."""
+    """What training counts; a checkpoint holds it beside weights, optimizers and random state."""
     iteration: int = 0                    # completed iterations
     step: int = 0                         # completed steps of the next one
     best: float = -1.0                    # validation accuracy
@@ -1149,6 +1150,8 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.params, lr=config.lr, weight_decay=0.0, fused=True)
         self.scaler = torch.amp.GradScaler(student.device.type, enabled=student.dtype == torch.float16)
         self.fixed = T5.load(config.negative_model) if self.student_negatives and not self.from_past else None     # --negative-source fixed
+        if self.fixed and (Path(config.negative_model) / "spiece.model").read_bytes() != Path(student.vocab).read_bytes():
+            raise InputError(f"--negative-model {config.negative_model}: has another vocabulary than --model {config.model}; its ids would mean other words")
 
     def parts(self) -> dict[str, Any]:
         """What has a state of its own, by its name in checkpoint.pt."""
@@ -1179,7 +1182,7 @@ class Trainer:
             torch.cuda.set_rng_state(cuda.cpu(), self.student.device)
 
     def negatives_for(self, iteration: int, questions: list[int]) -> tuple[dict, dict]:
-        """Iteration t samples from snapshot t - lag [abstract]; none while t - lag < 1: the untrained student never counts [ours]."""
+        """Iteration t samples from snapshot t - lag [abstract; 5: review]; none while t - lag < 1: the untrained student never counts [ours]."""
         number = iteration - self.config.lag
         if not self.student_negatives or (self.from_past and number < 1):
             return {}, dict(source="", sampled=0, dropped=0, tokens=0, seconds=0.0)
@@ -1219,9 +1222,9 @@ class Trainer:
         l_d = torch.zeros((), device=student.device)
         if self.d and not self.d.encoder:                            # shared: L_D joins the step
             rng = np.random.default_rng(derive_seed(config.seed, "L_D", number, rank()))
-            some, targets = discriminator_batch(train, student, config, rng, mine, negatives, 2 * len(mine))
-            if some:
-                l_d = F.binary_cross_entropy_with_logits(self.d.train()(student, some), targets)
+            judged, targets = discriminator_batch(train, student, config, rng, mine, negatives, 2 * len(mine))
+            if judged:
+                l_d = F.binary_cross_entropy_with_logits(self.d.train()(student, judged), targets)
                 self.scaler.scale(total_loss(0.0, 0.0, l_d, alphas) * len(mine) / len(batch)).backward()
         stats = step_stats(labels, rationales, picks, l_d.detach(), config)
         if world() > 1:                                              # one all-reduce after the local backward passes
@@ -1271,9 +1274,13 @@ class Trainer:
             state.l_d = state.l_d if l_d is None else l_d
             torch.manual_seed(derive_seed(config.seed, "dropout", t, rank()))
         times.append(time.perf_counter())
-        self.train_on(order, negatives, alphas, t)
-        times.append(time.perf_counter())
-        accuracy, _ = evaluate(self.student, self.valid, self.task.valid, self.task.kind, "  validation")
+        try:
+            self.train_on(order, negatives, alphas, t)
+            times.append(time.perf_counter())
+            accuracy, _ = evaluate(self.student, self.valid, self.task.valid, self.task.kind, "  validation")
+        except Stopped:                                              # while it trains on every rank: it came with the sums of all
+            self.save()
+            raise
         state.iteration, state.step = t, 0
         if accuracy > state.best:
             state.best, state.best_iteration = accuracy, t
@@ -1292,19 +1299,15 @@ class Trainer:
         gather([])                                                   # the next iteration may read what rank 0 has written
 
     def train_on(self, order: list[int], negatives: dict, alphas: tuple, t: int) -> None:
-        """The optimizer steps of an iteration that are left. Errors: Stopped, when what is done is saved."""
+        """The optimizer steps of an iteration that are left. Errors: Stopped, between two steps."""
         state, first, start = self.state, self.state.step, time.perf_counter()
         pending, size, before = torch.zeros(0, device=self.student.device), self.config.batch, (t - 1) * self.per_iteration
-        try:
-            for k in shown(f"  iteration {t}/{self.config.iterations}", range(first, self.per_iteration), saves=True):
-                pending = self.step(order[k * size:(k + 1) * size], negatives, alphas, before + k, pending)
-                state.step = k + 1
-                if t == 1 and k == 2:
-                    self.foretell((time.perf_counter() - start) / (k + 1 - first))
-            self.account(pending.tolist(), before + self.per_iteration - 1)
-        except Stopped:                                              # on every rank: it came with the sums of all
-            self.save()
-            raise
+        for k in shown(f"  iteration {t}/{self.config.iterations}", range(first, self.per_iteration), stops=False):
+            pending = self.step(order[k * size:(k + 1) * size], negatives, alphas, before + k, pending)
+            state.step = k + 1
+            if t == 1 and k == 2:
+                self.foretell((time.perf_counter() - start) / (k + 1 - first))
+        self.account(pending.tolist(), before + self.per_iteration - 1)
 
     def foretell(self, seconds: float) -> None:
         steps = self.config.iterations * self.per_iteration
@@ -1634,7 +1637,8 @@ def ask_student(run: Path, questions: list[str], as_json: bool, **changes: Any) 
 def evaluate_run(run: Path, file: str, **changes: Any) -> None:
     """Accuracy with its interval on a JSONL file, the task's test questions without one; predictions on stdout."""
     config, saved, student, _ = load_trained(run, **changes)
-    split = read_split(Path(file), saved["kind"]) if file else load_task(config).test
+    with contextlib.redirect_stdout(sys.stderr):                     # stdout is for the predictions alone
+        split = read_split(Path(file), saved["kind"]) if file else load_task(config).test
     accuracy, rows = evaluate(student, Data(student, split), split, saved["kind"], "  evaluate")
     print(*map(json_line, rows), sep="\n")
     print(f"accuracy {interval(accuracy, len(rows))}", file=sys.stderr)
@@ -1643,16 +1647,18 @@ def evaluate_run(run: Path, file: str, **changes: Any) -> None:
 def export(run: Path, folder: Path) -> None:
     """A Hugging Face folder with a model card."""
     config, _, student, _ = load_trained(run)
-    if folder.exists() and any(folder.iterdir()):
-        raise InputError(f"--export {folder}: is not empty; name a new folder")
+    require(not folder.exists() or (folder.is_dir() and not any(folder.iterdir())), f"--export {folder}: is there already; name a new folder")
     student.model.save_hf(folder, vocab=student.vocab)
     result = json.loads((run / "result.json").read_text()) if (run / "result.json").exists() else {}
+    palm, taught = config.teacher == "palm", config.method != "finetune" or config.labels == "teacher"
+    teacher = (f"{config.teacher_model or config.teacher or 'the demo'}" + ("" if palm else f", {config.samples} samples a question at temperature "
+               f"{config.teacher_temperature}")) if taught else "none"
     facts = dict(task=config.task, labels=config.labels, method=config.method, started_from=config.model, seed=config.seed, iterations=config.iterations,
-                 teacher=f"{config.teacher_model or config.teacher or 'none'}, {config.samples} samples at temperature {config.teacher_temperature}", **result)
+                 teacher=teacher, **result)
     (folder / "README.md").write_text(
         "---\nlibrary_name: transformers\npipeline_tag: text2text-generation\ntags: [t5, qcrd, rationale-distillation]\n---\n"
         f"# {config.task}, distilled with {config.method}\n\nA T5 trained with the reference implementation of QCRD (arXiv 2405.13014): "
-        "`predict: ` and a question give the label, `explain: ` and a question a rationale.\n\n| | |\n|---|---|\n"
+        "`predict: ` and a question give the label" + (", `explain: ` and a question a rationale" if config.method != "finetune" else "") + ".\n\n| | |\n|---|---|\n"
         + "".join(f"| {name.replace('_', ' ')} | {fact} |\n" for name, fact in facts.items()), "utf-8")
     print(f"{folder}: a Hugging Face folder; in Python: transformers.AutoModelForSeq2SeqLM.from_pretrained({str(folder)!r})")
 
@@ -1707,7 +1713,9 @@ def main() -> None:
     if verb:
         run, *rest = use[verb]
         unused = ", ".join(map(flag, sorted(set(args) - {"device", "precision", "micro_batch"})))
-        require(not use["resume"], f"--{verb} and --resume are two commands; finish the run first")
+        several = [f"--{name}" for name in (*verbs, "resume") if use[name]]
+        require(len(several) == 1, f"{' and '.join(several)} are commands of their own; give one at a time")
+        check(Config(**args))
         require(not unused, f"--{verb} takes its settings from the run: {unused} has no effect on it")
     if verb == "ask":
         questions = rest or [line.strip() for line in sys.stdin if line.strip()]
@@ -1729,7 +1737,8 @@ def main() -> None:
     else:
         task = args.get("task", Config.task)
         model = args.get("model") or ("demo" if task == "demo" else "")
-        config = check(Config(**MODEL_DEFAULTS.get(model, {}) | TASK_DEFAULTS.get(task, {}) | args))
+        asked = {"iterations": 0} | args if "steps" in args else args                  # --steps counts where a task's default is in iterations
+        config = check(Config(**MODEL_DEFAULTS.get(model, {}) | TASK_DEFAULTS.get(task, {}) | asked))
         if use["show_prompt"]:
             loaded = load_task(config)
             print(prompt_for(loaded, loaded.train.inputs[0], read_prompt(config))[0]["content"])

@@ -1,14 +1,15 @@
-"""T5 1.0 and 1.1 from scratch: layers, loss, generation, tokenizer, Hugging Face checkpoints, span-corruption pretraining.
+r"""T5 1.0 and 1.1 from scratch: layers, loss, generation, tokenizer, Hugging Face checkpoints, span-corruption pretraining.
 
 Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer", arXiv 1910.10683. Read top to
 bottom: shared helpers, Config, the layers, T5, files, Tokenizer, pretrain.
 
-    model, tokenizer = T5.load("weights/t5-small"), Tokenizer("weights/t5-small/spiece.model")
-    ids = torch.tensor([tokenizer.encode("translate English to German: That is good.")])
+    model, tokenizer = T5.load("weights/demo"), Tokenizer("weights/demo/spiece.model")
+    ids = torch.tensor([tokenizer.encode("predict: Ana has 5 hats. Ana buys 4 hats.\nHow many hats does Ana have now?")])
     print(tokenizer.decode(model.generate(ids, ids != 0, max_new_tokens=20)[0].tolist()))
 
 Shapes: B rows of input, S input tokens, R rows of targets, T target tokens, D = d_model, H heads of d_kv, V vocabulary rows.
-All masks are bool, True on real tokens, and padding stands on the right.
+All masks are bool, True on real tokens, and padding stands on the right. Weights are float32 (bfloat16 works; float16 and float64 are for
+autocast and for nobody); backward passes belong outside autocast.
 
 Speed comes from three habits. Position-wise work runs on real tokens only, packed to (N, D); attention alone sees padded rows.
 Weights that meet the same input are one matrix. The output layer and its cross-entropy are one function that keeps one tensor.
@@ -33,6 +34,7 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 PAD, EOS, UNK = 0, 1, 2
 SENTINELS = 100                 # <extra_id_0> ... <extra_id_99> stand above the SentencePiece pieces, in falling order
@@ -168,7 +170,7 @@ class Move(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        return Move.forward(ctx, g, ctx.index, ctx.rows), None, None
+        return Move.apply(g, ctx.index, ctx.rows), None, None
 
 
 class Packing:
@@ -178,6 +180,7 @@ class Packing:
     """
 
     def __init__(self, mask: Tensor, device: torch.device):
+        require(bool(mask.any(1).all()), "a row of the mask holds no token: nothing to attend to")
         self.mask, self.device, self.index = mask, device, None
         if not bool(mask.all()):
             self.index = to_device(mask.flatten().nonzero()[:, 0], device)
@@ -252,6 +255,7 @@ class RMSNormFunction(torch.autograd.Function):
         return unit * weight
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g: Tensor):
         unit, inverse, weight = ctx.saved_tensors
         along = g * unit
@@ -411,6 +415,7 @@ class OutputLoss(torch.autograd.Function):
         return losses
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g: Tensor):
         hidden, weight, targets, p = ctx.saved_tensors
         g = g[:, None]
@@ -453,13 +458,16 @@ class T5(nn.Module):
 
         Args:
             input_ids: (B, S) long; not looked at where `memory` is given.
-            mask: (B, S) bool. It and target_mask may stay on the CPU of a model on a GPU, which spares a wait.
+            mask: (B, S) bool, at least one True a row. It and target_mask may stay on the CPU of a model on a GPU, which spares a wait.
             targets: (R, T) long, each row ending in </s> unless it was cut off; target_mask: (R, T) bool, at least one True a row.
             memory: (B, S, D) from encode(mask); a detached leaf collects the gradient of several calls.
             rows: (R,) long, the memory row that each target row attends to; None: R = B, row r attends to memory row r.
         Returns: (R,) float32, nats a token.
         """
         device = self.shared.weight.device
+        attended = len(mask if rows is None else rows)
+        require(targets.shape == target_mask.shape and len(targets) == attended,
+                f"targets of shape {tuple(targets.shape)}, their mask {tuple(target_mask.shape)}, memory rows for {attended} of them")
         source, target = Packing(mask, device), Packing(target_mask, device)
         packed = self._encode(input_ids, source, self._dropout()) if memory is None else source.pack(memory)
         targets = to_device(targets, device)
@@ -475,8 +483,8 @@ class T5(nn.Module):
         Args:
             input_ids: (B, S) long; mask: (B, S) bool.
             temperature: 0 takes the most likely token; else tokens are drawn from softmax(logits / temperature).
-            generator: of the CPU. One uniform number for each row and position is drawn from it up front, so that a row's tokens
-                depend on its own numbers and not on which rows share its batch.
+            generator: of the CPU. One uniform number for each row and position is drawn from it up front, so that a row's tokens depend
+                on its own numbers (given by its place and max_new_tokens) and not on which rows share its batch.
             limit: ids at or above it are never chosen (vocabularies have unused rows at their end).
         Returns: (B, at most max_new_tokens) long, in the caller's order, 0 after </s>.
         """
@@ -513,6 +521,7 @@ class T5(nn.Module):
 
     def _encode(self, input_ids: Tensor, source: Packing, dropout: float) -> Tensor:
         """-> packed memory (N, D)."""
+        require(input_ids.shape == source.mask.shape, f"input ids of shape {tuple(input_ids.shape)}, their mask {tuple(source.mask.shape)}")
         bias = self.encoder.position_bias(source.mask.shape[1])
         if source.index is not None:
             bias = bias + source.bias()
@@ -603,7 +612,7 @@ def product(weight: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
     each token. An internal operator of PyTorch's, so the usual product stands in where it is missing.
     """
     reorder = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
-    if weight.device.type != "cpu" or torch.is_autocast_enabled("cpu") or reorder is None:
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or reorder is None:
         return lambda x: F.linear(x, weight)
     packed = reorder(weight.detach(), rows)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
@@ -611,8 +620,9 @@ def product(weight: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
 
 @contextlib.contextmanager
 def reordered(model: nn.Module, rows: int) -> Iterator[None]:
-    """Within the block the linear layers of `model` multiply by `product`."""
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    """Within the block the linear layers of `model` multiply by `product`. Not for a model that another thread uses at the same time."""
+    # a layer that somebody has changed keeps its own product
+    layers = [m for m in model.modules() if type(m) is nn.Linear and m.bias is None and "forward" not in vars(m)]
     try:
         for layer in layers:
             layer.forward = product(layer.weight, rows)
@@ -810,7 +820,7 @@ class Tokenizer:
         return self.size + SENTINELS - 1 - i
 
     def encode(self, text: str, max_length: int | None = None) -> list[int]:
-        """Ids of `text` with </s> at the end; at most max_length of them, </s> included."""
+        """Ids of `text` with </s> at the end; at most max_length (above 0) of them, </s> included."""
         ids = []
         for i, part in enumerate(self.special.split(text)):
             ids += [self.names[part]] if i % 2 else self.pieces.encode(part)

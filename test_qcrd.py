@@ -1694,17 +1694,46 @@ def test_judge_is_blind_to_the_order():
 
 def test_ctrl_c_ends_long_work_at_once_and_training_after_saving():
     """Sampling, validation and the discriminator's steps stop after the item under way; the steps of training go on to where they save."""
-    for saves, expected in ((False, [0, 1]), (True, [0, 1, 2, 3])):
+    for stops, expected in ((True, [0, 1]), (False, [0, 1, 2, 3])):
         seen, stopped = [], False
         try:
-            for i in qcrd.shown("work", range(4), saves):
+            for i in qcrd.shown("work", range(4), stops):
                 seen.append(i)
                 if i == 1:
                     qcrd.STOP.set()
         except qcrd.Stopped:
             stopped = True
         qcrd.STOP.clear()
-        assert (seen, stopped) == (expected, not saves), (seen, stopped)
+        assert (seen, stopped) == (expected, stops), (seen, stopped)
+
+
+def test_t5_second_backward_and_wrong_shapes():
+    """A graph can be run backward twice, padding included; a second derivative is refused, not wrong; shapes and empty rows are refused."""
+    model = small_t5()
+    ids, targets = torch.tensor([[5, 6, 1], [7, 1, 0]]), torch.tensor([[8, 9, 1], [9, 1, 0]])
+    loss = model.loss(ids, ids != 0, targets, targets != 0).sum()
+    weight = model.encoder.layers[0].attention.qkv.weight
+    first, second = (torch.autograd.grad(loss, weight, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second) and first.abs().max() > 0
+    (again,) = torch.autograd.grad(loss, weight, create_graph=True)
+    try:
+        again.sum().backward()
+        raise AssertionError("a second derivative")
+    except RuntimeError as e:
+        assert "once_differentiable" in str(e)
+    empty = torch.tensor([[True, True, True], [False, False, False]])
+    for arguments in ((ids, empty, targets, targets != 0), (ids[:, :2], ids != 0, targets, targets != 0), (ids, ids != 0, targets[:1], targets[:1] != 0),
+                      (ids, ids != 0, targets, targets[:, :2] != 0)):
+        try:
+            model.loss(*arguments)
+            raise AssertionError(arguments)
+        except t5.InputError:
+            pass
+    before = {name: module.forward for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    model.encoder.layers[0].attention.qkv.forward = own = lambda x: x @ weight.T
+    model.generate(ids, ids != 0, 3)
+    assert vars(model.encoder.layers[0].attention.qkv)["forward"] is own
+    assert sum("forward" in vars(module) for module in model.modules()) == 1 and before
 
 
 def said(*texts: object, finish: str = "stop") -> dict:

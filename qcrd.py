@@ -1750,7 +1750,7 @@ def run_main() -> int:
     """-> exit code: 0; 2 after one line for a mistake of the user's; 130 when stopped. A bug keeps its traceback."""
     try:
         if "LOCAL_RANK" in os.environ:                               # started by torchrun
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(hours=12))
+            dist.init_process_group(timeout=datetime.timedelta(hours=12))      # gloo for what is on the CPU, nccl on CUDA
         main()
         return 0
     except InputError as e:

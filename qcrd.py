@@ -1668,9 +1668,11 @@ def export(run: Path, folder: Path) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """One flag for each field of Config, in groups in the order of the paper, and the verbs that use a run."""
+    own = "".join(f"With --{of} {name}, other defaults: {', '.join(f'{flag(k)} {v}' for k, v in values.items())}.\n"
+                  for of, table in (("task", TASK_DEFAULTS), ("model", MODEL_DEFAULTS)) for name, values in table.items())
     p = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__, usage="python qcrd.py [--task TASK] [flags]",
                                 argument_default=argparse.SUPPRESS,      # what was not given is not there: `main` has the defaults
-                                epilog="Environment: OPENAI_API_KEY, OPENAI_BASE_URL (teacher), QCRD_MIRROR (a folder or URL instead of https://).")
+                                epilog=own + "Environment: OPENAI_API_KEY, OPENAI_BASE_URL (teacher), QCRD_MIRROR (a folder or URL instead of https://).")
     use = p.add_argument_group("Use a run (a folder under runs/)")
     use.add_argument("--resume", metavar="RUN", help="go on after a crash or Ctrl-C; on a CPU bit for bit what it would have been")
     use.add_argument("--ask", nargs="+", metavar=("RUN", "QUESTION"), help="label, rationale and quality; without a question: one a line from stdin, JSONL out")

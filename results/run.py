@@ -22,6 +22,9 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import qcrd  # noqa: E402
+
 METHODS = {"finetune": "--method finetune", "dss": "--method dss", "qcrd": ""}
 SVAMP = "--task svamp --model demo --iterations 8 --iteration-steps 12"     # 96 steps of 64: 8 passes over the 720 questions
 SHORT = "--iterations 8 --iteration-steps 10"                               # of the studies: 80 steps; the demo's default are 285
@@ -82,11 +85,18 @@ def run(table: str, extra: list[str]) -> None:
             result = json.loads((folder / "result.json").read_text()) | {"command": " ".join(command)}
             if go_on[1] != "--resume":                                   # the processor's minutes: what else the machine does is not in them
                 result["cpu_minutes"] = round((resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - cpu) / 60, 2)
+            result["rationales_right"] = rationales_right(folder)
             shutil.copyfile(folder / "metrics.jsonl", target / "metrics.jsonl")
             (target / "result.json").write_text(json.dumps(result) + "\n")
             for part in ("snapshots", "checkpoint.pt"):                  # the student stays: other cells and results/judge.py use it
                 shutil.rmtree(folder / part) if (folder / part).is_dir() else (folder / part).unlink(missing_ok=True)
             print(f"{table}, {cell}, seed {seed}: {result['test_accuracy']:.1%}, {(time.time() - start) / 60:.1f} min", flush=True)
+
+
+def rationales_right(folder: Path) -> float:
+    """The part of the test questions whose rationale, read as a teacher's sample is, ends in the right number."""
+    rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text("utf-8").splitlines()]
+    return sum(qcrd.is_right(qcrd.read_sample(row["rationale"], row["input"], "number")[1] or "", row["gold"], "number") for row in rows) / len(rows)
 
 
 def p_value(differences: list[float]) -> float:
@@ -109,15 +119,18 @@ def finished(table: str) -> dict[str, dict[int, dict]]:
 def show(table: str) -> None:
     """A Markdown table: mean ± standard deviation over seeds, the paired difference from the table's reference, and what the loss saw."""
     found, reference = finished(table), TABLES[table][2]
-    print(f"| {table} | test accuracy | seeds | against {reference}, paired by seed | negative terms at 0, last 5 iterations | minutes of one core |\n|---|---|---|---|---|---|")
+    print(f"| {table} | test accuracy | seeds | against {reference}, paired by seed | rationales right | negative terms at 0 | minutes of one core |\n"
+          "|---|---|---|---|---|---|---|")
     for cell, results in found.items():
         accuracy = [100 * r["test_accuracy"] for r in results.values()]
         paired = [100 * (r["test_accuracy"] - found[reference][s]["test_accuracy"]) for s, r in results.items() if s in found.get(reference, {})]
         against = f"{statistics.mean(paired):+.1f} (p {p_value(paired):.2f})" if paired and cell != reference else ""
         spread = f" ± {statistics.stdev(accuracy):.1f}" if len(accuracy) > 1 else ""
-        zero = [m["zero_neg"] for r in results.values() for m in r["lines"][-5:] if m["a_question"]["teacher"] or m["a_question"]["student"]]
+        right = [r["rationales_right"] for r in results.values() if "finetune" not in cell]
+        zero = [m["zero_neg"] for r in results.values() for m in r["lines"][-3:] if m["l_neg"] or m["zero_neg"]]
         minutes = [r["cpu_minutes"] for r in results.values() if "cpu_minutes" in r]
-        print(f"| {cell} | {statistics.mean(accuracy):.1f}{spread} % | {len(accuracy)} | {against} | {f'{statistics.mean(zero):.0%}' if zero else ''} "
+        print(f"| {cell} | {statistics.mean(accuracy):.1f}{spread} % | {len(accuracy)} | {against} "
+              f"| {f'{statistics.mean(right):.1%}' if right else ''} | {f'{statistics.mean(zero):.0%}' if zero else ''} "
               f"| {f'{statistics.mean(minutes):.1f}' if minutes else ''} |")
 
 

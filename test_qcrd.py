@@ -1223,6 +1223,30 @@ def test_step_under_bf16():
     assert torch.allclose(a[:6], b[:6], rtol=0.02, atol=0.02), (a, b)
 
 
+def test_step_under_fp16_skips_what_overflows():
+    """GPUs without bf16 train with a scaler: a step whose scaled gradient overflows changes nothing but the scale; the next that fits is near float32's."""
+    trainers = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for precision in ("float32", "fp16"):
+            config = qcrd.Config(precision=precision, iterations=100, batch=5, delta=30.0)
+            student = tiny_student(config, seed=3)
+            data, negatives = toy(student)
+            trainers[precision] = qcrd.Trainer(config, student, Path(folder), None, data, data)
+        full, half = trainers["float32"], trainers["fp16"]
+        assert half.scaler.is_enabled() and not full.scaler.is_enabled()
+        half.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+        start = [p.detach().clone() for p in half.params]
+        skipped = 0
+        while all(map(torch.equal, start, half.params)):
+            assert skipped < 40 and half.scaler.get_scale() == 2.0 ** (40 - skipped)
+            half.step(list(range(5)), negatives, (0.5, 0.5, 0.5), 0, torch.zeros(0))
+            skipped += 1
+        assert skipped > 5                                           # 2^40 is far beyond 65,504
+        full.step(list(range(5)), negatives, (0.5, 0.5, 0.5), 0, torch.zeros(0))
+        a, b = (torch.cat([p.grad.flatten() for p in t.params]) for t in (full, half))
+        assert torch.isfinite(b).all() and (a - b).norm() < 0.02 * a.norm(), (a - b).norm() / a.norm()
+
+
 def test_discriminator_learns_a_separable_toy():
     config = qcrd.Config(batch=16, samples=3)
     for kind in ("own", "shared"):

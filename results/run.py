@@ -54,16 +54,16 @@ def keep(flags: str, seed: int) -> Path:
     return HERE / "metrics" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', flags.replace(f'-{seed}/student', '')).strip('-') or 'qcrd'}-{seed}"
 
 
-def cells(table: str):
-    """(cell, flags with the seed filled in, seed) of a table, seed by seed, so that an early stop leaves whole seeds."""
+def cells(table: str, most: int = 99):
+    """(cell, flags with the seed filled in, seed) of a table, seed by seed, so that an early stop leaves whole seeds; at most `most` seeds."""
     common, seeds, _, named = TABLES[table]
-    for seed in range(seeds):
+    for seed in range(min(seeds, most)):
         for cell, flags in named.items():
             yield cell, f"{common} {flags}".strip().format(seed=seed), seed
 
 
-def run(table: str, extra: list[str]) -> None:
-    for cell, flags, seed in cells(table):
+def run(table: str, seeds: int, extra: list[str]) -> None:
+    for cell, flags, seed in cells(table, seeds):
         target = keep(flags, seed)
         name = f"results-{target.name}"
         Path("runs").mkdir(exist_ok=True)
@@ -147,6 +147,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--run", choices=TABLES, metavar="TABLE")
     p.add_argument("--table", choices=[*TABLES, "cost"], metavar="TABLE")
+    p.add_argument("--seeds", type=int, default=99, help="at most so many (default: as many as the table has)")
     p.add_argument("--list", action="store_true")
     args, extra = p.parse_known_args()
     if args.list:
@@ -155,7 +156,7 @@ def main() -> None:
                 if seed == 0:
                     print(f"{table:16s} {cell:36s} python qcrd.py {flags}")
     if args.run:
-        run(args.run, extra)
+        run(args.run, args.seeds, extra)
     if args.table == "cost":
         show_cost()
     elif args.run or args.table:

@@ -86,11 +86,19 @@ def run(table: str, seeds: int, extra: list[str]) -> None:
             if go_on[1] != "--resume":                                   # the processor's minutes: what else the machine does is not in them
                 result["cpu_minutes"] = round((resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - cpu) / 60, 2)
             result["rationales_right"] = rationales_right(folder)
-            shutil.copyfile(folder / "metrics.jsonl", target / "metrics.jsonl")
+            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            (target / "metrics.jsonl").write_text("".join(json.dumps(shorter(line)) + "\n" for line in lines))
             (target / "result.json").write_text(json.dumps(result) + "\n")
             for part in ("snapshots", "checkpoint.pt"):                  # the student stays: other cells and results/judge.py use it
                 shutil.rmtree(folder / part) if (folder / part).is_dir() else (folder / part).unlink(missing_ok=True)
             print(f"{table}, {cell}, seed {seed}: {result['test_accuracy']:.1%}, {(time.time() - start) / 60:.1f} min", flush=True)
+
+
+def shorter(x):
+    """Numbers to four digits, whole ones without a point: all runs together stay below a megabyte."""
+    if isinstance(x, float):
+        return int(x) if x == int(x) else float(f"{x:.4g}")
+    return {k: shorter(v) for k, v in x.items()} if isinstance(x, dict) else [shorter(v) for v in x] if isinstance(x, list) else x
 
 
 def rationales_right(folder: Path) -> float:

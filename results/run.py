@@ -134,7 +134,7 @@ def show(table: str) -> None:
         paired = [100 * (r["test_accuracy"] - found[reference][s]["test_accuracy"]) for s, r in results.items() if s in found.get(reference, {})]
         against = f"{statistics.mean(paired):+.1f} (p {p_value(paired):.2f})" if paired and cell != reference else ""
         spread = f" ± {statistics.stdev(accuracy):.1f}" if len(accuracy) > 1 else ""
-        right = [r["rationales_right"] for r in results.values() if "finetune" not in cell]
+        right = [r["rationales_right"] for r in results.values() if "finetune" not in cell and "rationales_right" in r]
         zero = [m["zero_neg"] for r in results.values() for m in r["lines"][-3:] if m["l_neg"] or m["zero_neg"]]
         minutes = [r["cpu_minutes"] for r in results.values() if "cpu_minutes" in r]
         print(f"| {cell} | {statistics.mean(accuracy):.1f}{spread} % | {len(accuracy)} | {against} "

@@ -63,7 +63,7 @@ def draw(title: str, methods: dict[str, list[list[dict]]], path: Path) -> None:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=66)
     plt.close(figure)
     print(path)
 

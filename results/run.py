@@ -87,7 +87,7 @@ def run(table: str, seeds: int, extra: list[str]) -> None:
                 result["cpu_minutes"] = round((resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - cpu) / 60, 2)
             result["rationales_right"] = rationales_right(folder)
             lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            (target / "metrics.jsonl").write_text("".join(json.dumps(shorter(line)) + "\n" for line in lines))
+            (target / "metrics.jsonl").write_text("".join(json.dumps(shorter(line), separators=(",", ":")) + "\n" for line in lines))
             (target / "result.json").write_text(json.dumps(result) + "\n")
             for part in ("snapshots", "checkpoint.pt"):                  # the student stays: other cells and results/judge.py use it
                 shutil.rmtree(folder / part) if (folder / part).is_dir() else (folder / part).unlink(missing_ok=True)

@@ -771,9 +771,14 @@ class Rationale:
 
 def candidates(data: Data, batch: Iterable[int], negatives: dict, with_negatives: bool = True) -> list[Rationale]:
     """Each question's S_pos, then its S_neg: the teacher's and, of `negatives`, the student's."""
-    return [Rationale(data.questions[q], row, positive, student, place) for place, q in enumerate(batch) for rows, positive, student in (
-        (data.of(q, True), True, False), (data.of(q, False), False, False), (negatives.get(q, []), False, True))
-        if positive or with_negatives for row in rows]
+    out = []
+    for place, q in enumerate(batch):
+        x = data.questions[q]
+        out += [Rationale(x, r, True, False, place) for r in data.of(q, True)]
+        if with_negatives:
+            out += [Rationale(x, r, False, False, place) for r in data.of(q, False)]
+            out += [Rationale(x, r, False, True, place) for r in negatives.get(q, [])]
+    return out
 
 
 def collate(rows: list, device: torch.device) -> tuple[Tensor, Tensor]:

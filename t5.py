@@ -490,7 +490,7 @@ class T5(nn.Module):
         """
         device, count = self.shared.weight.device, len(input_ids)
         uniforms = torch.rand(count, max_new_tokens, generator=generator).to(device) if temperature > 0 else None
-        with reordered(self, count):
+        with reordered(self.encoder, count), reordered(self.decoder, count):
             source, single = Packing(mask, device), Packing(torch.ones(1, 1, dtype=torch.bool), device)
             cross = [kv.contiguous() for kv in self._cross(self._encode(input_ids, source, 0.0), source)]
             bias, cross_bias = self.decoder.position_bias(max_new_tokens), source.bias()

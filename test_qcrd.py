@@ -1753,11 +1753,10 @@ def test_t5_second_backward_and_wrong_shapes():
             raise AssertionError(arguments)
         except t5.InputError:
             pass
-    before = {name: module.forward for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     model.encoder.layers[0].attention.qkv.forward = own = lambda x: x @ weight.T
     model.generate(ids, ids != 0, 3)
     assert vars(model.encoder.layers[0].attention.qkv)["forward"] is own
-    assert sum("forward" in vars(module) for module in model.modules()) == 1 and before
+    assert sum("forward" in vars(module) for module in model.modules()) == 1
 
 
 def said(*texts: object, finish: str = "stop") -> dict:

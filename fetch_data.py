@@ -640,22 +640,21 @@ def pretraining_data() -> tuple[list[str], list[tuple[str, str]]]:
     return [text for text in texts if text not in known], [("predict: " + p.text, p.label) for p in pairs if p.text not in known]
 
 
-def train_vocabulary(texts: list[str], path: Path) -> None:
-    """A SentencePiece model for the demo: words, signs and the numbers 0 to 99 as one piece each, any other text by letters and bytes."""
-    phrases = [kind.tell + kind.why for kind in KINDS.values()] + [*QUESTIONS.values(), DISTRACTORS, DISMISSALS, BEGINNINGS]
-    words = re.findall(r"[A-Za-z]+", re.sub(r"\{\w+\}", " ", " ".join(sum(phrases, ())))) + ["predict", "explain", "answer"]
-    lines = [fold(text) for text in texts] + 50 * sorted(set(words))
+def train_vocabulary(lines: Iterable[str], path: Path, size: int = 1100, numbers: int = 100) -> None:
+    """A SentencePiece model of `size` pieces: frequent words, signs and the numbers below `numbers` as one piece each, other text by letters and bytes."""
     with atomic(path) as temporary, open(temporary, "wb") as f:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=f, model_type="bpe", vocab_size=1100, pad_id=0, eos_id=1,
+            sentence_iterator=map(fold, lines), model_writer=f, model_type="bpe", vocab_size=size, pad_id=0, eos_id=1,
             unk_id=2, bos_id=-1, byte_fallback=True, character_coverage=1.0, required_chars="".join(map(chr, range(33, 127))),
-            user_defined_symbols=[f"▁{n}" for n in (*range(100), *"()+-*/=")], hard_vocab_limit=False, num_threads=1, minloglevel=2)
+            user_defined_symbols=[f"▁{n}" for n in (*range(numbers), *"()+-*/=")], hard_vocab_limit=False, num_threads=1, minloglevel=2)
 
 
 def pretrain_demo(folder: Path = HERE / "weights" / "demo", steps: int = 6000) -> Path:
     """Make the demo's student: vocabulary, pretraining, half precision on disk. Same machine, same code: same weights."""
     texts, pairs = pretraining_data()
-    train_vocabulary(texts, folder / "spiece.model")
+    phrases = [kind.tell + kind.why for kind in KINDS.values()] + [*QUESTIONS.values(), DISTRACTORS, DISMISSALS, BEGINNINGS]
+    words = re.findall(r"[A-Za-z]+", re.sub(r"\{\w+\}", " ", " ".join(sum(phrases, ())))) + ["predict", "explain", "answer"]
+    train_vocabulary([*texts, *50 * sorted(set(words))], folder / "spiece.model")
     tokenizer = t5.Tokenizer(folder / "spiece.model")
     torch.manual_seed(0)
     model = t5.T5(t5.Config(vocab_size=tokenizer.size + 100, **SHAPE))

@@ -26,13 +26,21 @@ sys.path.insert(0, str(HERE.parent))
 import qcrd  # noqa: E402
 
 METHODS = {"finetune": "--method finetune", "dss": "--method dss", "qcrd": ""}
-SVAMP = "--task svamp --model demo --iterations 8 --iteration-steps 12"     # 96 steps of 64: 8 passes over the 720 questions
-SHORT = "--iterations 8 --iteration-steps 10"                               # of the studies: 80 steps; the demo's default are 285
+# What all cells of a table share, by the name that it has in results/metrics/.
+SHARED = {
+    # 16 passes over the 720 questions, by the student that results/svamp_student.py makes
+    "svamp": "--task svamp --model weights/svamp-student --lr 1e-3 --discriminator-lr 1e-3 --rationale-tokens 128 --iterations 16 --iteration-steps 12 "
+             "--discriminator-pretrain 100 --discriminator-steps 10",
+    "svamp-demo": "--task svamp --model demo --iterations 8 --iteration-steps 12",      # 8 passes, by the demo's student
+    "short": "--iterations 8 --iteration-steps 10",                                     # of the studies: 80 steps; the demo's default are 285
+}
+SHORT = SHARED["short"]
 
 # table -> (flags of all its cells, seeds, the cell that the others are compared with, {cell: flags})
 TABLES = {
     "main": ("", 5, "dss", METHODS | {"no vote": "--no-vote", "no negatives": "--no-negatives", "no discriminator": "--no-discriminator"}),
-    "svamp": (SVAMP, 3, "dss", METHODS | {"qcrd": "--discriminator-pretrain 100 --discriminator-steps 10"}),
+    "svamp": (SHARED["svamp"], 3, "dss", METHODS | {"qcrd, negative min": "--negative min"}),
+    "svamp-demo": (SHARED["svamp-demo"], 3, "dss", METHODS | {"qcrd": "--discriminator-pretrain 100 --discriminator-steps 10"}),
     "temperature": (SHORT, 3, "1.5", {"0.7": "--student-temperature 0.7", "1.0": "--student-temperature 1.0", "1.5": "",
                                       "2.0": "--student-temperature 2.0"}),
     "lag": (SHORT, 3, "lag 5", {"lag 1": "--lag 1", "lag 3": "--lag 3", "lag 5": "", "lag 7": "--lag 7",
@@ -40,7 +48,8 @@ TABLES = {
     "schedules": (SHORT, 3, "1.5", {"1.5": "", "2.0 falling to 0.7": "--student-temperature 2.0:0.7", "0.7 rising to 2.0": "--student-temperature 0.7:2.0"}),
     "schemes": (SHORT, 3, "min-max", {"min-max": "", "min-min": "--negative min", "min-mean": "--negative mean", "mean-mean": "--positive mean --negative mean",
                                       "max-min": "--positive max --negative min"}),
-    "samples": (SHORT, 3, "5", {"1": "--samples 1", "3": "--samples 3", "5": "", "10": "--samples 10"}),
+    "samples": (SHORT, 3, "5", {"1": "--samples 1", "3": "--samples 3", "5": "", "10": "--samples 10",
+                                    "1, greedy": "--samples 1 --teacher-temperature 0"}),
     "discriminator": (SHORT, 3, "each iteration", {"each iteration": "", "each fifth": "--discriminator-every 5", "never": "--discriminator-every 0",
                                                    **{f"{p:.0%} of its labels flipped": f"--discriminator-noise {p}" for p in (0.1, 0.3, 0.5)},
                                                    "on the student's encoder": "--discriminator shared"}),
@@ -51,7 +60,10 @@ TABLES = {
 
 
 def keep(flags: str, seed: int) -> Path:
-    return HERE / "metrics" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', flags.replace(f'-{seed}/student', '')).strip('-') or 'qcrd'}-{seed}"
+    name = flags.replace(f"-{seed}/student", "")
+    for short, text in SHARED.items():
+        name = name.replace(text, short)
+    return HERE / "metrics" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', name).strip('-') or 'qcrd'}-{seed}"
 
 
 def cells(table: str, most: int = 99):
@@ -60,6 +72,10 @@ def cells(table: str, most: int = 99):
     for seed in range(min(seeds, most)):
         for cell, flags in named.items():
             yield cell, f"{common} {flags}".strip().format(seed=seed), seed
+
+
+def train(flags: list[str]) -> None:
+    subprocess.run([sys.executable, str(HERE.parent / "qcrd.py"), *flags], check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def run(table: str, seeds: int, extra: list[str]) -> None:
@@ -74,16 +90,17 @@ def run(table: str, seeds: int, extra: list[str]) -> None:
                 continue                                                 # another process is at it
             if (target / "result.json").exists():
                 continue
+            if (fixed := re.search(r"--negative-model (runs/\S+)/student", flags)) and not Path(fixed[1], "student").exists():
+                train([*METHODS["dss"].split(), "--seed", str(seed), "--run", Path(fixed[1]).name])        # a clone has its metrics, not its weights
             command = ["qcrd.py", *flags.split(), "--seed", str(seed)]
             start, cpu, folder = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime, Path("runs") / name
-            go_on = ["qcrd.py", "--resume", str(folder)] if (folder / "config.json").exists() else [*command, "--run", name, *extra]
-            if go_on[1] != "--resume":
+            resumed = (folder / "config.json").exists()
+            if not resumed:
                 shutil.rmtree(folder, ignore_errors=True)
-            subprocess.run([sys.executable, str(HERE.parent / go_on[0]), *go_on[1:]], check=True, stdout=subprocess.DEVNULL,
-                           env=os.environ | {"OMP_NUM_THREADS": "1"})
+            train(["--resume", str(folder)] if resumed else [*command[1:], "--run", name, *extra])
             target.mkdir(parents=True, exist_ok=True)
             result = json.loads((folder / "result.json").read_text()) | {"command": " ".join(command)}
-            if go_on[1] != "--resume":                                   # the processor's minutes: what else the machine does is not in them
+            if not resumed:                                              # the processor's minutes: what else the machine does is not in them
                 result["cpu_minutes"] = round((resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - cpu) / 60, 2)
             result["rationales_right"] = rationales_right(folder)
             lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import importlib
 import io
 import json
 import math
@@ -1686,10 +1687,41 @@ def test_prompts_end_in_a_form_that_the_parser_knows():
     assert qcrd.prompt_for(few, "How was it?", "My own prompt.\n")[0]["content"] == "My own prompt.\n\nQ: How was it?\nA:"
 
 
+def results_module(name: str):
+    sys.path.insert(0, str(HERE / "results"))
+    return importlib.import_module(name)
+
+
+def test_problems_of_the_svamp_student_hold_what_they_say():
+    """results/svamp_student.py: each story's questions can be asked; label, text and explanation agree on numbers and result."""
+    student, rng = results_module("svamp_student"), random.Random(0)
+    assert student.work_out("( w - x ) * y", dict(w=9, x=4, y=3)) == ([(9, "-", 4, 5), (5, "*", 3, 15)], 15)
+    assert student.work_out("w / x", dict(w=9, x=4)) is None and student.work_out("w - x", dict(w=4, x=9)) is None
+    for i in range(3000):
+        story, questions = student.STORIES[i % len(student.STORIES)]
+        with unittest.mock.patch.object(student, "STORIES", [(story, [questions[i // len(student.STORIES) % len(questions)]])]):
+            text, label, said = student.problem(rng)
+        body, asked = text.split("\n")
+        result = qcrd.value(label)
+        assert asked.endswith("?") and "{" not in text + label + said and result == int(result) > 0
+        assert all(re.search(rf"(?<!\d){n}(?!\d)", text) for n in re.findall(r"(\d+)\.0", label)), (text, label)
+        assert re.search(rf"(?<!\d){int(result)}(?!\d)", said.rstrip(".").rpartition(". ")[2]), (said, label)
+
+
+def test_tables_of_results_are_cells_that_can_be_run():
+    """results/run.py: every cell's flags are ones that qcrd.py knows, no two different cells share a folder, and p is exact."""
+    run, folders = results_module("run"), {}
+    for table in run.TABLES:
+        for _, flags, seed in run.cells(table):
+            qcrd.parser().parse_args(flags.split())
+            assert folders.setdefault(run.keep(flags, seed), (flags, seed)) == (flags, seed)
+        assert run.TABLES[table][2] in run.TABLES[table][3]
+    assert run.p_value([1.0, 2.0, 0.5]) == 0.25 and run.p_value([1.0, -1.0]) == 1.0 and run.p_value([2.0, 1.0, -1.0]) == 0.75
+
+
 def test_judge_is_blind_to_the_order():
     """results/judge.py: one preferred in both orders wins; a judge that always says 1 contradicts itself; no verdict is counted apart."""
-    sys.path.insert(0, str(HERE / "results"))
-    import judge
+    judge = results_module("judge")
 
     def answer(body: dict, number: int) -> dict:
         text = body["messages"][0]["content"].split("Right answer:")[1]

@@ -72,10 +72,11 @@ def main() -> None:
     if not sys.argv[1:] or "-h" in sys.argv or "--help" in sys.argv:
         sys.exit(__doc__)
     if sys.argv[1] in ("demo", "svamp"):
-        found = tables.finished("main" if sys.argv[1] == "demo" else "svamp")
+        table, title = {"demo": ("main", "The demo"), "svamp": ("svamp", "SVAMP, the student of svamp_student.py")}[sys.argv[1]]
+        found = tables.finished(table)
         methods = {cell: [r["lines"] for r in results.values()] for cell, results in found.items() if cell in COLOURS}
         seeds = min(map(len, methods.values()))
-        draw(f"{sys.argv[1]}, the demo's student: mean of {seeds} seeds, band from the lowest to the highest", methods,
+        draw(f"{title}: mean of {seeds} seeds, band from the lowest to the highest", methods,
              tables.HERE / f"{sys.argv[1]}.png")
     else:
         folders = [Path(name) for name in sys.argv[1:]]

@@ -3,7 +3,7 @@
     python results/run.py --list                          # the tables, their cells and commands
     python results/run.py --run main                      # run what is missing of a table, then print it
     python results/run.py --run svamp --teacher URL       # other flags go to qcrd.py
-    python results/run.py --table main                    # print what is there
+    python results/run.py --table main                    # print what is there; --table all prints every table of results/README.md
 
 A finished cell's metrics.jsonl and result.json lie in results/metrics/<flags>-<seed>/; a cell that has them is skipped, one that was
 stopped is resumed. One thread a cell: two may run side by side, and the numbers do not depend on how many cores there are.
@@ -74,41 +74,48 @@ def cells(table: str, most: int = 99):
             yield cell, f"{common} {flags}".strip().format(seed=seed), seed
 
 
-def train(flags: list[str]) -> None:
-    subprocess.run([sys.executable, str(HERE.parent / "qcrd.py"), *flags], check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+def train(folder: Path, flags: list[str]) -> bool:
+    """One run of qcrd.py on one thread, new or resumed -> whether it was resumed."""
+    resumed = (folder / "config.json").exists()
+    if not resumed:
+        shutil.rmtree(folder, ignore_errors=True)
+    how = ["--resume", str(folder)] if resumed else [*flags, "--run", folder.name]
+    subprocess.run([sys.executable, str(HERE.parent / "qcrd.py"), *how], check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return resumed
+
+
+def run_cell(flags: str, seed: int, extra: list[str]) -> float:
+    """Train, then keep what the tables need -> test accuracy."""
+    target, given = keep(flags, seed), [*flags.split(), "--seed", str(seed)]
+    folder, fixed = Path("runs") / f"results-{target.name}", re.search(r"--negative-model (\S+)/student", flags)
+    if fixed and not Path(fixed[1], "result.json").exists():         # a clone has its metrics, but not its weights
+        train(Path(fixed[1]), [*METHODS["dss"].split(), "--seed", str(seed)])
+    cpu = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    resumed = train(folder, [*given, *extra])
+    result = json.loads((folder / "result.json").read_text()) | {"command": " ".join(["qcrd.py", *given]), "rationales_right": rationales_right(folder)}
+    if not resumed:                                                  # the processor's minutes: what else the machine does is not in them
+        result["cpu_minutes"] = round((resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - cpu) / 60, 2)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "metrics.jsonl").write_text("".join(json.dumps(shorter(line), separators=(",", ":")) + "\n" for line in lines))
+    (target / "result.json").write_text(json.dumps(result) + "\n")
+    shutil.rmtree(folder / "snapshots", ignore_errors=True)          # the student stays: other cells and results/judge.py use it
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    return result["test_accuracy"]
 
 
 def run(table: str, seeds: int, extra: list[str]) -> None:
     for cell, flags, seed in cells(table, seeds):
-        target = keep(flags, seed)
-        name = f"results-{target.name}"
+        target, start = keep(flags, seed), time.time()
         Path("runs").mkdir(exist_ok=True)
-        with open(f"runs/{name}.lock", "w") as lock:
+        with open(f"runs/results-{target.name}.lock", "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                continue                                                 # another process is at it
-            if (target / "result.json").exists():
-                continue
-            if (fixed := re.search(r"--negative-model (runs/\S+)/student", flags)) and not Path(fixed[1], "student").exists():
-                train([*METHODS["dss"].split(), "--seed", str(seed), "--run", Path(fixed[1]).name])        # a clone has its metrics, not its weights
-            command = ["qcrd.py", *flags.split(), "--seed", str(seed)]
-            start, cpu, folder = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime, Path("runs") / name
-            resumed = (folder / "config.json").exists()
-            if not resumed:
-                shutil.rmtree(folder, ignore_errors=True)
-            train(["--resume", str(folder)] if resumed else [*command[1:], "--run", name, *extra])
-            target.mkdir(parents=True, exist_ok=True)
-            result = json.loads((folder / "result.json").read_text()) | {"command": " ".join(command)}
-            if not resumed:                                              # the processor's minutes: what else the machine does is not in them
-                result["cpu_minutes"] = round((resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - cpu) / 60, 2)
-            result["rationales_right"] = rationales_right(folder)
-            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            (target / "metrics.jsonl").write_text("".join(json.dumps(shorter(line), separators=(",", ":")) + "\n" for line in lines))
-            (target / "result.json").write_text(json.dumps(result) + "\n")
-            for part in ("snapshots", "checkpoint.pt"):                  # the student stays: other cells and results/judge.py use it
-                shutil.rmtree(folder / part) if (folder / part).is_dir() else (folder / part).unlink(missing_ok=True)
-            print(f"{table}, {cell}, seed {seed}: {result['test_accuracy']:.1%}, {(time.time() - start) / 60:.1f} min", flush=True)
+                continue                                             # another process is at it
+            if not (target / "result.json").exists():
+                accuracy = run_cell(flags, seed, extra)
+                print(f"{table}, {cell}, seed {seed}: {accuracy:.1%}, {(time.time() - start) / 60:.1f} min", flush=True)
 
 
 def shorter(x):
@@ -171,7 +178,7 @@ def show_cost() -> None:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--run", choices=TABLES, metavar="TABLE")
-    p.add_argument("--table", choices=[*TABLES, "cost"], metavar="TABLE")
+    p.add_argument("--table", choices=[*TABLES, "cost", "all"], metavar="TABLE")
     p.add_argument("--seeds", type=int, default=99, help="at most so many (default: as many as the table has)")
     p.add_argument("--list", action="store_true")
     args, extra = p.parse_known_args()
@@ -182,10 +189,12 @@ def main() -> None:
                     print(f"{table:16s} {cell:36s} python qcrd.py {flags}")
     if args.run:
         run(args.run, args.seeds, extra)
-    if args.table == "cost":
-        show_cost()
-    elif args.run or args.table:
-        show(args.run or args.table)
+    for table in [*TABLES, "cost"] if args.table == "all" else [args.run or args.table]:
+        if table == "cost":
+            show_cost()
+        elif table:
+            show(table)
+        print(end="\n" * (args.table == "all"))
 
 
 if __name__ == "__main__":

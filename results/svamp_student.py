@@ -195,8 +195,15 @@ def work_out(equation: str, numbers: dict[str, int]) -> tuple[list[tuple], int] 
     return steps, tokens[0]
 
 
-def problem(rng: random.Random) -> tuple[str, str, str]:
-    """-> (body, newline, question; its equation as SVAMP writes it; an explanation in words)."""
+def thing(rng: random.Random, known: list[str]) -> str:
+    """What is counted: of THINGS, or one to three words that mean nothing here, so that the student learns to take any words for it."""
+    if not known or rng.random() < 0.4:
+        return rng.choice(THINGS)
+    return " ".join(rng.choices(known, k=rng.choice((0, 1, 1, 2))) + [rng.choice(rng.choice((known, THINGS)))])
+
+
+def problem(rng: random.Random, known: list[str] = ()) -> tuple[str, str, str]:
+    """-> (body, newline, question; its equation as SVAMP writes it; an explanation in words). known: words to call things by."""
     story, questions = rng.choice(STORIES)
     ask, equation, answer = rng.choice(questions)
     while True:
@@ -205,7 +212,8 @@ def problem(rng: random.Random) -> tuple[str, str, str]:
             break
     steps, result = solved
     she = rng.random() < 0.5
-    (n, m), (o, p, q), (d, e, f) = rng.sample(SHE if she else HE, 2), rng.sample(THINGS, 3), rng.sample(TIMES, 3)
+    (n, m), (d, e, f) = rng.sample(SHE if she else HE, 2), rng.sample(TIMES, 3)
+    o, p, q = (thing(rng, known) for _ in "opq")
     words = dict(n=n, m=m, o=o, p=p, q=q, d=d, e=e, f=f, b=rng.choice(HOLDERS), l=rng.choice(PLACES), he="she" if she else "he", He="She" if she else "He",
                  his="her" if she else "his", him="her" if she else "him", r=result, **numbers)
     lines = [line.rstrip(".") for line in re.findall(r"[^.]+\.", story.format(**words))]
@@ -213,6 +221,8 @@ def problem(rng: random.Random) -> tuple[str, str, str]:
     lines = list(told)
     if rng.random() < 0.2:
         lines.insert(rng.randint(0, len(lines)), rng.choice(OTHERS).format(**words).rstrip("."))
+    if known and rng.random() < 0.2:
+        lines.insert(0, " ".join(rng.choices(known, k=rng.randint(4, 10))).capitalize())
     asked = ask.format(**words)
     if rng.random() < 0.25:                                    # the last sentence as a condition, as in SVAMP
         last = lines.pop()
@@ -239,10 +249,11 @@ def main() -> None:
     rng = random.Random(f"svamp student {args.seed}")
     if args.show:
         for _ in range(args.show):
-            print("\n".join(problem(rng)), end="\n\n")
+            print("\n".join(problem(rng, ['unknown', 'words'])), end="\n\n")
         return
     questions = [json.loads(line)["input"] for line in open(fetch_data.ensure("svamp") / "train.jsonl", encoding="utf-8")]
-    problems = [problem(rng) for _ in range(80_000)]
+    known = sorted({word for text in questions for word in re.findall(r"\b[a-z][a-z-]{2,}\b", text)} - set(re.findall("[a-z]+", repr(STORIES))))
+    problems = [problem(rng, known) for _ in range(100_000)]
     folder = fetch_data.root() / "weights" / "svamp-student"
     fetch_data.train_vocabulary([*questions * 20, *(" ".join(p) for p in problems[:20_000])], folder / "spiece.model", 3000, 1000)
     tokenizer = t5.Tokenizer(folder / "spiece.model")
@@ -250,9 +261,9 @@ def main() -> None:
     model = t5.T5(t5.Config(vocab_size=tokenizer.size + 100, d_model=192, d_kv=32, d_ff=768, num_layers=3, num_decoder_layers=3, num_heads=6, dropout_rate=0.0))
     for stack in (model.encoder, model.decoder):
         torch.nn.init.normal_(stack.bias.weight, std=2.0)      # as for the demo's student: weights/README.md says why
-    pairs = [("predict: " + x, y) for x, y, _ in problems] + [("explain: " + x, r) for x, _, r in problems[:40_000]]
+    pairs = [("predict: " + x, y) for x, y, _ in problems] + [("explain: " + x, r) for x, _, r in problems[:50_000]]
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {tokenizer.size} pieces", flush=True)
-    t5.pretrain(model, tokenizer, [*questions * 10, *(x for x, _, _ in problems[:10_000])], args.steps, batch=32, lr=1e-3, pairs=pairs, share=0.9)
+    t5.pretrain(model, tokenizer, [*questions * 20, *(x for x, _, _ in problems[:5_000])], args.steps, batch=32, lr=1e-3, pairs=pairs, share=0.9)
     model.save(folder, vocab=folder / "spiece.model")
     print(folder)
 

@@ -8,6 +8,7 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import importlib
@@ -1700,7 +1701,7 @@ def test_problems_of_the_svamp_student_hold_what_they_say():
     for i in range(3000):
         story, questions = student.STORIES[i % len(student.STORIES)]
         with unittest.mock.patch.object(student, "STORIES", [(story, [questions[i // len(student.STORIES) % len(questions)]])]):
-            text, label, said = student.problem(rng)
+            text, label, said = student.problem(rng, ["novel", "words"] if i % 2 else ())
         body, asked = text.split("\n")
         result = qcrd.value(label)
         assert asked.endswith("?") and "{" not in text + label + said and result == int(result) > 0
@@ -1717,6 +1718,40 @@ def test_tables_of_results_are_cells_that_can_be_run():
             assert folders.setdefault(run.keep(flags, seed), (flags, seed)) == (flags, seed)
         assert run.TABLES[table][2] in run.TABLES[table][3]
     assert run.p_value([1.0, 2.0, 0.5]) == 0.25 and run.p_value([1.0, -1.0]) == 1.0 and run.p_value([2.0, 1.0, -1.0]) == 0.75
+
+
+def test_results_are_run_once_resumed_and_kept():
+    """results/run.py: a cell runs once; one that another process holds is left to it; a stopped one is resumed; other flags' leftovers go."""
+    run = results_module("run")
+    flags = "--method finetune --overfit 4 --iterations 1 --iteration-steps 1 --rationale-tokens 12"
+    with elsewhere() as home, unittest.mock.patch.object(run, "HERE", home), unittest.mock.patch.dict(run.TABLES, tiny=("", 1, "a", {"a": flags})):
+        folder, target, printed = home / "runs" / f"results-{run.keep(flags, 0).name}", run.keep(flags, 0), io.StringIO()
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")                  # of a command that nobody knows: it goes
+        with contextlib.redirect_stdout(printed):
+            with open(f"{folder}.lock", "a+") as held:
+                fcntl.flock(held, fcntl.LOCK_EX)
+                run.run("tiny", 1, [])
+            assert "left to another process" in printed.getvalue() and not target.exists()
+            run.run("tiny", 1, [])
+            kept = run.read_result(flags, 0)
+            assert kept["command"] == f"qcrd.py {flags} --seed 0" and kept["cpu_minutes"] > 0 and not (folder / "checkpoint.pt").exists()
+            with unittest.mock.patch.object(run.subprocess, "Popen", side_effect=AssertionError("was run again")):
+                run.run("tiny", 1, [])                             # kept: skipped
+                shutil.rmtree(target)
+                run.run("tiny", 1, [])                             # its run is finished: collected
+                assert run.read_result(flags, 0) == kept
+                shutil.rmtree(target)
+                (folder / "result.json").unlink()
+                with unittest.mock.patch.object(run.subprocess, "Popen") as popen:
+                    popen.return_value.wait.return_value = 3
+                    try:
+                        run.run("tiny", 1, [])                     # stopped before its end: resumed
+                        raise AssertionError("a failed child was passed over")
+                    except SystemExit as e:
+                        assert e.code == 3 and popen.call_args[0][0][2:] == ["--resume", str(folder.relative_to(home))]
+            run.show("tiny", 1)
+            assert printed.getvalue().endswith("tiny: not run yet\n")
 
 
 def test_judge_is_blind_to_the_order():

@@ -28,7 +28,7 @@ def read_predictions(run: Path) -> dict[str, dict]:
     """question -> its line of a run's predictions.jsonl. Raises InputError."""
     try:
         rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text("utf-8").splitlines()]
-        require(bool(rows) and all(row["rationale"] for row in rows[:1]), f"{run}/predictions.jsonl: holds no rationales; a finetune run writes none")
+        require(any(row["rationale"] for row in rows), f"{run}/predictions.jsonl: holds no rationales; a finetune run writes none")
         return {row["input"]: row for row in rows}
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise InputError(f"{run}/predictions.jsonl: cannot be read ({type(e).__name__}); is it the folder of a finished run?") from None
@@ -67,7 +67,8 @@ def main() -> int:
     config = qcrd.Config(task="judge", method="dss", samples=1, teacher_temperature=0.0, teacher=args.teacher, teacher_model=args.teacher_model,
                          concurrency=args.concurrency)
     try:
-        verdicts, _ = judge(args.runs, args.questions, config)
+        require(args.questions > 0, f"--questions {args.questions}: must be above 0")
+        verdicts, _ = judge(args.runs, args.questions, qcrd.check(config))
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

@@ -40,23 +40,24 @@ def line(axis, runs: list[list[dict]], value, label: str, colour: str, style: st
 
 def draw(title: str, methods: dict[str, list[list[dict]]], path: Path) -> None:
     """methods: name -> a list of metrics lines for each seed. Panels: accuracy, loss terms, mean scores, the last iteration's scores."""
-    main = methods.get("qcrd") or next(iter(methods.values()))
+    shown = "qcrd" if "qcrd" in methods else next(iter(methods))
+    main = methods[shown]
     figure, (accuracy, loss, mean, last) = plt.subplots(1, 4, figsize=(17, 3.9), constrained_layout=True)
     for name, runs in methods.items():
         line(accuracy, runs, lambda m: 100 * m["valid_accuracy"], name, COLOURS.get(name, "#000000"))
     accuracy.set(title="accuracy on the validation questions, %", xlabel="iteration")
     terms = {"L_predict": ("L_predict", "#0072B2", "-"), "ℓ_pos": ("l_pos", "#009E73", "-"), "ℓ_neg (0: beyond δ)": ("l_neg", "#CC79A7", "-"),
              "L_D": ("L_D", "#D55E00", "-"), "share of negative terms at 0": ("zero_neg", "#555555", "--")}
-    for label, (name, colour, style) in terms.items():
-        line(loss, main, lambda m, name=name: m[name], label, colour, style)
-    loss.set(title="qcrd: loss terms", xlabel="iteration")
+    for label, (term, colour, style) in terms.items():
+        line(loss, main, lambda m, term=term: m[term], label, colour, style)
+    loss.set(title=f"{shown}: loss terms", xlabel="iteration")
     for name, label in NAMES.items():
         line(mean, main, lambda m, name=name: m["scores"].get(name, {}).get("mean"), label, COLOURS[name])
         counts = sum(np.array(lines[-1]["scores"].get(name, {}).get("histogram", [0] * 10)) for lines in main)
         if counts.sum():
             last.stairs(100 * counts / counts.sum(), np.linspace(0, 1, 11), color=COLOURS[name], label=label, linewidth=1.8)
-    mean.set(title="qcrd: mean score s(x, r) of each set", xlabel="iteration", ylim=(0, 1))
-    last.set(title="qcrd: scores in the last iteration, % of the set", xlabel="s(x, r)", xlim=(0, 1))
+    mean.set(title=f"{shown}: mean score s(x, r) of each set", xlabel="iteration", ylim=(0, 1))
+    last.set(title=f"{shown}: scores in the last iteration, % of the set", xlabel="s(x, r)", xlim=(0, 1))
     for axis in (accuracy, loss, mean, last):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", alpha=0.25)
@@ -68,24 +69,30 @@ def draw(title: str, methods: dict[str, list[list[dict]]], path: Path) -> None:
     print(path)
 
 
-def main() -> None:
-    if not sys.argv[1:] or "-h" in sys.argv or "--help" in sys.argv:
-        sys.exit(__doc__)
-    if sys.argv[1] in ("demo", "svamp"):
-        table, title = {"demo": ("main", "The demo"), "svamp": ("svamp", "SVAMP, the student of svamp_student.py")}[sys.argv[1]]
-        found = tables.finished(table)
-        methods = {cell: [r["lines"] for r in results.values()] for cell, results in found.items() if cell in COLOURS}
-        seeds = min(map(len, methods.values()))
-        draw(f"{title}: mean of {seeds} seeds, band from the lowest to the highest", methods,
-             tables.HERE / f"{sys.argv[1]}.png")
-    else:
-        folders = [Path(name) for name in sys.argv[1:]]
-        try:
-            runs = [[json.loads(text) for text in (folder / "metrics.jsonl").read_text("utf-8").splitlines()] for folder in folders]
-        except OSError as e:
-            sys.exit(f"error: {e.filename}: {e.strerror}; name a run's folder, demo or svamp")
-        draw(", ".join(map(str, folders)), {"qcrd" if runs[0][0]["scores"] else "run": runs}, folders[0] / "training.png")
+def main() -> int:
+    names = sys.argv[1:]
+    if not names or "-h" in names or "--help" in names:
+        print(__doc__)
+        return 0 if names else 2
+    if names[0] in ("demo", "svamp"):
+        table, title = {"demo": ("main", "The demo"), "svamp": ("svamp", "SVAMP, the student of svamp_student.py")}[names[0]]
+        methods = {cell: [r["lines"] for r in results.values()] for cell, results in tables.finished(table).items() if cell in COLOURS}
+        if not methods:
+            print(f"error: nothing of the table {table} has been run; python results/run.py --run {table}", file=sys.stderr)
+            return 2
+        draw(f"{title}: mean of {min(map(len, methods.values()))} seeds, band from the lowest to the highest", methods, tables.HERE / f"{names[0]}.png")
+        return 0
+    try:
+        runs = [[json.loads(text) for text in (Path(name) / "metrics.jsonl").read_text("utf-8").splitlines()] for name in names]
+        draw(", ".join(names), {"qcrd" if runs[0][0]["scores"] else "run": runs}, Path(names[0]) / "training.png")
+    except OSError as e:
+        print(f"error: {e.filename}: {e.strerror}; name a run's folder, demo or svamp", file=sys.stderr)
+        return 2
+    except (ValueError, IndexError, KeyError):
+        print(f"error: {', '.join(names)}: metrics.jsonl holds no finished iteration yet, or is damaged", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,11 +2,12 @@
 
     python results/run.py --list                          # the tables, their cells and commands
     python results/run.py --run main                      # run what is missing of a table, then print it
-    python results/run.py --run svamp --teacher URL       # other flags go to qcrd.py
+    python results/run.py --run svamp --teacher URL       # ask this teacher
     python results/run.py --table main                    # print what is there; --table all prints every table of results/README.md
 
-A finished cell's metrics.jsonl and result.json lie in results/metrics/<flags>-<seed>/; a cell that has them is skipped, one that was
-stopped is resumed. One thread a cell: two may run side by side, and the numbers do not depend on how many cores there are.
+What the tables need of a finished cell (metrics.jsonl, result.json) is kept in results/metrics/<flags>-<seed>/, and a cell that has it is
+skipped; its run is runs/results-<flags>-<seed>/. To run one again, delete both. A cell that was stopped is resumed. One thread a cell: two
+processes may run side by side, also on one table, and the numbers do not depend on how many cores there are.
 """
 import argparse
 import fcntl
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -28,10 +30,10 @@ import qcrd  # noqa: E402
 METHODS = {"finetune": "--method finetune", "dss": "--method dss", "qcrd": ""}
 # What all cells of a table share, by the name that it has in results/metrics/.
 SHARED = {
-    # 12 passes over the 720 questions, by the student that results/svamp_student.py makes
+    # 12.8 passes over the 720 questions, by the student that results/svamp_student.py makes
     "svamp": "--task svamp --model weights/svamp-student --lr 1e-3 --discriminator-lr 1e-3 --rationale-tokens 128 --iterations 12 --iteration-steps 12 "
              "--discriminator-pretrain 100 --discriminator-steps 10",
-    "svamp-demo": "--task svamp --model demo --iterations 8 --iteration-steps 12",      # 8 passes, by the demo's student
+    "svamp-demo": "--task svamp --model demo --iterations 8 --iteration-steps 12",      # 8.5 passes, by the demo's student
     "short": "--iterations 8 --iteration-steps 10",                                     # of the studies: 80 steps; the demo's default are 285
 }
 SHORT = SHARED["short"]
@@ -60,10 +62,34 @@ TABLES = {
 
 
 def keep(flags: str, seed: int) -> Path:
-    name = flags.replace(f"-{seed}/student", "")
+    """Where a cell's results are kept: its flags as a name, those that a table shares under the name of SHARED."""
+    name = flags.replace(f"-{seed}/student", "")                     # of --negative-model: the seed stands at the end
     for short, text in SHARED.items():
         name = name.replace(text, short)
     return HERE / "metrics" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', name).strip('-') or 'qcrd'}-{seed}"
+
+
+def command_of(flags: str, seed: int) -> str:
+    return " ".join(["qcrd.py", *flags.split(), "--seed", str(seed)])
+
+
+def stop(text: str) -> NoReturn:
+    print(f"error: {text}", file=sys.stderr)
+    sys.exit(2)
+
+
+def read_result(flags: str, seed: int) -> dict | None:
+    """What is kept of a cell, None where it has not been run. Errors: one line where another command made it or the file is damaged."""
+    path = keep(flags, seed) / "result.json"
+    try:
+        result = json.loads(path.read_text("utf-8"))
+        if result["command"] != command_of(flags, seed):
+            stop(f"{path}: is of another command ({result['command']}); move its folder away")
+        return result
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        stop(f"{path}: cannot be read; delete its folder, and --run brings it back")
 
 
 def cells(table: str, most: int = 99):
@@ -74,48 +100,58 @@ def cells(table: str, most: int = 99):
             yield cell, f"{common} {flags}".strip().format(seed=seed), seed
 
 
-def train(folder: Path, flags: list[str]) -> bool:
-    """One run of qcrd.py on one thread, new or resumed -> whether it was resumed."""
-    resumed = (folder / "config.json").exists()
-    if not resumed:
-        shutil.rmtree(folder, ignore_errors=True)
-    how = ["--resume", str(folder)] if resumed else [*flags, "--run", folder.name]
-    subprocess.run([sys.executable, str(HERE.parent / "qcrd.py"), *how], check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    return resumed
-
-
-def run_cell(flags: str, seed: int, extra: list[str]) -> float:
-    """Train, then keep what the tables need -> test accuracy."""
-    target, given = keep(flags, seed), [*flags.split(), "--seed", str(seed)]
-    folder, fixed = Path("runs") / f"results-{target.name}", re.search(r"--negative-model (\S+)/student", flags)
-    if fixed and not Path(fixed[1], "result.json").exists():         # a clone has its metrics, but not its weights
-        train(Path(fixed[1]), [*METHODS["dss"].split(), "--seed", str(seed)])
-    cpu = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    resumed = train(folder, [*given, *extra])
-    result = json.loads((folder / "result.json").read_text()) | {"command": " ".join(["qcrd.py", *given]), "rationales_right": rationales_right(folder)}
-    if not resumed:                                                  # the processor's minutes: what else the machine does is not in them
-        result["cpu_minutes"] = round((resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - cpu) / 60, 2)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    target.mkdir(parents=True, exist_ok=True)
-    (target / "metrics.jsonl").write_text("".join(json.dumps(shorter(line), separators=(",", ":")) + "\n" for line in lines))
-    (target / "result.json").write_text(json.dumps(result) + "\n")
-    shutil.rmtree(folder / "snapshots", ignore_errors=True)          # the student stays: other cells and results/judge.py use it
-    (folder / "checkpoint.pt").unlink(missing_ok=True)
-    return result["test_accuracy"]
-
-
-def run(table: str, seeds: int, extra: list[str]) -> None:
-    for cell, flags, seed in cells(table, seeds):
-        target, start = keep(flags, seed), time.time()
-        Path("runs").mkdir(exist_ok=True)
-        with open(f"runs/results-{target.name}.lock", "w") as lock:
+def train(flags: str, seed: int, teacher: list[str], wait: bool = False) -> Path | None:
+    """The finished run of a cell: as it is there, resumed, or new; None while another process is at it, unless told to wait."""
+    command, folder = command_of(flags, seed), Path("runs", f"results-{keep(flags, seed).name}")
+    folder.parent.mkdir(exist_ok=True)
+    with open(f"{folder}.lock", "a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return None
+        lock.seek(0)
+        if lock.read() != command or not (folder / "config.json").exists():                    # left by other flags, or before it began
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.truncate(0)
+            print(command, end="", file=lock, flush=True)
+        if not (folder / "result.json").exists():
+            how = ["--resume", str(folder)] if folder.exists() else [*command.split()[1:], *teacher, "--run", folder.name]
+            before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+            # The child holds the lock too: should this process be killed, nobody else begins while the child goes on.
+            child = subprocess.Popen([sys.executable, qcrd.__file__, *how], stdout=subprocess.DEVNULL, pass_fds=[lock.fileno()],
+                                     env=os.environ | {"OMP_NUM_THREADS": "1"})
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue                                             # another process is at it
-            if not (target / "result.json").exists():
-                accuracy = run_cell(flags, seed, extra)
-                print(f"{table}, {cell}, seed {seed}: {accuracy:.1%}, {(time.time() - start) / 60:.1f} min", flush=True)
+                code = child.wait()
+            except KeyboardInterrupt:                                # it has the signal too: it finishes its step and writes
+                code = child.wait() or 130
+            if code:
+                sys.exit(code)                                       # it has said why
+            if "--resume" not in how:                                # the processor's minutes: what else the machine does is not in them
+                result = json.loads((folder / "result.json").read_text("utf-8"))
+                minutes = (resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before) / 60
+                qcrd.write_json(folder / "result.json", result | {"cpu_minutes": round(minutes, 2)})
+        return folder
+
+
+def run(table: str, seeds: int, teacher: list[str]) -> None:
+    for cell, flags, seed in cells(table, seeds):
+        if read_result(flags, seed):
+            continue
+        if "--negative-source fixed" in flags:
+            train(METHODS["dss"], seed, [], wait=True)               # whose student it is
+        start, target = time.time(), keep(flags, seed)
+        if not (folder := train(flags, seed, teacher)):
+            print(f"{table}, {cell}, seed {seed}: left to another process that is at it", flush=True)
+            continue
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+        result = json.loads((folder / "result.json").read_text("utf-8")) | {
+            "command": command_of(flags, seed), "rationales_right": rationales_right(folder)}
+        target.mkdir(parents=True, exist_ok=True)
+        qcrd.write_text(target / "metrics.jsonl", "".join(json.dumps(shorter(line), separators=(",", ":")) + "\n" for line in lines))
+        qcrd.write_text(target / "result.json", json.dumps(result) + "\n")
+        shutil.rmtree(folder / "snapshots", ignore_errors=True)      # the student stays: other cells and results/judge.py use it
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+        print(f"{table}, {cell}, seed {seed}: {result['test_accuracy']:.1%}, {(time.time() - start) / 60:.1f} min", flush=True)
 
 
 def shorter(x):
@@ -138,21 +174,26 @@ def p_value(differences: list[float]) -> float:
     return sum(f >= mean - 1e-12 for f in flips) / 2**n
 
 
-def finished(table: str) -> dict[str, dict[int, dict]]:
+def finished(table: str, seeds: int = 99) -> dict[str, dict[int, dict]]:
     """cell -> seed -> its result, with `lines`, those of metrics.jsonl."""
     found: dict[str, dict[int, dict]] = {}
-    for cell, flags, seed in cells(table):
-        if (keep(flags, seed) / "result.json").exists():
-            lines = (keep(flags, seed) / "metrics.jsonl").read_text().splitlines()
-            found.setdefault(cell, {})[seed] = json.loads((keep(flags, seed) / "result.json").read_text()) | {"lines": [json.loads(x) for x in lines]}
+    for cell, flags, seed in cells(table, seeds):
+        if result := read_result(flags, seed):
+            lines = (keep(flags, seed) / "metrics.jsonl").read_text("utf-8").splitlines()
+            found.setdefault(cell, {})[seed] = result | {"lines": [json.loads(x) for x in lines]}
     return found
 
 
-def show(table: str) -> None:
-    """A Markdown table: mean ± standard deviation over seeds, the paired difference from the table's reference, and what the loss saw."""
-    found, reference = finished(table), TABLES[table][2]
+def show(table: str, seeds: int) -> None:
+    """A Markdown table: mean ± standard deviation over seeds, the paired difference from the table's reference, and what the loss saw:
+    rationales that end in the right number, and negative terms that were 0 in the last three iterations."""
+    found, reference = finished(table, seeds), TABLES[table][2]
     print(f"| {table} | test accuracy | seeds | against {reference}, paired by seed | rationales right | negative terms at 0 | minutes of one core |\n"
-          "|---|---|---|---|---|---|---|")
+          "|---|---|---|---|---|---|---|" if found else f"{table}: not run yet")
+
+    def mean(values: list[float], form: str) -> str:
+        return format(statistics.mean(values), form) if values else ""
+
     for cell, results in found.items():
         accuracy = [100 * r["test_accuracy"] for r in results.values()]
         paired = [100 * (r["test_accuracy"] - found[reference][s]["test_accuracy"]) for s, r in results.items() if s in found.get(reference, {})]
@@ -161,9 +202,7 @@ def show(table: str) -> None:
         right = [r["rationales_right"] for r in results.values() if "finetune" not in cell and "rationales_right" in r]
         zero = [m["zero_neg"] for r in results.values() for m in r["lines"][-3:] if m["l_neg"] or m["zero_neg"]]
         minutes = [r["cpu_minutes"] for r in results.values() if "cpu_minutes" in r]
-        print(f"| {cell} | {statistics.mean(accuracy):.1f}{spread} % | {len(accuracy)} | {against} "
-              f"| {f'{statistics.mean(right):.1%}' if right else ''} | {f'{statistics.mean(zero):.0%}' if zero else ''} "
-              f"| {f'{statistics.mean(minutes):.1f}' if minutes else ''} |")
+        print(f"| {cell} | {mean(accuracy, '.1f')}{spread} % | {len(accuracy)} | {against} | {mean(right, '.1%')} | {mean(zero, '.0%')} | {mean(minutes, '.1f')} |")
 
 
 def show_cost() -> None:
@@ -176,24 +215,26 @@ def show_cost() -> None:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--run", choices=TABLES, metavar="TABLE")
-    p.add_argument("--table", choices=[*TABLES, "cost", "all"], metavar="TABLE")
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("--list", action="store_true", help="print every cell and its command")
+    what.add_argument("--run", choices=TABLES, metavar="TABLE", help=", ".join(TABLES))
+    what.add_argument("--table", choices=[*TABLES, "cost", "all"], metavar="TABLE", help="one of those, cost, or all")
     p.add_argument("--seeds", type=int, default=99, help="at most so many (default: as many as the table has)")
-    p.add_argument("--list", action="store_true")
-    args, extra = p.parse_known_args()
+    p.add_argument("--teacher", help="with --run: qcrd.py's --teacher")
+    args = p.parse_args()
+    os.chdir(HERE.parent)                                            # qcrd.py's runs/ and weights/ are named from there
     if args.list:
         for table in TABLES:
-            for cell, flags, seed in cells(table):
-                if seed == 0:
-                    print(f"{table:16s} {cell:36s} python qcrd.py {flags}")
+            for cell, flags, seed in cells(table, 1):
+                print(f"{table:16s} {cell:36s} python {command_of(flags, seed)}")
     if args.run:
-        run(args.run, args.seeds, extra)
-    for table in [*TABLES, "cost"] if args.table == "all" else [args.run or args.table]:
+        run(args.run, args.seeds, ["--teacher", args.teacher] if args.teacher else [])
+    for table in [*TABLES, "cost"] if args.table == "all" else filter(None, [args.run or args.table]):
         if table == "cost":
             show_cost()
-        elif table:
-            show(table)
+        else:
+            show(table, args.seeds)
         print(end="\n" * (args.table == "all"))
 
 

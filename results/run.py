@@ -147,7 +147,7 @@ def run(table: str, seeds: int, teacher: list[str]) -> None:
         result = json.loads((folder / "result.json").read_text("utf-8")) | {
             "command": command_of(flags, seed), "rationales_right": rationales_right(folder)}
         target.mkdir(parents=True, exist_ok=True)
-        qcrd.write_text(target / "metrics.jsonl", "".join(json.dumps(shorter(line), separators=(",", ":")) + "\n" for line in lines))
+        qcrd.write_text(target / "metrics.jsonl", kept_lines(lines, SHORT in flags))
         qcrd.write_text(target / "result.json", json.dumps(result) + "\n")
         shutil.rmtree(folder / "snapshots", ignore_errors=True)      # the student stays: other cells and results/judge.py use it
         (folder / "checkpoint.pt").unlink(missing_ok=True)
@@ -159,6 +159,17 @@ def shorter(x):
     if isinstance(x, float):
         return int(x) if x == int(x) else float(f"{x:.4g}")
     return {k: shorter(v) for k, v in x.items()} if isinstance(x, dict) else [shorter(v) for v in x] if isinstance(x, list) else x
+
+
+def kept_lines(lines: list[dict], study: bool) -> str:
+    """metrics.jsonl as it is kept: shorter, without counts of negatives where there were none; a study's histograms of its last iteration."""
+    for m in lines:
+        if not m["negatives"]["sampled"]:
+            del m["negatives"]
+    for m in lines[:-1] if study else []:
+        for scores in m["scores"].values():
+            scores.pop("histogram", None)
+    return "".join(json.dumps(shorter(m), separators=(",", ":")) + "\n" for m in lines)
 
 
 def rationales_right(folder: Path) -> float:

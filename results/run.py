@@ -41,6 +41,7 @@ SHORT = SHARED["short"]
 # table -> (flags of all its cells, seeds, the cell that the others are compared with, {cell: flags})
 TABLES = {
     "main": ("", 5, "dss", METHODS | {"no vote": "--no-vote", "no negatives": "--no-negatives", "no discriminator": "--no-discriminator"}),
+    "ten": ("", 10, "dss", {"dss": METHODS["dss"], "qcrd": ""}),     # the main table's question again, with more seeds
     "svamp": (SHARED["svamp"], 3, "dss", METHODS | {"qcrd, negative min": "--negative min"}),
     "svamp-demo": (SHARED["svamp-demo"], 3, "dss", METHODS | {"qcrd": "--discriminator-pretrain 100 --discriminator-steps 10"}),
     "temperature": (SHORT, 3, "1.5", {"0.7": "--student-temperature 0.7", "1.0": "--student-temperature 1.0", "1.5": "",

@@ -641,7 +641,7 @@ def pretraining_data() -> tuple[list[str], list[tuple[str, str]]]:
 
 
 def train_vocabulary(lines: Iterable[str], path: Path, size: int = 1100, numbers: int = 100) -> None:
-    """A SentencePiece model of `size` pieces: frequent words, signs and the numbers below `numbers` as one piece each, other text by letters and bytes."""
+    """A SentencePiece model of `size` pieces: frequent words, signs and the numbers below `numbers` as one piece each, the rest by letters."""
     with atomic(path) as temporary, open(temporary, "wb") as f:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=map(fold, lines), model_writer=f, model_type="bpe", vocab_size=size, pad_id=0, eos_id=1,

@@ -219,8 +219,7 @@ def problem(rng: random.Random, known: list[str] = ()) -> tuple[str, str, str]:
     o, p, q = (thing(rng, known) for _ in "opq")
     words = dict(n=n, m=m, o=o, p=p, q=q, d=d, e=e, f=f, b=rng.choice(HOLDERS), l=rng.choice(PLACES), he="she" if she else "he", He="She" if she else "He",
                  his="her" if she else "his", him="her" if she else "him", r=result, **numbers)
-    lines = [line.rstrip(".") for line in re.findall(r"[^.]+\.", story.format(**words))]
-    told = [line.strip() for line in lines]
+    told = [line.strip(" .") for line in re.findall(r"[^.]+\.", story.format(**words))]
     lines = list(told)
     if rng.random() < 0.2:
         lines.insert(rng.randint(0, len(lines)), rng.choice(OTHERS).format(**words).rstrip("."))

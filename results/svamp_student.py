@@ -225,13 +225,11 @@ def problem(rng: random.Random, known: list[str] = ()) -> tuple[str, str, str]:
         lines.insert(rng.randint(0, len(lines)), rng.choice(OTHERS).format(**words).rstrip("."))
     if known and rng.random() < 0.2:
         lines.insert(0, " ".join(rng.choices(known, k=rng.randint(4, 10))).capitalize())
-    asked = ask.format(**words)
+    end = "."
     if rng.random() < 0.25:                                    # the last sentence as a condition, as in SVAMP
-        last = lines.pop()
-        lines.append("If " + (last if last.split()[0] in (n, m) else last[0].lower() + last[1:]))
-        text = ". ".join(lines) + "\n" + asked
-    else:
-        text = ". ".join(lines) + ".\n" + asked
+        last, end = lines[-1], ""
+        lines[-1] = "If " + (last if last.split()[0] in (n, m) else last[0].lower() + last[1:])
+    text = ". ".join(lines) + end + "\n" + ask.format(**words)
     label = re.sub(r"[wxyz]", lambda k: f"{numbers[k[0]]}.0", f"( {equation} )")
     said = [line + "." for line in told if rng.random() < 0.4]
     for s, op, t, r in steps:

@@ -1,22 +1,24 @@
-"""Where every input comes from: datasets, T5 weights, and the demo (its task, its teacher, its pretrained student).
+"""Where every input comes from: datasets, T5 weights, tasks, prompts, answers, and the demo.
 
-    python fetch_data.py svamp t5-small             # download, check, convert; nothing is fetched twice
-    python fetch_data.py cqa --archive datasets.zip # a task out of a copy of Distilling Step-by-Step's archive that you have
-    python fetch_data.py --from-hf flan-t5-base     # any T5 checkpoint on disk, converted to weights/flan-t5-base/
-    python fetch_data.py serve-teacher --port 8000  # the demo's rule-based teacher, an OpenAI-compatible server to try a client on
-    python fetch_data.py pretrain-demo              # make weights/demo/ again (minutes)
+    python fetch_data.py svamp t5-small              # download, check; nothing is fetched twice
+    python fetch_data.py cqa --archive datasets.zip  # a task out of a copy of the archive
+    python fetch_data.py serve-teacher --port 8000   # the demo's teacher on loopback, OpenAI's API
+    python fetch_data.py pretrain-demo               # make weights/demo/ again (minutes)
 
-Names: svamp cqa anli1 esnli (tasks, to data/<name>/), demo (generated, no download), t5-small t5-base (students, to weights/<name>/).
-Without internet: QCRD_MIRROR=<folder or base URL> replaces "https://" (folder/host/path), and the same checks hold.
-Proxies are those of the environment (HTTPS_PROXY). A download that was cut goes on where it stopped when the command is run again.
+Tasks (data/<name>/): svamp, cqa, anli1, esnli, and demo, which is generated without a download.
+Students (weights/<name>/): t5-small, t5-base. The archive is Distilling Step-by-Step's [DSS].
+QCRD_MIRROR=<folder or base URL> stands in for "https://" (folder/host/path); checks stay the same.
+QCRD_HOME=<folder>: where data/ and weights/ lie, by default beside this file.
 """
+
 import argparse
+import ast
 import fcntl
 import functools
 import hashlib
-import io
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -26,8 +28,10 @@ import threading
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from operator import add, mul, neg, sub, truediv
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,650 +44,890 @@ import t5
 from t5 import InputError, Progress, atomic, require
 
 HERE = Path(__file__).resolve().parent
-TASKS = ("svamp", "cqa", "anli1", "esnli", "demo")
 SPLITS = ("train", "valid", "test")
-COMMITTED = ("demo", "golden")              # the folders of weights/ that come with the code
+KINDS = {"demo": "number", "svamp": "number", "cqa": "choice", "anli1": "nli", "esnli": "nli"}
+TASKS = tuple(KINDS)
+NLI = ("entailment", "neutral", "contradiction")
 
 
 def root() -> Path:
-    """The folder that data/ and weights/ lie in: the one of this file unless QCRD_HOME names another."""
+    """The folder that data/ and weights/ lie in."""
     return Path(os.environ.get("QCRD_HOME") or HERE)
 
 
-# ---------------------------------------------------------------- downloads
-
-HUB, GITHUB = "https://huggingface.co/google-t5/", "https://github.com/google-research/"
-SMALL, BASE = "t5-small/resolve/df1b051c49625cf57a3d0d8d3863ed4d13564fe4/", "t5-base/resolve/a9723ea7f1b39c1eae772870f3b547bf6ef7e6c1/"
-VOCABULARY = "sha256:d60acb128cf7b7f2536e8f38a5b18a05535c9e14c7a355904270e15b0945ea86"
-# Each pinned by what `measure` finds. t5-small's weights have no published digest: the server names it, as Hugging Face does.
-SOURCES = {
-    "SVAMP.json": ("https://raw.githubusercontent.com/arkilpatel/SVAMP/689d7ccac74b9983a2ac7cc3b264f441b99e7c53/SVAMP.json",
-                   "sha256:5be77703a6d891ae476d7c082787ad361392aa02453b132516cdd5f4e7934e3e"),
-    # Distilling Step-by-Step's archive (Hsieh et al., 2023): the other datasets, and PaLM-540B's rationales for all four.
-    "datasets.zip": (GITHUB + "distilling-step-by-step/raw/ef944263c9ddfd40a9888557f3e7d17513fd1a7e/datasets.zip",
-                     "blob:fb9d88a0b44c2daac1ec1639f0bdae993e7e5bcd"),
-    "t5-small/model.safetensors": (HUB + SMALL + "model.safetensors", "size:242043056"),
-    "t5-small/spiece.model": (HUB + SMALL + "spiece.model", VOCABULARY),
-    "t5-base/model.safetensors": (HUB + BASE + "model.safetensors",
-                                  "sha256:a90903540cc02cbeb7ff9f823f1a80eb778c7e22426a0e620b01c77a5ec8f5b4"),
-    "t5-base/spiece.model": (HUB + BASE + "spiece.model", VOCABULARY),
-}
-
-
-def measure(path: Path, kind: str) -> str:
-    """A file's size in bytes, sha256, or blob: git's id of a content, the sha1 of "blob <size>\0" and the bytes."""
-    size = path.stat().st_size
-    if kind == "size":
-        return str(size)
-    h = hashlib.sha256() if kind == "sha256" else hashlib.sha1(b"blob %d\0" % size)
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            h.update(block)
-    return h.hexdigest()
-
-
-def check(path: Path, pins: Iterable[str], remedy: str) -> None:
-    """Raise InputError where the file is not what "kind:value" says."""
-    for kind, expected in (pin.split(":") for pin in pins):
-        got = measure(path, kind)
-        require(got == expected, f"{path}: expected {kind} {expected}, got {got}; {remedy}")
-
-
-def download(name: str) -> Path:
-    """Fetch SOURCES[name] into data/downloads/ once: resumed, checked, then renamed into place.
-
-    Raises InputError (no connection, refused, cut, wrong digest) that names the remedy. Deletes no finished file.
-    """
-    (url, pin), target = SOURCES[name], root() / "data" / "downloads" / name
-    if mirror := os.environ.get("QCRD_MIRROR"):
-        url = mirror.rstrip("/") + "/" + url.removeprefix("https://")
-    part, linked = Path(f"{target}.part"), None
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{target}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)       # one process at a time; the kernel's, so that a killed one leaves no lock behind
-        if target.exists():
-            check(target, [pin], "move this file away and run again")
-            return target
-        if url.startswith(("http://", "https://")):
-            linked = stream(url, part, target)
-        else:
-            require(Path(url).is_file(), f"{url}: no such file in the mirror that QCRD_MIRROR names; put it there, or unset QCRD_MIRROR")
-            shutil.copyfile(url, part)
-        try:
-            check(part, [pin, f"sha256:{linked}"] if linked else [pin], f"{url} brought something else: run again, or put it at {target}")
-        except InputError:
-            part.unlink()                      # nothing can be resumed from it
-            raise
-        if pin.startswith("size:") and not linked:
-            print(f"{url}: its server named no digest, only the size was checked", file=sys.stderr)
-        os.replace(part, target)
-    return target
-
-
-def stream(url: str, part: Path, target: Path) -> str | None:
-    """Append to `part` what it lacks of `url`; return the sha256 that the server's X-Linked-ETag names, if any.
-
-    A broken connection is taken up where it broke: any number of times while bytes come, else five times.
-    """
-    failures, linked = 0, None
-    while True:
-        done = part.stat().st_size if part.exists() else 0
-        headers = {"Accept-Encoding": "identity", "Range": f"bytes={done}-"}       # else the range may be a compressed file's
-        try:
-            with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as r:
-                resumed = r.status_code == 206 and r.headers.get("Content-Range", "").startswith(f"bytes {done}-")
-                if r.status_code == 416:       # the part is longer than the file, or whole but not renamed
-                    part.unlink(missing_ok=True)
-                elif r.status_code in (400, 401, 403, 404, 410):
-                    raise InputError(f"{url}: HTTP {r.status_code} {r.reason}; get the file elsewhere and put it at {target}")
-                if r.status_code != 200 and not resumed:
-                    raise requests.ConnectionError(f"HTTP {r.status_code} {r.reason}")
-                # Hugging Face names the digest on the redirect, before its storage answers.
-                for hop in (*r.history, r):
-                    if found := re.fullmatch('"?([0-9a-f]{64})"?', hop.headers.get("X-Linked-ETag", "")):
-                        linked = found[1]
-                done = done if resumed else 0
-                total = done + int(r.headers.get("Content-Length") or 0)
-                progress = Progress(f"download {target.name}", total)
-                with open(part, "ab" if resumed else "wb") as f:
-                    for block in r.iter_content(1 << 16):
-                        done, failures = done + f.write(block), 0
-                        progress.update(min(done, total))
-                progress.close()
-                if done >= total:
-                    return linked
-                raise requests.ConnectionError(f"cut after {done:,} of {total:,} bytes")
-        except requests.RequestException as why:
-            failures += 1
-            if failures == 5 or isinstance(why, ValueError):       # the latter: not a URL
-                raise InputError(f"cannot fetch {url} ({fold(str(why))[:150]}); check the connection and run again (it resumes), "
-                                 f"name a mirror with QCRD_MIRROR, or put the file at {target}") from None
-            time.sleep(min(0.1 * 2 ** failures, 5))
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def fold(text: str) -> str:
-    """Runs of white space become one blank."""
     return " ".join(text.split())
 
 
-# ---------------------------------------------------------------- tasks
+# ------------------------------------------------------------------------------------ 1. Downloads
 
-MEMBER_LIMIT = 1 << 30                 # bytes of an unpacked member; the largest, e-SNLI's training file, has a fraction of that
-NLI = ("entailment", "neutral", "contradiction")
-# What a damaged zip file and records that are not what they should be raise; json's, codecs' and index's errors are ValueErrors.
+GITHUB = "https://github.com/google-research/distilling-step-by-step/raw/"
+SVAMP = "https://raw.githubusercontent.com/arkilpatel/SVAMP/"
+SMALL = "https://huggingface.co/google-t5/t5-small/resolve/df1b051c49625cf57a3d0d8d3863ed4d13564fe4"
+BASE = "https://huggingface.co/google-t5/t5-base/resolve/a9723ea7f1b39c1eae772870f3b547bf6ef7e6c1"
+SOURCES = {  # file in data/downloads/ -> URL
+    "SVAMP.json": SVAMP + "689d7ccac74b9983a2ac7cc3b264f441b99e7c53/SVAMP.json",
+    "datasets.zip": GITHUB + "ef944263c9ddfd40a9888557f3e7d17513fd1a7e/datasets.zip",
+    "t5-small/model.safetensors": SMALL + "/model.safetensors",
+    "t5-base/model.safetensors": BASE + "/model.safetensors",
+    "spiece.model": SMALL + "/spiece.model",  # t5-base has the same
+}
+PINS = {  # -> sha256, git blob id, or size where only the server names the sha256
+    "SVAMP.json": "5be77703a6d891ae476d7c082787ad361392aa02453b132516cdd5f4e7934e3e",
+    "datasets.zip": "fb9d88a0b44c2daac1ec1639f0bdae993e7e5bcd",
+    "t5-small/model.safetensors": "242043056",
+    "t5-base/model.safetensors": "a90903540cc02cbeb7ff9f823f1a80eb778c7e22426a0e620b01c77a5ec8f5b4",
+    "spiece.model": "d60acb128cf7b7f2536e8f38a5b18a05535c9e14c7a355904270e15b0945ea86",
+}
+
+
+def digests(path: Path) -> tuple[str, str, str]:
+    """A file's sha256, git blob id (the sha1 of "blob <size>", NUL and the content), and size."""
+    size, sha256 = path.stat().st_size, hashlib.sha256()
+    blob = hashlib.sha1(b"blob %d\0" % size)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            sha256.update(block)
+            blob.update(block)
+    return sha256.hexdigest(), blob.hexdigest(), str(size)
+
+
+def download(name: str) -> Path:
+    """SOURCES[name] in data/downloads/, fetched once: resumed, checked, renamed. InputError."""
+    url, pins = SOURCES[name], [PINS[name]]
+    if mirror := os.environ.get("QCRD_MIRROR"):
+        url = mirror.rstrip("/") + "/" + url.removeprefix("https://")
+    target = root() / "data" / "downloads" / name
+    part = Path(f"{target}.part")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{target}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # freed by the kernel, also when the process is killed
+        path = target if target.exists() else part
+        if path == part and url.startswith(("http://", "https://")):
+            pins += fetch(url, part)
+        elif path == part:
+            require(Path(url).is_file(), f"{url}: no such file in the mirror, see QCRD_MIRROR")
+            shutil.copyfile(url, part)
+        found = digests(path)
+        wrong = [pin for pin in pins if pin not in found]
+        if wrong:
+            part.unlink(missing_ok=True)  # nothing can be resumed from it
+        remedy = f"move it away, or run again, or get {url} elsewhere"
+        require(not wrong, f"{path}: expected {wrong}, got {', '.join(found)}; {remedy}")
+        if path == part and len(pins) == 1 and pins[0].isdigit():
+            note(f"{url}: the server named no digest, only the size was checked")
+        os.replace(path, target)
+    return target
+
+
+def fetch(url: str, part: Path) -> list[str]:
+    """Append to `part` what it lacks -> the sha256 that the server names, if any. InputError."""
+    part.touch()
+    for seconds in (0.2, 0.4, 0.8, 1.6, 0):
+        done = part.stat().st_size
+        headers = {"Accept-Encoding": "identity", "Range": f"bytes={done}-"}  # bytes of the file
+        try:
+            with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as response:
+                if response.status_code == 416:  # the part is longer than the file, or whole
+                    os.truncate(part, 0)
+                response.raise_for_status()
+                if not response.headers.get("Content-Range", "").startswith(f"bytes {done}-"):
+                    os.truncate(part, 0)  # a server without ranges sends the whole file
+                    done = 0
+                total = done + int(response.headers.get("Content-Length") or 0)
+                progress = Progress(f"download {part.stem}", total)
+                with open(part, "ab") as file:
+                    for block in response.iter_content(1 << 16):
+                        done += file.write(block)
+                        progress.update(done)
+                progress.close()
+            if done >= total:  # Hugging Face names the digest on its redirect
+                hops = [*response.history, response]
+                tags = " ".join(hop.headers.get("X-Linked-ETag", "") for hop in hops)
+                return re.findall(r"\b[0-9a-f]{64}\b", tags)
+            why = f"cut after {done:,} of {total:,} bytes"
+        except requests.RequestException as error:
+            why = fold(str(error))[:150]
+        time.sleep(seconds)
+    remedy = f"run again (it resumes), or put it at {part.with_suffix('')} or in a mirror"
+    raise InputError(f"cannot fetch {url} ({why}); {remedy} (QCRD_MIRROR)")
+
+
+# ---------------------------------------------------------------------- 2. The archive of [DSS]
+
+MEMBER_LIMIT = 1 << 30  # bytes of an unpacked member, ten times e-SNLI's training file
+# What damaged members raise; the errors of json and of codecs are ValueErrors.
 DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, TypeError, KeyError)
 
 
-def open_archive(archive: str | Path | None) -> zipfile.ZipFile:
-    """The user's own copy of datasets.zip (its sha256 is printed as unverified), or the pinned one, fetched once."""
-    path = Path(archive) if archive else download("datasets.zip")
+class Example(NamedTuple):
+    input: str
+    label: str
+
+
+def open_archive(archive: str | Path) -> zipfile.ZipFile:
+    """The user's datasets.zip, or the pinned one, fetched once. Raises InputError."""
+    path = Path(archive or download("datasets.zip"))
     try:
-        opened = zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as why:
-        raise InputError(f"{path}: not a zip file that can be read ({why}); give a copy of datasets.zip") from None
-    if archive:
-        print(f"{path}: sha256 {measure(path, 'sha256')} (unverified; contents are checked instead)", file=sys.stderr)
-    return opened
+        if archive:
+            note(f"{path}: sha256 {digests(path)[0]} (unverified)")
+        return zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: no readable zip file ({error}); give a datasets.zip") from None
 
 
-def record(task: str, r: dict) -> dict[str, str]:
-    """One line of the archive -> {"input", "label"}, in the formats of Distilling Step-by-Step. Raises one of DAMAGE."""
+def read_member(archive: zipfile.ZipFile, name: str, convert: Callable) -> Iterator:
+    """convert(value) of each line's JSON value. Raises InputError with member and line."""
+    where = f"{archive.filename}: {name}"
+    require(name in archive.NameToInfo, f"{where} is missing; get the whole datasets.zip")
+    size, number = archive.NameToInfo[name].file_size, 0
+    require(size <= MEMBER_LIMIT, f"{where} unpacks to {size:,} bytes; this is not datasets.zip")
+    try:
+        for number, line in enumerate(archive.open(name), 1):
+            yield convert(json.loads(line))
+    except DAMAGE as error:
+        what = f"{type(error).__name__} {fold(str(error))[:100]}"
+        raise InputError(f"{where} line {number}: {what}; get the archive again") from None
+
+
+def archive_example(task: str, row: dict) -> Example:
+    """A record of the archive as question and label, in the text formats of [DSS]."""
     if task == "svamp":
-        made = {"input": r["input"], "label": r["label"]}
-    elif task == "cqa":
-        choices = "".join(f"\n({letter}) {choice}" for letter, choice in zip("abcde", r["choices"], strict=True))
-        made = {"input": r["question"] + "\nAnswer Choices:" + choices, "label": r["choices"][r["choices"].index(r["answer"])]}
-    else:
-        # Premise and hypothesis are joined by T5's end-of-sequence token there, and so here.
-        made = {"input": r["premise"] + "</s>" + r["hypothesis"], "label": NLI[(0, 1, 2).index(r["label"])]}
-    if not all(isinstance(text, str) and text.strip() for text in made.values()):
-        raise ValueError("input or label is not a text")
-    return made
-
-
-def member(task: str, split: str) -> str:
-    """The archive's file of questions."""
-    return f"datasets/{task}/{task}_{split}.json"
-
-
-def parsed(archive: zipfile.ZipFile, name: str, parse: Callable[[str], object], whole: bool = False) -> Iterator:
-    """parse(line) of a member's lines, or of its whole text; the member by exact name, of bounded size, streamed.
-
-    Raises InputError naming member and line for all that can be wrong with it.
-    """
-    require(name in archive.NameToInfo, f"{archive.filename}: {name} is missing; get the whole datasets.zip")
-    require(archive.NameToInfo[name].file_size <= MEMBER_LIMIT,
-            f"{archive.filename}: {name} unpacks to more than {MEMBER_LIMIT >> 20} MiB; this is not datasets.zip")
-    number = 0
-    try:
-        with io.TextIOWrapper(archive.open(name), encoding="utf-8") as f:
-            for number, text in enumerate([f.read()] if whole else f, 1):
-                yield parse(text)
-    except DAMAGE as why:
-        raise InputError(f"{archive.filename}: {name} line {number}: {type(why).__name__} {fold(str(why))[:100]}; "
-                         "get the archive again") from None
-
-
-def questions(archive: zipfile.ZipFile, task: str, split: str) -> Iterator[dict[str, str]]:
-    """The records of one split in the archive's order."""
-    return parsed(archive, member(task, split), lambda line: record(task, json.loads(line)))
-
-
-def rationales(archive: zipfile.ZipFile, task: str, split: str) -> Iterator[str]:
-    """PaLM's raw texts of one split in the order of its questions: numbered members, each a JSON list."""
-    def texts(text: str) -> list[str]:
-        if not isinstance(found := json.loads(text), list) or not all(isinstance(t, str) for t in found):
-            raise ValueError("not a list of texts")
-        return found
-    for i in itertools.count():
-        if (name := f"datasets/{task}/llm/{split}_CoT_{i}.json") not in archive.NameToInfo:
-            return
-        for found in parsed(archive, name, texts, whole=True):
-            yield from found
+        return Example(row["input"], row["label"])
+    if task == "cqa":
+        choices = [f"({a}) {text}" for a, text in zip("abcde", row["choices"], strict=True)]
+        text = "\n".join([row["question"], "Answer Choices:", *choices])
+        return Example(text, row["choices"][row["choices"].index(row["answer"])])
+    # T5's end-of-sequence token joins premise and hypothesis.
+    return Example(row["premise"] + "</s>" + row["hypothesis"], NLI[(0, 1, 2).index(row["label"])])
 
 
 def write_lines(path: Path, records: Iterable[dict]) -> None:
-    """Write records as JSON lines, streaming, whole or not at all."""
-    with atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+    """Write JSON lines, all or none."""
+    with atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
-def write_task(folder: Path, splits: dict[str, Iterable[dict]]) -> None:
-    """Write a task's files. Without a "valid" split the last tenth of the training records becomes it.
+def palm_samples(name: str, archive: str | Path = "") -> Path:
+    """data/<name>/teacher-palm.jsonl: PaLM-540B's published texts, raw, one a question. InputError.
 
-    Distilling Step-by-Step draws that tenth at random; the last one needs no seed [ours]. Only there are records collected: e-SNLI, which
-    has half a million, brings its own.
+    Lines {"question", "slot": 0, "text", "finish": "stop"} for training and validation questions.
     """
-    if "train" in splits and "valid" not in splits:
-        train = list(splits["train"])
-        kept = len(train) - len(train) // 10
-        splits = splits | {"train": train[:kept], "valid": train[kept:]}
-    for split, records in splits.items():
-        write_lines(folder / f"{split}.jsonl", records)
-
-
-def ensure(name: str, archive: str | Path | None = None) -> Path:
-    """Make a task or a student ready and return its folder; at once where it is complete.
-
-    svamp, cqa, anli1, esnli, demo -> data/<name>/ with train.jsonl, valid.jsonl, test.jsonl, one {"input", "label"} a line (UTF-8);
-    t5-small, t5-base -> weights/<name>/ with config.json, model.pt, spiece.model.
-    archive: a datasets.zip to read a task from instead of its pinned source. Raises InputError.
-    """
-    if name not in TASKS:
-        return ensure_student(name)
-    folder = root() / "data" / name
-    if all((folder / f"{split}.jsonl").is_file() for split in SPLITS):
-        return folder
-    if name == "demo":
-        write_task(folder, {s: ({"input": p.text, "label": p.label} for p in demo_problems(s)) for s in SPLITS})
-    elif name == "svamp" and not archive:
-        source = json.loads(download("SVAMP.json").read_text(encoding="utf-8"))
-        rows = [{"input": f"{r['Body']}\n{r['Question']}", "label": r["Equation"]} for r in source]
-        order = np.random.RandomState(0).permutation(len(rows))    # Distilling Step-by-Step's split: 800 to train on, 200 to test
-        write_task(folder, {"train": [rows[i] for i in order[:800]], "test": [rows[i] for i in order[800:]]})
-    else:
-        opened = open_archive(archive)
-        found = [split for split in SPLITS if member(name, split) in opened.NameToInfo]
-        write_task(folder, {split: questions(opened, name, split) for split in found})
-        if missing := [split for split in ("train", "test") if split not in found]:
-            has = f"; its {' and '.join(found)} went to {folder}" if found else ""
-            raise InputError(f"{name}: {' and '.join(missing)} missing in {opened.filename} ({member(name, missing[0])}){has}; "
-                             "get the whole datasets.zip")
-    return folder
-
-
-def ensure_palm(task: str, archive: str | Path | None = None) -> Path:
-    """data/<task>/teacher-palm.jsonl: the PaLM-540B rationales that Distilling Step-by-Step published, raw, one a question.
-
-    Lines {"question", "slot": 0, "text", "finish": "stop"} for all that was published as training or validation set. Raises InputError.
-    """
-    path = root() / "data" / task / "teacher-palm.jsonl"
+    path = root() / "data" / name / "teacher-palm.jsonl"
     if path.is_file():
         return path
-    require(task in TASKS and task != "demo",
-            f"{task}: PaLM's rationales were published for svamp, cqa, anli1 and esnli; choose another --teacher")
-    opened = open_archive(archive)
-
-    def samples() -> Iterator[dict]:
-        for split in ("train", "valid") if member(task, "valid") in opened.NameToInfo else ("train",):
-            for row, text in itertools.zip_longest(questions(opened, task, split), rationales(opened, task, split)):
-                require(None not in (row, text),
-                        f"{opened.filename}: {task} {split}: questions and rationales differ in number; get the archive again")
-                yield {"question": row["input"], "slot": 0, "text": text, "finish": "stop"}
-    write_lines(path, samples())
+    require(name in TASKS[1:], f"{name}: PaLM's rationales are of {', '.join(TASKS[1:])} only")
+    task, opened, texts = load_task(name, archive=archive), open_archive(archive), []
+    for split, i in itertools.product(("train", "valid"), range(1000)):
+        file = f"datasets/{name}/llm/{split}_CoT_{i}.json"  # a list of texts on one line
+        if file in opened.NameToInfo:
+            texts += next(read_member(opened, file, list))
+    questions = [example.input for example in task.train + task.valid]
+    counts = f"{len(texts)} rationales, {len(questions)} questions"
+    require(len(texts) == len(questions), f"{opened.filename}: {counts}; get the archive again")
+    pairs = zip(questions, texts)
+    rows = ({"question": q, "slot": 0, "text": text, "finish": "stop"} for q, text in pairs)
+    write_lines(path, rows)
     return path
 
 
-# ---------------------------------------------------------------- the demo's task
+# ---------------------------------------------------------------------------------------- 3. Tasks
 
-PEOPLE = ["Ana", "Ben", "Dev", "Emma", "Finn", "Hugo", "Iris", "Kira", "Leo", "Maya", "Noah", "Olga"]
-THINGS = ["apples", "balls", "books", "cards", "coins", "cups", "eggs", "hats", "keys", "mugs", "pears", "photos", "rocks", "shells",
-          "stamps", "toys"]
+
+@dataclass(frozen=True)
+class Task:
+    name: str  # as the user gave it
+    kind: str  # "number", "choice", "nli" or "text": how answers are read and compared
+    folder: Path  # data/<task>/, for the teacher's samples
+    train: list[Example]
+    valid: list[Example]
+    test: list[Example]
+    options: tuple[str, ...]  # the labels, where they are few and the same for all questions
+
+
+def ensure(name: str, archive: str | Path = "") -> Path:
+    """The folder of a task, data/<name>/ with {train,valid,test}.jsonl of {"input", "label"}, or of
+    a student, weights/<name>/, made where it is missing. Raises InputError."""
+    if name not in TASKS:
+        return ensure_student(name)
+    folder = root() / "data" / name
+    if name == "demo":
+        splits = {s: [Example(p.text, p.label) for p in demo_problems(s)] for s in SPLITS}
+    elif all((folder / f"{split}.jsonl").is_file() for split in SPLITS):
+        return folder
+    elif name == "svamp" and not archive:
+        rows = json.loads(download("SVAMP.json").read_text(encoding="utf-8"))
+        rows = [rows[i] for i in np.random.RandomState(0).permutation(1000)]  # [DSS]
+        examples = [Example(f"{row['Body']}\n{row['Question']}", row["Equation"]) for row in rows]
+        splits = {"train": examples[:800], "test": examples[800:]}
+    else:
+        opened = open_archive(archive)
+        convert = functools.partial(archive_example, name)
+        files = {split: f"datasets/{name}/{name}_{split}.json" for split in SPLITS}
+        if files["valid"] not in opened.NameToInfo:
+            del files["valid"]
+        splits = {split: read_member(opened, file, convert) for split, file in files.items()}
+    if "valid" not in splits:
+        splits["train"], splits["valid"] = hold_out(list(splits["train"]))
+    for split, examples in splits.items():
+        write_lines(folder / f"{split}.jsonl", (example._asdict() for example in examples))
+    return folder
+
+
+def hold_out(examples: list[Example]) -> tuple[list[Example], list[Example]]:
+    """Training and validation examples: the last tenth, at least one, is for validation [ours]."""
+    count = max(1, len(examples) // 10)
+    return examples[:-count], examples[-count:]
+
+
+def load_task(name: str, answer: str = "text", archive: str | Path = "") -> Task:
+    """A built-in task, fetched where it is missing, or a folder with train.jsonl, test.jsonl and
+    perhaps valid.jsonl; answer, what its labels are: "text" or "number". Raises InputError."""
+    kind = KINDS.get(name, answer)
+    folder = ensure(name, archive) if name in TASKS else Path(name)
+    require(folder.is_dir(), f"task {name}: neither a folder nor one of {', '.join(TASKS)}")
+    train, test = (read_split(folder / f"{split}.jsonl", kind) for split in ("train", "test"))
+    if (folder / "valid.jsonl").exists():
+        valid = read_split(folder / "valid.jsonl", kind)
+    else:
+        require(len(train) > 1, f"{folder}/train.jsonl: too short to hold out a validation set")
+        train, valid = hold_out(train)
+        note(f"note: {folder} has no valid.jsonl: the last {len(valid)} training questions are it")
+    if leaked := len({x.input for x in train} & {x.input for x in test}):
+        note(f"warning: {leaked} training questions of {folder} are test questions too")
+    options = NLI if kind == "nli" else tuple(sorted({example.label for example in train}))
+    few = kind == "nli" or kind == "text" and len(options) <= 20 and len(options) < len(train)
+    samples = root() / "data" / folder.resolve().name
+    return Task(name, kind, samples, train, valid, test, options if few else ())
+
+
+def read_split(path: Path, kind: str) -> list[Example]:
+    """The examples of a JSONL file, read line by line. Raises InputError with file and line."""
+    examples = []
+    require(path.is_file(), f"{path}: no such file; a task needs train.jsonl and test.jsonl")
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                examples.append(parse_example(line, kind, f"{path}:{number}"))
+    require(len(examples) > 0, f"{path}: holds no question")
+    return examples
+
+
+def parse_example(line: bytes, kind: str, where: str) -> Example:
+    """One line of a data file; a number as label becomes text. Raises InputError."""
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+        question, label = record["input"], record["label"]
+        label = str(label) if type(label) in (int, float) else label
+        empty = not question.strip() or not label.strip()
+        (question + label).encode()  # half of a surrogate pair is JSON, but not UTF-8
+    except UnicodeError:
+        raise InputError(f"{where}: not UTF-8; save the file as UTF-8") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise InputError(f'{where}: not like {{"input": "text", "label": "text"}}') from None
+    require(not empty, f"{where}: an empty input or label")
+    shown = f"{where}: label {label[:40]!r}"
+    require(kind != "nli" or label in NLI, f"{shown} must be one of {', '.join(NLI)}")
+    good = kind != "number" or value(label) is not None
+    require(good, f"{shown} is no number and no equation; --answer text compares text")
+    return Example(question, sys.intern(label))  # one object for the 549,367 labels of e-SNLI
+
+
+# -------------------------------------------------------------------------------------- 4. Prompts
+
+# In words of ours; explanation and answer in a fixed format are the paper's [figure].
+STEPS = "Explain your reasoning step by step in a few short sentences, then give the answer"
+INSTRUCTIONS = {
+    "number": f"You solve word problems. {STEPS} as an equation without its result and unit.",
+    "choice": f"You answer questions. {STEPS}: one of the choices, with its letter.",
+    "nli": f"You decide what follows from a premise. {STEPS}.",
+    "text": f"You answer questions. {STEPS} in as few words as possible.",
+}
+FORMS = {"number": "( 12 + 5 )", "choice": "(c) the choice", "nli": "neutral", "text": "the answer"}
+
+
+def messages(task: Task, question: str, own: str = "") -> list[dict]:
+    """System and user message for one question. own: a system message of the user's instead."""
+    options = f"The answer must be one of: {', '.join(task.options)}. " if task.options else ""
+    form = f"<Explanation>: your explanation <Answer>: {FORMS[task.kind]}"
+    system = f"{INSTRUCTIONS[task.kind]} {options}Keep to this format and write no more:\n{form}"
+    system = own.strip() or system
+    if task.kind == "nli":
+        question = "Premise: " + question.replace("</s>", "\nHypothesis: ", 1)
+    return [{"role": "system", "content": system}, {"role": "user", "content": question}]
+
+
+# -------------------------------------------------------------------------------------- 5. Answers
+
+SIGNS = str.maketrans({"÷": "/", "×": "*", "−": "-"})
+OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv, ast.USub: neg}
+
+
+def value(expression: str) -> float | None:
+    """The value of a number or of an equation in + - * / and brackets; None for anything else.
+
+    The parsed tree is walked, nothing runs as code; length, digits and operators are bounded.
+    """
+    text = expression[:201].translate(SIGNS).strip()
+    text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text)  # 1,234
+    text = re.sub(r"(?<![0-9.])0+(?=[0-9])", "", text)  # 007, which Python refuses
+    if len(expression) > 200 or re.search(r"[^-+*/(). 0-9]|[0-9]{16}|\*\*|//", text):
+        return None
+
+    def walk(node: ast.expr) -> float:
+        if isinstance(node, ast.Constant):
+            return float(node.value)
+        operands = [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)]
+        return OPERATORS[type(node.op)](*map(walk, operands))  # no .op: (1)(2) is a call
+
+    try:
+        result = walk(ast.parse(text, mode="eval").body)
+    except (SyntaxError, AttributeError, TypeError, LookupError, ArithmeticError, MemoryError):
+        return None
+    return result if math.isfinite(result) else None
+
+
+def answer_key(kind: str, answer: str | None) -> str | None:
+    """What equal answers share: the value rounded to 1e-4, or the words in lower case."""
+    if kind == "number":
+        number = value(answer or "")
+        return None if number is None else f"{round(number, 4) + 0.0:.4f}"  # + 0.0: -0 is 0
+    return fold(re.sub(r"[^\w\s+-]|_", " ", (answer or "")[:1000].lower())) or None
+
+
+def is_right(kind: str, answer: str | None, label: str) -> bool:
+    """The metric [DSS]: equal values, else equal texts."""
+    key = answer_key(kind, answer)
+    return key is not None and key == answer_key(kind, label)
+
+
+class Sample(NamedTuple):
+    rationale: str  # what stands before the answer part
+    answer: str | None  # as it was written, a choice as the text of its option; None: unreadable
+
+
+# What announces an answer, repeated or not: "<Answer>:", "So the answer is", "####", "\boxed{".
+MARK = re.compile(
+    r"""( ( \*{0,2} (\b(so|thus|hence|therefore),?\s+)? (\b(the|my)\s+)? (\b(final|correct)\s+)?
+            (<answer>|\banswer) (\sto\s[^.:\n]{1,40}?)? \**\s* (is|would\sbe|=|:)\s*:?
+          | \#{4} | \\boxed\s*\{ ) [\s$*]* )+""",
+    re.IGNORECASE | re.VERBOSE,
+)
+SENTENCE = re.compile(r"(?<!\b[A-Z])(?<!\b[A-Z][a-z])[.;!?](?=\s|\Z)|\n")  # not "Dr. No", "B. the"
+OPENING = re.compile(r"\A\W*(explanation|rationale|reasoning|a)\W*:\s*", re.IGNORECASE)
+RUN_ON = re.compile(r"\n\s*(?:Q|Question|Premise|Problem) ?:", re.IGNORECASE)  # of base models
+LETTER = re.compile(r"\W*(?:(?:option|choice)\W+)?([a-h])(?:[).:]|\W*\Z)", re.IGNORECASE)
+NUMBER = r"(?: *-?\()* *-?\.?\d[\d,]*(?:\.\d+)?[) ]*"
+EQUATION = re.compile(f"{NUMBER}(?:[-+*/^]+{NUMBER})*")
+PLAIN = {  # LaTeX and units
+    r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}": r"((\1)/(\2))",
+    r"\\times\b|\\cdot\b|(?<=[0-9)])\s*[xX]\s*(?=[0-9(])": " * ",
+    r"\\div\b": "/",
+    r"\\[a-zA-Z]+|[\\${}€£]|(?<=\d)\s*[a-zA-Z]+\s*(?=\))": "",  # (42 apples)
+}
+
+
+def read_sample(task: Task, question: str, text: str, cut: bool = False) -> Sample:
+    """Rationale and answer of a text, of the teacher's and of the student's [ours].
+
+    The answer follows the last MARK that can be read; without any it is the last number, or the
+    only option named. cut: the length limit ended the text; an answer at its very end is none.
+    """
+    text = text[-2_000_000:].rpartition("</think>")[2].partition("<think>")[0][:20_000]
+    text = text.encode("utf-8", "replace").decode().translate(SIGNS)  # half of a surrogate pair: ?
+    text = OPENING.sub("", RUN_ON.split(text.strip(), maxsplit=1)[0]).strip()
+    options = list(task.options)
+    if task.kind == "choice":
+        options = re.findall(r"^\([a-h]\) (.*)$", question, re.MULTILINE)
+    marks = list(MARK.finditer(text))[-20:]
+    for mark in reversed(marks):
+        end = SENTENCE.search(text, mark.end())
+        said = text[mark.end() : end.start() if end else len(text)][:300]
+        answer = None if cut and not end else read_answer(task.kind, options, said, first=True)
+        if answer is not None:
+            start = mark.start()
+            if mark[0].startswith("\\"):  # a box stands inside its sentence
+                start = max(text.rfind("\n", 0, start), text.rfind(". ", 0, start)) + 1
+            return Sample(text[:start].strip(), answer)
+    known = None if marks or cut else read_answer(task.kind, options, text, first=False)
+    return Sample(text, known)
+
+
+def read_answer(kind: str, options: list[str], text: str, first: bool) -> str | None:
+    """The first answer of a text, or its last number or the only option that it names."""
+    if kind == "number":
+        return read_number(text, first)
+    text = re.sub(r"\\[a-zA-Z]+", "", text)  # \text{Monday}
+    if not options:
+        return text.strip(" \t.*\"'`_${}")[:200] or None if first else None
+    if kind == "choice" and (letter := LETTER.match(text)):
+        return dict(zip("abcdefgh", options)).get(letter[1].lower())
+    words = f" {answer_key('text', text)} "
+    places = {option: words.find(f" {answer_key('text', option)} ") for option in options}
+    named = [option for option in options if places[option] >= 0]
+    if not named or len(named) > 1 and not first:
+        return None
+    return min(named, key=lambda option: (places[option], -len(option)))  # the longer of two
+
+
+def read_number(text: str, first: bool) -> str | None:
+    """The first or last number or equation, behind the last "=" if one is there."""
+    text = text[-1000:]
+    for pattern, plain in PLAIN.items():
+        text = re.sub(pattern, plain, text)
+    found = EQUATION.findall(text.rpartition("=")[2]) or EQUATION.findall(text)
+    if not found:
+        return None
+    equation = found[0] if first else found[-1]
+    if first and re.search(r"\s[-+*/]\s", text.rpartition("=")[2].replace(equation, " ", 1)):
+        return None  # "(some - 12)": a part is unknown
+    equation = equation.strip(" ,")
+    while equation.endswith(")") and equation.count(")") > equation.count("("):
+        equation = equation[:-1].strip()
+    return equation if value(equation) is not None else None
+
+
+# ------------------------------------------------------------------------------------- 6. The demo
+#
+# A generated task like SVAMP, its rule-based teacher, and how its student is pretrained.
+
+SIZES = {"train": 800, "valid": 400, "test": 1000}
+LIMIT, NUMBERS, FACTORS = 30, 20, 9  # amounts stay below 30, numbers of a text go up to 20 or 9
+TWO_STEPS, DISTRACTED, UNSEEN = 0.6, 0.5, 0.2  # shares of the problems; UNSEEN: of the test's
+
+PEOPLE = "Ana Ben Dev Emma Finn Hugo Iris Kira Leo Maya Noah Olga".split()
+THINGS = "apples balls books cards coins cups eggs hats keys mugs pears rocks shells toys".split()
+
+# A block a kind of step, `s op u`: s is what there is before the step, u the step's own number.
+#     name, operation, the kind that a person takes it for, what is asked of a story ending with it
+#     how a story tells it; the last phrasing is kept for the test set, here and in the other tables
+#     what the teacher says of it; {sum} is the sum worked out, as in "12 + 5 = 17"
+#     how the explanations of the pretraining put it
+# {a} {b} {c} are people, {o} the things that count, {p} other things; "|" separates phrases.
+STORIES = """
+groups * parts now
+    {a} has {s} boxes with {u} {o} in each. | {a} fills {s} bags with {u} {o} each. |
+    In each of {a}'s {s} baskets lie {u} {o}.
+    {s} groups of {u} {o} are {sum}. | {a} has {s} times {u} {o}, {sum}.
+    there are {s} lots of {u} | each of the {s} holds {u} {o} | {u} {o} are counted {s} times
+parts + groups now
+    {a} has {s} {o} at home and {u} {o} at school. | {a} picks {s} {o} today and {u} {o} later. |
+    {a} keeps {s} {o} upstairs and {u} {o} downstairs.
+    Both parts make {sum} {o}. | {a} has {s} and {u} {o}, {sum}.
+    we put {s} and {u} together | {a} owns {s} {o} and also {u} | {s} {o} are joined by {u}
+gain + loss now
+    {a} finds {u} more {o}. | {b} gives {a} {u} {o}. | Then {a} buys {u} {o}. |
+    {u} {o} arrive for {a} by mail.
+    {a} gets {u} more, {sum}. | {u} {o} come in, {sum}.
+    {u} {o} are new | {a} owns {u} more than before | we add the {u} {o}
+loss - gain now
+    {a} gives {u} {o} to {b}. | {a} loses {u} {o}. | Then {a} sells {u} {o}. |
+    {b} borrows {u} {o} from {a}.
+    {u} of the {o} go away, {sum}. | {a} is left with {sum}.
+    {u} {o} are gone | {a} owns {u} less than before | we take off the {u} {o}
+share / loss friend
+    {a} shares the {o} equally among {u} friends. | {u} friends split the {o} of {a} equally. |
+    {a} deals the {o} out evenly to {u} friends.
+    Each of {u} friends gets {sum}. | Split in {u} equal shares: {sum}.
+    we divide the {o} by {u} | {u} friends take the same part | {a} makes {u} parts
+times * more other
+    {b} has {u} times as many {o} as {a}. | {b} owns {u} times the {o} of {a}. |
+    For every one of {a}'s {o} there are {u} of {b}'s.
+    {b} has {u} times that, {sum}. | {u} times as many are {sum}.
+    we multiply the {o} by {u} | {b} owns {u} for each of them | the {o} of {b} are {u} times more
+more + fewer other
+    {b} has {u} more {o} than {a}. | {b} owns {u} {o} more than {a}. | {b} beats {a} by {u} {o}.
+    {b} has {u} more, {sum}. | {u} more than that are {sum}.
+    {b} owns {u} {o} extra | {b} is {u} above {a} | we count {u} up to {b}
+fewer - more other
+    {b} has {u} fewer {o} than {a}. | {b} owns {u} {o} fewer than {a}. | {b} trails {a} by {u} {o}.
+    {b} has {u} fewer, {sum}. | {u} fewer than that are {sum}.
+    {b} lacks {u} {o} | {b} is {u} below {a} | we count {u} down to {b}
+gap - both gap
+    {b} has {u} {o}. | {b} owns {u} {o}. | {u} {o} belong to {b}.
+    {b} has {u}, the difference is {sum}. | {a} is ahead of {u} by {sum}.
+    we compare with the {u} of {b} | {b} owns only {u} | we take off what {b} owns
+both + gap both
+    {b} has {u} {o}. | {b} owns {u} {o}. | {u} {o} belong to {b}.
+    {b} has {u}, together {sum}. | With the {u} of {b} there are {sum}.
+    we add what {b} owns | {b} brings {u} {o} | the {u} of {b} count too
+"""
+# How a story opens, a number {d} that the answer does not need, and the questions.
+OTHERS = """
+open
+    {a} has {s} {o}. | There are {s} {o} in {a}'s room. | {a} collects {s} {o}. |
+    {a}'s shelf holds {s} {o}.
+distractor
+    {a} also has {d} {p}. | {c} has {d} {o}. | {b} buys {d} {p}. | Last year {a} had {d} {o}. |
+    {d} {p} belong to {c}.
+now
+    How many {o} does {a} have now? | How many {o} are there with {a} in the end? |
+    {a} owns how many {o} after this?
+other
+    How many {o} does {b} have? | How many {o} are {b}'s? | What number of {o} does {b} own?
+friend
+    How many {o} does each friend get? | How many {o} are there for each friend? |
+    What does each friend receive in {o}?
+gap
+    How many more {o} does {a} have than {b}? | {a} has how many {o} more than {b}? |
+    By how many {o} is {a} ahead of {b}?
+both
+    How many {o} do {a} and {b} have together? | How many {o} do {a} and {b} have in all? |
+    What do {a} and {b} own in {o}, added up?
+"""
 
 
 class Kind(NamedTuple):
-    """One step of a story: `s op u`, s being what is there before it and u its own number.
+    """A block of STORIES."""
 
-    In the texts {a}, {b}, {c} are people, {o} the things that count and {p} others. The last of several sentences for the same is
-    kept for the test set, here and below.
-    """
     op: str
-    wrong: str                         # the step that a person takes it for
-    ask: str                           # the question of a story that ends with it
-    tell: tuple[str, ...]
-    why: tuple[str, ...]               # what the teacher says of it; {sum} is the sum done, "12 + 5 = 17"
+    wrong: str
+    ask: str
+    tell: list[str]
+    why: list[str]
+    plain: list[str]
 
 
-OPEN = ("{a} has {s} {o}.", "There are {s} {o} in {a}'s room.", "{a} collects {s} {o}.", "{a}'s shelf holds {s} {o}.")
-GAIN = ("{a} finds {u} more {o}.", "{b} gives {a} {u} {o}.", "Then {a} buys {u} {o}.", "{u} {o} arrive for {a} by mail.")
-LOSS = ("{a} gives {u} {o} to {b}.", "{a} loses {u} {o}.", "Then {a} sells {u} {o}.", "{b} borrows {u} {o} from {a}.")
-OTHER = ("{b} has {u} {o}.", "{b} owns {u} {o}.", "{u} {o} belong to {b}.")
-KINDS = {
-    # these two open a story
-    "groups": Kind("*", "parts", "now", ("{a} has {s} boxes with {u} {o} in each.", "{a} fills {s} bags with {u} {o} each.",
-                                         "In each of {a}'s {s} baskets lie {u} {o}."),
-                   ("{s} groups of {u} {o} are {sum}.", "{a} has {s} times {u} {o}, {sum}.")),
-    "parts": Kind("+", "groups", "now", ("{a} has {s} {o} at home and {u} {o} at school.",
-                                         "{a} picks {s} {o} on Monday and {u} {o} on Tuesday.",
-                                         "{a} keeps {s} {o} upstairs and {u} {o} downstairs."),
-                  ("Both parts make {sum} {o}.", "{a} has {s} and {u} {o}, {sum}.")),
-    "gain": Kind("+", "loss", "now", GAIN, ("{a} gets {u} more, {sum}.", "{u} {o} come in, {sum}.")),
-    "loss": Kind("-", "gain", "now", LOSS, ("{u} of the {o} go away, {sum}.", "{a} is left with {sum}.")),
-    # asked for the beginning, a story is solved from its end
-    "ungain": Kind("-", "gain", "first", GAIN, ("Before the {u} came there were {sum}.", "Without the {u} new ones: {sum}.")),
-    "unloss": Kind("+", "loss", "first", LOSS, ("Before the {u} went there were {sum}.", "Put the {u} back: {sum}.")),
-    # these end one
-    "share": Kind("/", "loss", "friend", ("{a} shares the {o} equally among {u} friends.", "{u} friends split the {o} of {a} equally.",
-                                          "{a} deals the {o} out evenly to {u} friends."),
-                  ("Each of {u} friends gets {sum}.", "Split in {u} equal shares: {sum}.")),
-    "times": Kind("*", "more", "other", ("{b} has {u} times as many {o} as {a}.", "{b} owns {u} times the {o} of {a}.",
-                                         "For every one of {a}'s {o} there are {u} of {b}'s."),
-                  ("{b} has {u} times that, {sum}.", "{u} times as many are {sum}.")),
-    "more": Kind("+", "fewer", "other", ("{b} has {u} more {o} than {a}.", "{b} owns {u} {o} more than {a}.", "{b} beats {a} by {u} {o}."),
-                 ("{b} has {u} more, {sum}.", "{u} more than that are {sum}.")),
-    "fewer": Kind("-", "more", "other", ("{b} has {u} fewer {o} than {a}.", "{b} owns {u} {o} fewer than {a}.",
-                                           "{b} trails {a} by {u} {o}."),
-                  ("{b} has {u} fewer, {sum}.", "{u} fewer than that are {sum}.")),
-    "gap": Kind("-", "both", "gap", OTHER, ("{b} has {u}, the difference is {sum}.", "{a} is ahead of {u} by {sum}.")),
-    "both": Kind("+", "gap", "both", OTHER, ("{b} has {u}, together {sum}.", "With the {u} of {b} there are {sum}.")),
+def blocks(table: str) -> dict[str, list]:
+    """Name of a block -> the other words of its first line, and each other line as phrases."""
+    found = {}
+    for block in re.split(r"\n(?=\w)", re.sub(r"\|\n +", "| ", table.strip())):
+        heading, *lines = block.split("\n")
+        name, *words = heading.split()
+        found[name] = [*words, *(line.strip().split(" | ") for line in lines)]
+    return found
+
+
+MOVES = {name: Kind(*values) for name, values in blocks(STORIES).items()}
+OTHER = {name: phrases for name, [phrases] in blocks(OTHERS).items()}
+OPENERS = ("groups", "parts")  # these kinds open a story themselves
+FIRST = (*OPENERS, "gain", "loss")  # these may be followed by a second step, any but an opening one
+PLANS = {
+    1: [(kind,) for kind in MOVES],
+    2: [(kind, last) for kind in FIRST for last in MOVES if last not in OPENERS],
 }
-QUESTIONS = {
-    "now": ("How many {o} does {a} have now?", "How many {o} are there with {a} in the end?", "{a} owns how many {o} after this?"),
-    "first": ("How many {o} did {a} have at first?", "How many {o} did {a} start with?", "What was {a}'s number of {o} in the beginning?"),
-    "other": ("How many {o} does {b} have?", "How many {o} are {b}'s?", "What number of {o} does {b} own?"),
-    "friend": ("How many {o} does each friend get?", "How many {o} are there for each friend?", "What does each friend receive in {o}?"),
-    "gap": ("How many more {o} does {a} have than {b}?", "{a} has how many {o} more than {b}?", "By how many {o} is {a} ahead of {b}?"),
-    "both": ("How many {o} do {a} and {b} have together?", "How many {o} do {a} and {b} have in all?",
-             "What do {a} and {b} own in {o}, added up?"),
-}
-UNKNOWN = ("{a} has some {o}.", "{a} has a number of {o}.", "{a} has {o}, we do not know how many.")
-LEFT = ("Now {a} has {s} {o}.", "{a} has {s} {o} now.", "That makes {s} {o} for {a}.")
-# {d} is a number that the answer does not need: of other things, of another person, of another time.
-DISTRACTORS = ("{a} also has {d} {p}.", "{c} has {d} {o}.", "{b} gives {c} {d} {p}.", "{a} buys {d} {p}.", "{c} loses {d} {o}.",
-               "Last year {a} had {d} {o}.", "{b} has {d} {p}.", "{d} {p} belong to {c}.")
-ENDS = ("gain", "loss", "share", "times", "more", "fewer", "gap", "both")
-PLANS = {1: [(kind,) for kind in KINDS],
-         2: [(k, end) for k in ("groups", "parts", "gain", "loss") for end in ENDS]
-            + [(k, end) for k in ("ungain", "unloss") for end in ("ungain", "unloss")]}
 
 
 class Problem(NamedTuple):
-    text: str                          # body, newline, question, as in SVAMP
-    label: str                         # the equation, spaced as in SVAMP; numbers as the text has them
-    first: int                         # what the solution starts from
-    steps: tuple[tuple[str, int], ...] # and its steps: kind and number
-    words: dict[str, str]              # who and what: {a} {b} {c} {o} {p}
+    """A word problem and its solution."""
+
+    text: str  # body, newline, question, as in SVAMP
+    label: str  # the equation, spaced as in SVAMP: "( ( 12 + 5 ) / 6 )"
+    first: int  # what the solution starts from
+    steps: tuple[tuple[str, int], ...]  # kind and number of each step
+    words: dict[str, str]  # what {a} {b} {c} {o} {p} stand for
     distractor: int | None
 
 
+def calculate(s: int, op: str, u: int) -> int | None:
+    """s op u, or None where the story would not have it: not whole, not above 0, too large."""
+    result = {"+": s + u, "-": s - u, "*": s * u, "/": s / u}[op]
+    return int(result) if 0 < result < LIMIT and result == int(result) else None
+
+
 def solve(first: int, steps: Iterable[tuple[str, int]]) -> tuple[str, list[int | None]]:
-    """The steps as one equation, "( ( 12 + 5 ) / 6 )", and what is there at first and after each: None from where it is not natural."""
+    """The steps as an equation, and the amounts: at first and after each step."""
     equation, amounts = str(first), [first]
     for kind, u in steps:
-        op, s = KINDS[kind].op, amounts[-1]
+        s, op = amounts[-1], MOVES[kind].op
         equation = f"( {equation} {op} {u} )"
-        t = {"+": s + u, "-": s - u, "*": s * u, "/": s / u}[op] if s else 0
-        amounts.append(int(t) if t > 0 and t == int(t) else None)
+        amounts.append(None if s is None else calculate(s, op, u))
     return equation, amounts
 
 
-def make_problem(rng: random.Random, hard: float = 0.7, unseen: bool = False, without: Iterable[str] = ()) -> Problem:
-    """Draw a word problem: with probability `hard` it has two steps, else one; likewise a distractor or none.
+def make_problem(rng: random.Random, unseen=False, without: Collection[str] = ()) -> Problem:
+    """Draw a problem of one or two steps, with a distractor or none, without some kinds of steps.
 
-    unseen: at least one of its sentences is kept for the test set; else none is. without: kinds of steps that it must not have.
+    unseen: one of its sentences at least is in a phrasing that is kept for the test set.
     """
-    plan = rng.choice([plan for plan in PLANS[2 if rng.random() < hard else 1] if not set(plan) & set(without)])
-    distract = rng.random() < hard
+    plans = PLANS[2 if rng.random() < TWO_STEPS else 1]
+    plan = rng.choice([plan for plan in plans if not set(plan) & set(without)])
     words = dict(zip("abcop", rng.sample(PEOPLE, 3) + rng.sample(THINGS, 2)))
     while True:
-        first = rng.randint(2, 9 if plan[0] == "groups" else 50)
-        moves = [(kind, rng.randint(2, 9 if KINDS[kind].op in "*/" else 50)) for kind in plan]
-        numbers, (equation, amounts) = [first] + [u for _, u in moves], solve(first, moves)
-        if None not in amounts and max(amounts) < 100 and len(set(numbers)) == len(numbers):
+        first = rng.randint(2, FACTORS if plan[0] == "groups" else NUMBERS)
+        steps = [(k, rng.randint(2, FACTORS if MOVES[k].op in "*/" else NUMBERS)) for k in plan]
+        label, amounts = solve(first, steps)
+        numbers = {first, *(u for _, u in steps)}
+        if None not in amounts and len(numbers) == len(amounts):
             break
-    d = rng.choice([n for n in range(2, 51) if n not in numbers]) if distract else None
-    parts = [(KINDS[kind].tell, {"s": first, "u": u}) for kind, u in moves]
-    ask = KINDS[plan[-1]].ask
-    if ask == "first":
-        parts = [(UNKNOWN, {}), *reversed(parts), (LEFT, {"s": first})]
-    elif plan[0] not in ("groups", "parts"):
-        parts.insert(0, (OPEN, {"s": first}))
-    if ask in ("other", "gap", "both") and len(parts) == 2 and rng.random() < 0.4:
-        parts.reverse()                # a comparison may be told before what it compares with
-    if distract:
-        parts.insert(rng.randint(0, len(parts)), (DISTRACTORS, {"d": d}))
-    parts.append((QUESTIONS[ask], {}))
+    parts = [(MOVES[kind].tell, u) for kind, u in steps]
+    if plan[0] not in OPENERS:
+        parts.insert(0, (OTHER["open"], None))
+    distractor = None
+    if rng.random() < DISTRACTED:
+        distractor = rng.choice([d for d in range(2, NUMBERS + 1) if d not in numbers])
+        parts.insert(rng.randint(0, len(parts)), (OTHER["distractor"], None))
+    parts.append((OTHER[MOVES[plan[-1]].ask], None))
     special = rng.randrange(len(parts)) if unseen else None
     lines = []
-    for i, (tell, names) in enumerate(parts):
-        chosen = tell[-1] if i == special else rng.choice(tell if unseen else tell[:-1])
-        lines.append(chosen.format(**words, **names))
-    return Problem(" ".join(lines[:-1]) + "\n" + lines[-1], equation, first, tuple(moves), words, d)
+    for i, (phrases, u) in enumerate(parts):
+        line = phrases[-1] if i == special else rng.choice(phrases if unseen else phrases[:-1])
+        lines.append(line.format(**words, s=first, u=u, d=distractor))
+    text = " ".join(lines[:-1]) + "\n" + lines[-1]
+    return Problem(text, label, first, tuple(steps), words, distractor)
 
 
 @functools.cache
 def demo_problems(split: str) -> tuple[Problem, ...]:
-    """The demo's problems of one split, always the same: 600 train, 100 valid, 1,000 test, no text in two of them.
-
-    More than a quarter of the test problems have a sentence in a phrasing that no other split has.
-    """
+    """The problems of a split, always the same; no text is in two splits."""
     rng = random.Random(f"demo {split}")
-    seen = {p.text for earlier in SPLITS[:SPLITS.index(split)] for p in demo_problems(earlier)}
+    seen = {p.text for earlier in SPLITS[: SPLITS.index(split)] for p in demo_problems(earlier)}
     problems: dict[str, Problem] = {}
-    while len(problems) < {"train": 600, "valid": 100, "test": 1000}[split]:
-        problem = make_problem(rng, unseen=split == "test" and rng.random() < 0.28)
+    while len(problems) < SIZES[split]:
+        problem = make_problem(rng, unseen=split == "test" and rng.random() < UNSEEN)
         if problem.text not in seen:
             problems.setdefault(problem.text, problem)
     return tuple(problems.values())
 
 
-# ---------------------------------------------------------------- the demo's teacher
-
-# How often the teacher errs on easy and on hard questions, and which share of the questions of one and of two steps is hard: chosen so
-# that a vote of five comes near the paper's (3.87 positives a question, more than half of the questions with positives only).
-EASY_ERRORS, HARD_ERRORS, HARD = 0.02, 0.6, {1: 0.2, 2: 0.48}
-
-DISMISSALS = ("The {d} does not matter.", "We do not need the {d}.", "The {d} is about something else.")
-BEGINNINGS = ("{a} has {s} {o}.", "We start with {s} {o}.")
+# How often the teacher errs at temperature 0.7 on easy and on hard questions, and which part of
+# the questions of one and of two steps is hard. Set so that a vote of five comes near the paper's
+# (3.87 positives a question, more than half of the questions with positives only).
+EASY_ERRORS, HARD_ERRORS, HARD = 0.005, 0.52, {1: 0.15, 2: 0.75}
+DISMISSALS = ("The {d} does not matter.", "We do not need the {d}.")
 
 
 def mistakes(p: Problem) -> list[tuple[int, list[tuple[str, int]]]]:
-    """Wrong solutions that a person could reach: one step taken for another, the distractor's number used, a step forgotten."""
-    steps = list(p.steps)
-    found = [(p.first, steps[:i] + [(KINDS[kind].wrong, u)] + steps[i + 1:]) for i, (kind, u) in enumerate(steps)]
-    if p.distractor is not None:
+    """Wrong solutions, as first amount and steps: a step is taken for another, the distractor's
+    number is used, or a step is forgotten."""
+    steps, found = list(p.steps), []
+    for i, (kind, u) in enumerate(steps):
+        changed = [(MOVES[kind].wrong, u)]
+        if p.distractor:
+            changed.append((kind, p.distractor))
+        found += [(p.first, [*steps[:i], step, *steps[i + 1 :]]) for step in changed]
+    if p.distractor:
         found.append((p.distractor, steps))
-        found += [(p.first, steps[:i] + [(kind, p.distractor)] + steps[i + 1:]) for i, (kind, _) in enumerate(steps)]
     if len(steps) == 2:
         found += [(p.first, steps[:1]), (p.first, steps[1:])]
-    return found
+    return [(first, wrong) for first, wrong in found if None not in solve(first, wrong)[1]]
 
 
-def explain(p: Problem, first: int, steps: Iterable[tuple[str, int]], rng: random.Random, swap: bool = False) -> str:
-    """A solution in words, ending in its equation. swap: the operands of the last step change places, as in "5 - 12 = 7"."""
-    steps, amounts = list(steps), solve(first, steps)[1]
-    said, equation, opens = [], str(first), steps[0][0]
-    if p.distractor not in (None, first, *(u for _, u in steps)) and rng.random() < 0.6:
-        said.append(rng.choice(DISMISSALS))
-    if opens not in ("groups", "parts"):
-        said.append(LEFT[0] if opens in ("ungain", "unloss") else rng.choice(BEGINNINGS))
-    said = [line.format(**p.words, s=first, d=p.distractor) for line in said]
+def explain(p: Problem, first: int, steps: Sequence, rng: random.Random, swap=False) -> str:
+    """A solution as the teacher writes it. swap: "5 - 12 = -7" for the last step's "12 - 5 = 7"."""
+    equation, amounts = solve(first, steps)
+    said = []
+    if p.distractor not in (None, first, *(u for _, u in steps)) and rng.random() < 0.4:
+        said.append(rng.choice(DISMISSALS).format(d=p.distractor))
     for i, (kind, u) in enumerate(steps):
-        s, t = amounts[i] or "that", amounts[i + 1]
-        turned = swap and i == len(steps) - 1
-        left, right = (f"{u} {KINDS[kind].op} {x}" if turned else f"{x} {KINDS[kind].op} {u}" for x in (s, equation))
-        said.append(rng.choice(KINDS[kind].why).format(**p.words, s=s, u=u, sum=f"{left} = {t}" if t else left))
-        equation = f"( {right} )"
-    return " ".join(said) + f" The answer is {equation}."
+        s, worked = amounts[i], f"{amounts[i]} {MOVES[kind].op} {u} = {amounts[i + 1]}"
+        if swap and i == len(steps) - 1:
+            worked = f"{u} - {s} = {u - s}"
+            equation = f"( {u} - {solve(first, steps[:-1])[0]} )"
+        said.append(rng.choice(MOVES[kind].why).format(**p.words, s=s, u=u, sum=worked))
+    return f"<Explanation>: {' '.join(said)} <Answer>: {equation}"
 
 
 def teacher_answer(p: Problem, seed: int | None, temperature: float) -> str:
-    """What the rule-based teacher says, a function of question and seed alone; at temperature 0 it is always right."""
+    """The teacher's answer, a function of question and seed; always right at temperature 0."""
     rng = random.Random(f"{p.text}|{seed if temperature else 'greedy'}")
-    about = random.Random(p.text)      # what is hard about a question, and its most tempting mistake, are the same in all samples
-    errors = HARD_ERRORS if about.random() < HARD[len(p.steps)] else EASY_ERRORS
-    tempting = about.choice(mistakes(p))
-    if rng.random() >= errors * min(temperature / 0.7, 1.5):
+    hard = random.Random(p.text).random() < HARD[len(p.steps)]  # the same for all samples
+    errors = (HARD_ERRORS if hard else EASY_ERRORS) * min(temperature / 0.7, 1.5)
+    if rng.random() >= errors:
         return explain(p, p.first, p.steps, rng)
-    if KINDS[p.steps[-1][0]].op in "-/" and rng.random() < 0.2:
+    wrong = mistakes(p)
+    if MOVES[p.steps[-1][0]].op == "-" and (not wrong or rng.random() < 0.15):
         return explain(p, p.first, p.steps, rng, swap=True)
-    return explain(p, *(tempting if rng.random() < 0.4 else rng.choice(mistakes(p))), rng)
+    return explain(p, *rng.choice(wrong or [(p.first, p.steps)]), rng)
 
 
-class Teacher(BaseHTTPRequestHandler):
-    """As much of OpenAI's chat-completions API as a client of it needs."""
+# What made weights/demo/: see weights/README.md. A mixture like T5 1.0's, in small: span
+# corruption and supervised pairs.
+SHAPE = {"d_model": 128, "d_kv": 32, "d_ff": 512, "num_heads": 4}
+SHAPE |= {"num_layers": 2, "num_decoder_layers": 2, "dropout_rate": 0.0}
+TAUGHT = ("gap", "both")  # kinds left to the demo's training set: no pretraining pair has them
+PRETRAINING = {"steps": 9000, "batch": 32, "lr": 1.5e-3, "share": 0.9, "max_length": 96}
+COUNTS = {"stories": 20000, "equations": 30000, "explanations": 90000, "chains": 70000}
+FRAMES = ["{x}: {sum}.", "{x}, so {sum}.", "Because {x}, {sum}.", "{x}. That makes {sum}."]
+FRAMES += ["{x}, then {sum} {o}.", "{sum}."]
+
+
+def plain_explanation(p: Problem, rng: random.Random) -> str:
+    """A right solution in the words of the pretraining."""
+    frame, amounts, said = rng.choice(FRAMES), solve(p.first, p.steps)[1], []
+    for (kind, u), s, t in zip(p.steps, amounts, amounts[1:]):
+        clause = rng.choice(MOVES[kind].plain).format(**p.words, s=s, u=u)
+        said.append(frame.format(**p.words, x=clause, sum=f"{s} {MOVES[kind].op} {u} = {t}"))
+    return " ".join(said)
+
+
+def chain(rng: random.Random, length: int = 4) -> tuple[str, str]:
+    """An equation of up to `length` operations without a story, and its sums one by one."""
+    s = rng.randrange(2, LIMIT)
+    equation, said = str(s), []
+    for _ in range(length):
+        op = rng.choice("+-*/")
+        fits = [u for u in range(1 if op in "+-" else 2, LIMIT) if calculate(s, op, u)]
+        if fits:
+            u = rng.choice(fits)
+            equation = f"( {equation} {op} {u} )"
+            said.append(f"{s} {op} {u} = {calculate(s, op, u)}.")
+            s = calculate(s, op, u)
+    return equation, " ".join(said)
+
+
+def pretraining_data() -> tuple[list[str], list[tuple[str, str]]]:
+    """Texts for span corruption and (input, target) pairs, seeded. Not in them: problems of the
+    demo, sentences in a phrasing that is kept for the test, sentences of the teacher."""
+    rng = random.Random("pretraining")
+    known = {p.text for split in SPLITS for p in demo_problems(split)}
+
+    def problems(count: int, without: Collection[str] = ()) -> list[Problem]:
+        drawn = [make_problem(rng, without=without) for _ in range(count)]
+        return [p for p in drawn if p.text not in known]
+
+    texts = [p.text for p in problems(COUNTS["stories"])]
+    pairs = [(f"predict: {p.text}", p.label) for p in problems(COUNTS["equations"], TAUGHT)]
+    for p in problems(COUNTS["explanations"], TAUGHT):
+        pairs.append((f"explain: {p.text}", plain_explanation(p, rng)))
+    for equation, sums in (chain(rng) for _ in range(COUNTS["chains"])):
+        if sums:
+            pairs.append((f"explain: {equation}", sums))
+    return texts, pairs
+
+
+def train_vocabulary(path: Path, texts: Iterable[str]) -> None:
+    """A SentencePiece model of 1,100 pieces: the words of all tables, signs, each number below 100;
+    other text is spelled by letters and bytes."""
+    phrases = [*FRAMES, *DISMISSALS, *sum(OTHER.values(), []), "predict explain answer"]
+    for kind in MOVES.values():
+        phrases += kind.tell + kind.why + kind.plain
+    words = sorted(set(re.findall(r"[A-Za-z]+", re.sub(r"\{\w+\}", " ", " ".join(phrases)))))
+    options = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "model_type": "bpe"}
+    options |= {"vocab_size": 1100, "hard_vocab_limit": False, "byte_fallback": True}
+    options |= {"user_defined_symbols": [f"▁{piece}" for piece in (*range(100), *"()+-*/=")]}
+    options |= {"character_coverage": 1.0, "required_chars": "".join(map(chr, range(33, 127)))}
+    lines = (text.replace("\n", " ") for text in [*texts, *50 * words])
+    train = sentencepiece.SentencePieceTrainer.train
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        train(sentence_iterator=lines, model_writer=file, num_threads=1, minloglevel=2, **options)
+
+
+def pretrain_demo(folder: Path = HERE / "weights" / "demo", steps: int = 0) -> Path:
+    """Make the demo's student, in half precision: on one machine and as many threads always the
+    same weights. steps: fewer, for a test."""
+    texts, pairs = pretraining_data()
+    train_vocabulary(folder / "spiece.model", texts)
+    tokenizer = t5.Tokenizer(folder / "spiece.model")
+    torch.manual_seed(0)
+    model = t5.T5(t5.T5Config(vocab_size=tokenizer.size + 100, **SHAPE))
+    for name, parameter in model.named_parameters():
+        # T5 starts near 0 and learns slowly: for thousands of steps heads are blind to positions
+        if name.endswith("relative_attention_bias.weight"):
+            torch.nn.init.normal_(parameter, std=2.0)
+    options = PRETRAINING | ({"steps": steps} if steps else {})
+    t5.pretrain(model, tokenizer, texts, pairs=pairs, **options)
+    model.save(folder, vocab=folder / "spiece.model", dtype=torch.float16)
+    return folder
+
+
+# -------------------------------------------------------------------------------- 7. Teacher server
+
+
+class Handler(BaseHTTPRequestHandler):
+    """The part of OpenAI's API that a client needs, around the demo's teacher."""
+
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True     # headers and body are two writes; the second would wait 40 ms for the first one's receipt
+    disable_nagle_algorithm = True  # else each body waits 40 ms for the header's acknowledgement
 
     def log_message(self, *args: object) -> None:
-        """Say nothing: a run makes hundreds of requests."""
+        """Log nothing: a run makes hundreds of requests."""
 
-    def reply(self, status: int, body: dict | str) -> None:
-        """Send a body, or a text as an error in OpenAI's form."""
-        error = {"message": body, "type": "invalid_request_error", "param": None, "code": None}
-        raw = json.dumps(body if isinstance(body, dict) else {"error": error}).encode()
+    def reply(self, status: int, body: dict) -> None:
+        raw = json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(raw)))
         self.end_headers()
         self.wfile.write(raw)
 
+    def do_GET(self) -> None:
+        self.reply(200, {"object": "list", "data": [{"id": "demo-teacher", "object": "model"}]})
+
     def do_POST(self) -> None:
         raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        asked = f"{self.command} {self.path}"
-        if asked == "GET /v1/models":
-            model = {"id": "demo-teacher", "object": "model", "created": 0, "owned_by": "qcrd"}
-            return self.reply(200, {"object": "list", "data": [model]})
-        if asked != "POST /v1/chat/completions":
-            return self.reply(404, f"{self.path}: there are GET /v1/models and POST /v1/chat/completions")
         try:
-            answer = complete(json.loads(raw), self.server.problems)
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as why:
-            return self.reply(400, f"no chat completion that can be answered: {type(why).__name__} {why}")
-        self.reply(200, answer)
-
-    do_GET = do_POST
+            self.reply(200, complete(json.loads(raw), self.server.problems))
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            self.reply(400, {"error": {"message": f"{type(error).__name__} {error}"}})
 
 
-TOKEN = re.compile(r"\w+|[^\w\s]")     # what the teacher counts as a token
-
-
-def complete(asked: dict, problems: dict[str, Problem]) -> dict:
-    """A request's body -> the body of its answer, both in OpenAI's form. Raises ValueError and its like for a bad request."""
-    prompt = asked["messages"][-1]["content"]
-    prompt = fold(prompt if isinstance(prompt, str) else " ".join(part["text"] for part in prompt))
-    n, seed, limit = asked.get("n") or 1, asked.get("seed"), asked.get("max_tokens") or asked.get("max_completion_tokens")
-    temperature = 1.0 if asked.get("temperature") is None else asked["temperature"]
-    if not (n in range(1, 129) and isinstance(temperature, int | float) and 0 <= temperature <= 2 and isinstance(limit, int | None)
-            and (limit is None or limit > 0) and isinstance(seed, int | None)):
-        raise ValueError("n must be 1 to 128, temperature 0 to 2, max_tokens at least 1, seed a whole number")
-    question = max((text for text in problems if text in prompt), key=prompt.rfind, default=None)
-    choices, read, written = [], len(TOKEN.findall(prompt)), 0
+def complete(request: dict, problems: dict[str, "Problem"]) -> dict:
+    """A request's response, both in OpenAI's form; ValueError and its like. Choice i of seed s is
+    choice 0 of seed s + i: asking for slots one by one changes nothing."""
+    prompt = fold(request["messages"][-1]["content"])
+    known = max((text for text in problems if text in prompt), key=prompt.rfind, default=None)
+    n, limit = request.get("n") or 1, request.get("max_tokens") or 1 << 20
+    temperature, seed = request.get("temperature", 1.0), request.get("seed")
+    seed = random.randrange(2**62) if seed is None else seed
+    if not (n in range(1, 129) and limit > 0 and 0 <= temperature <= 2 and type(seed) is int):
+        raise ValueError("n: 1 to 128, temperature: 0 to 2, max_tokens: from 1, seed: an integer")
+    choices, written, read = [], 0, len(prompt.split())
     for i in range(n):
-        # Choice i of seed s is choice 0 of seed s + i: slots that are asked for one by one are those asked for at once.
-        one = random.randrange(2 ** 62) if seed is None else seed + i
-        text = teacher_answer(problems[question], one, temperature) if question else "I cannot tell: I know the demo's problems only."
-        tokens = list(TOKEN.finditer(text))
-        kept = tokens[:limit]
-        choices.append({"index": i, "message": {"role": "assistant", "content": text[:kept[-1].end()]}, "logprobs": None,
-                        "finish_reason": "stop" if kept == tokens else "length"})
-        written += len(kept)
-    return {"id": "chatcmpl-demo", "object": "chat.completion", "created": int(time.time()), "model": "demo-teacher", "choices": choices,
-            "usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}}
+        text = teacher_answer(problems[known], seed + i, temperature) if known else "Unknown."
+        tokens = list(re.finditer(r"\w+|[^\w\s]", text))
+        finish = "stop" if len(tokens) <= limit else "length"
+        message = {"role": "assistant", "content": text[: tokens[:limit][-1].end()]}
+        choices.append({"index": i, "message": message, "finish_reason": finish})
+        written += min(len(tokens), limit)
+    usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+    head = {"id": "chatcmpl-demo", "object": "chat.completion", "created": int(time.time())}
+    return head | {"model": "demo-teacher", "choices": choices, "usage": usage}
 
 
 def demo_teacher(port: int = 0) -> tuple[str, ThreadingHTTPServer]:
-    """Start the rule-based teacher in a daemon thread on 127.0.0.1; return its base URL and the server (`shutdown()` ends it).
-
-    It answers the last problem of the demo that it finds in the last message. Raises InputError where the port cannot be had.
-    """
+    """Start the demo's teacher in a thread on 127.0.0.1 -> base URL, server (`shutdown()` ends it).
+    It answers the last demo problem in the last message. InputError: the port cannot be used."""
     try:
-        server = ThreadingHTTPServer(("127.0.0.1", port), Teacher)
-    except (OSError, OverflowError) as why:
-        raise InputError(f"port {port} cannot be used ({why}); choose another with --port") from None
+        server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    except (OSError, OverflowError) as error:
+        raise InputError(f"port {port} cannot be used ({error}); choose another --port") from None
     server.daemon_threads = True
     server.problems = {fold(p.text): p for split in SPLITS for p in demo_problems(split)}
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return f"http://127.0.0.1:{server.server_port}/v1", server
 
 
-# ---------------------------------------------------------------- students
+# ------------------------------------------------------------------------------------- 8. Students
 
-# The published shapes, so that config.json need not be fetched.
-PUBLISHED = {
-    name: {"model_type": "t5", "vocab_size": 32128, "d_model": d, "d_kv": 64, "d_ff": 4 * d, "num_layers": layers, "num_heads": heads,
-           "feed_forward_proj": "relu", "relative_attention_num_buckets": 32, "layer_norm_epsilon": 1e-6, "dropout_rate": 0.1}
-    for name, d, layers, heads in (("t5-small", 512, 6, 8), ("t5-base", 768, 12, 12))}
+# The published config.json; what is not named is Hugging Face's default.
+T5 = {"model_type": "t5", "vocab_size": 32128, "d_kv": 64, "feed_forward_proj": "relu"}
+STUDENTS = {
+    "t5-small": T5 | {"d_model": 512, "d_ff": 2048, "num_layers": 6, "num_heads": 8},
+    "t5-base": T5 | {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12},
+}
 
 
 def ensure_student(name: str) -> Path:
-    """weights/<name>/ of a published student, downloaded and converted once; the demo's stands beside the code. Raises InputError."""
-    folder = (HERE if name in COMMITTED else root()) / "weights" / name
-    if all((folder / file).is_file() for file in ("config.json", "model.pt", "spiece.model")):
-        return folder
-    require(name in PUBLISHED,
-            f"{name}: no task ({', '.join(TASKS)}) and no student ({', '.join(PUBLISHED)}); --from-hf FOLDER brings in others")
-    vocab, weights = download(f"{name}/spiece.model"), download(f"{name}/model.safetensors")
-    with atomic(weights.parent / "config.json") as temporary:
-        temporary.write_text(json.dumps(PUBLISHED[name]), encoding="utf-8")
-    return convert(weights.parent, name, vocab)
-
-
-def convert(source: str | Path, name: str | None = None, vocab: str | Path | None = None) -> Path:
-    """A Hugging Face T5 folder -> weights/<name>/, by default its own name; vocab: its spiece.model, where the folder has none."""
-    name, vocab = name or Path(source).resolve().name, Path(vocab or Path(source) / "spiece.model")
-    require(re.fullmatch(r"[\w-][\w.-]*", name) and name not in COMMITTED,
-            f"{name!r} cannot be a folder of weights/; choose another --name of letters, digits, '.', '_' and '-'")
-    model = t5.T5.from_hf(source)
-    require(vocab.is_file(), f"{vocab}: no such file; name the checkpoint's SentencePiece model with --vocab FILE")
-    pieces, rows = t5.Tokenizer(vocab).size, model.config.vocab_size
-    require(pieces <= rows, f"{vocab}: {pieces:,} pieces for the {rows:,} embeddings of {source}; name its own with --vocab FILE")
-    folder = root() / "weights" / name
-    model.save(folder, vocab=vocab)
+    """weights/<name>/, downloaded and converted once. Raises InputError."""
+    for folder in (HERE / "weights" / name, root() / "weights" / name):
+        if (folder / "config.json").is_file() and (folder / "spiece.model").is_file():
+            return folder
+    require(name in STUDENTS, f"{name}: not one of {', '.join([*TASKS, *STUDENTS])}")
+    vocab, weights = download("spiece.model"), download(f"{name}/model.safetensors")
+    weights.with_name("config.json").write_text(json.dumps(STUDENTS[name]))
+    t5.T5.load(weights.parent).save(folder, vocab=vocab)
     return folder
 
 
-# What made weights/demo/: see weights/README.md. A mixture like T5 1.0's, in small: span corruption, and supervised pairs.
-SHAPE = {"d_model": 128, "d_kv": 32, "d_ff": 512, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
-TAUGHT = ("share", "gap", "both", "ungain", "unloss")     # left to the demo's training set: no pretraining pair has them
+# --------------------------------------------------------------------------------- 9. Command line
 
-
-def pretraining_data() -> tuple[list[str], list[tuple[str, str]]]:
-    """Texts for span corruption and (input, label) pairs, seeded. No problem and no test phrasing of the demo is in them.
-
-    The texts are stories of every kind without their answers; the pairs are shorter on average than the demo's, and of fewer kinds.
-    """
-    rng = random.Random("pretraining")
-    known = {p.text for split in SPLITS for p in demo_problems(split)}
-    texts = [make_problem(rng).text for _ in range(20000)]
-    pairs = [make_problem(rng, hard=0.5, without=TAUGHT) for _ in range(60000)]
-    return [text for text in texts if text not in known], [("predict: " + p.text, p.label) for p in pairs if p.text not in known]
-
-
-def train_vocabulary(lines: Iterable[str], path: Path, size: int = 1100, numbers: int = 100) -> None:
-    """A SentencePiece model of `size` pieces: frequent words, signs and the numbers below `numbers` as one piece each, the rest by letters."""
-    with atomic(path) as temporary, open(temporary, "wb") as f:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=map(fold, lines), model_writer=f, model_type="bpe", vocab_size=size, pad_id=0, eos_id=1,
-            unk_id=2, bos_id=-1, byte_fallback=True, character_coverage=1.0, required_chars="".join(map(chr, range(33, 127))),
-            user_defined_symbols=[f"▁{n}" for n in (*range(numbers), *"()+-*/=")], hard_vocab_limit=False, num_threads=1, minloglevel=2)
-
-
-def pretrain_demo(folder: Path = HERE / "weights" / "demo", steps: int = 6000) -> Path:
-    """Make the demo's student: vocabulary, pretraining, half precision on disk. Same machine, same code: same weights."""
-    texts, pairs = pretraining_data()
-    phrases = [kind.tell + kind.why for kind in KINDS.values()] + [*QUESTIONS.values(), DISTRACTORS, DISMISSALS, BEGINNINGS]
-    words = re.findall(r"[A-Za-z]+", re.sub(r"\{\w+\}", " ", " ".join(sum(phrases, ())))) + ["predict", "explain", "answer"]
-    train_vocabulary([*texts, *50 * sorted(set(words))], folder / "spiece.model")
-    tokenizer = t5.Tokenizer(folder / "spiece.model")
-    torch.manual_seed(0)
-    model = t5.T5(t5.Config(vocab_size=tokenizer.size + 100, **SHAPE))
-    for stack in (model.encoder, model.decoder):
-        # T5 starts these near 0 and learns them slowly: its heads would not tell positions apart for thousands of steps. Spread, each
-        # head looks at other distances from the first one (loss 0.11 in place of 0.28 after 1,500 steps).
-        torch.nn.init.normal_(stack.bias.weight, std=2.0)
-    t5.pretrain(model, tokenizer, texts, steps, batch=32, lr=1e-3, pairs=pairs, share=0.85)
-    model.save(folder, vocab=folder / "spiece.model", dtype=torch.float16)
-    return folder
-
-
-# ---------------------------------------------------------------- command line
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code (2 and one line on stderr for a mistake of the user's)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="tasks and students to make ready, or pretrain-demo, or serve-teacher")
-    parser.add_argument("--archive", metavar="FILE", help="read tasks from this datasets.zip; its PaLM rationales are read too")
-    parser.add_argument("--from-hf", metavar="FOLDER", help="convert this Hugging Face T5 checkpoint (config.json and weights)")
-    parser.add_argument("--name", help="with --from-hf: the folder in weights/ to write (default: the checkpoint's own name)")
-    parser.add_argument("--vocab", metavar="FILE", help="with --from-hf: the SentencePiece model, where FOLDER has no spiece.model")
-    parser.add_argument("--port", type=int, default=8000, help="with serve-teacher (default: 8000; 0: any free one)")
+    """The command line -> exit code, 2 with one line on stderr for a mistake of the user's."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("names", nargs="*", help="tasks, students, serve-teacher, pretrain-demo")
+    parser.add_argument("--archive", default="", help="datasets.zip to read tasks and PaLM from")
+    parser.add_argument("--port", type=int, default=8000, help="of serve-teacher; 0: a free one")
     args = parser.parse_args(argv)
+    if not args.names:
+        parser.print_help()
     try:
-        if not args.names and not args.from_hf:
-            parser.print_help()
-        if args.from_hf:
-            print(convert(args.from_hf, args.name, args.vocab))
         for name in args.names:
             if name == "pretrain-demo":
                 print(pretrain_demo())
@@ -693,9 +937,9 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 print(ensure(name, args.archive))
                 if args.archive and name in TASKS and name != "demo":
-                    print(ensure_palm(name, args.archive))
-    except InputError as why:
-        print(f"error: {why}", file=sys.stderr)
+                    print(palm_samples(name, args.archive))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

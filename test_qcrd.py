@@ -1,25 +1,35 @@
-"""All tests of this project, and its benchmark, with no network and nothing but the four packages.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "sentencepiece==0.2.3", "numpy==2.4.6", "requests==2.34.2"]
+# ///
+"""All tests: t5.py, fetch_data.py and qcrd.py, in that order.
 
-    python test_qcrd.py              every test; ends with the line `N passed, N failed`
-    python test_qcrd.py vote loss    the tests whose names contain one of these words
-    python test_qcrd.py bench        speed and memory, no pass or fail
+    python test_qcrd.py                # all tests, without a network
+    python test_qcrd.py vote teacher   # those whose name contains one of the words
+    python test_qcrd.py bench          # speed and memory beside the plain way
+    python test_qcrd.py cuda           # the proof on a GPU
+
+Tests that need transformers, or files that are not there, say so and are left out. Every run ends
+with the line `N passed, N failed`.
 """
+
 import concurrent.futures
 import contextlib
-import copy
 import dataclasses
-import fcntl
 import functools
 import hashlib
+import html.parser
 import importlib
+import importlib.util
 import io
+import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
 import resource
-import shutil
 import signal
 import socket
 import subprocess
@@ -28,39 +38,62 @@ import tempfile
 import threading
 import time
 import traceback
-import unittest.mock
+import tracemalloc
 import zipfile
+from array import array
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import requests
 import sentencepiece
 import torch
-import torch.utils.flop_counter
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import fetch_data
 import qcrd
 import t5
+from fetch_data import Example
 
-HERE = Path(__file__).resolve().parent
-SHARED = HERE.parent / "shared"            # real data for more tests, where it is there
+# ------------------------------------------------------------------------------------------- t5.py
+
+
+HERE = Path(t5.__file__).resolve().parent
+
+
+SHARED = HERE.parent / "shared"  # real data for more tests, where it is there
 
 
 class Skip(Exception):
     """Raised by a test that cannot run here; its text says what is missing."""
 
 
-# ---------------------------------------------------------------- t5.py
+KEYS = list(t5.T5Config.__dataclass_fields__)[:9]  # the sizes, of which all shapes differ
 
-# Shapes that break habits: heads * d_kv != d_model, more layers on one side, odd vocabularies, few buckets, short maximal distances
-ODD_SHAPES = [dict(vocab_size=v, d_model=d, d_kv=k, d_ff=f, num_layers=e, num_decoder_layers=n, num_heads=h,
-                   relative_attention_num_buckets=b, relative_attention_max_distance=m)
-              for v, d, k, f, e, n, h, b, m in [
-                  (101, 32, 8, 64, 2, 2, 4, 32, 128), (97, 24, 16, 40, 1, 3, 3, 32, 128), (130, 40, 4, 96, 3, 1, 5, 8, 16),
-                  (256, 16, 32, 16, 2, 2, 1, 4, 5), (64, 48, 12, 100, 2, 1, 2, 16, 300), (201, 8, 8, 24, 1, 1, 7, 6, 20),
-                  (333, 64, 16, 32, 2, 4, 4, 64, 128), (75, 20, 10, 33, 4, 2, 2, 10, 11), (129, 36, 6, 72, 1, 2, 6, 32, 64),
-                  (1000, 28, 14, 56, 2, 2, 2, 12, 100)]]
+
+# heads * d_kv != d_model, layers differ, odd vocabularies, few buckets, short maximal distances
+ODD = [(101, 32, 8, 64, 2, 2, 4, 32, 128), (97, 24, 16, 40, 1, 3, 3, 32, 128)]
+
+
+ODD += [(130, 40, 4, 96, 3, 1, 5, 8, 16), (256, 16, 32, 16, 2, 2, 1, 4, 5)]
+
+
+ODD += [(64, 48, 12, 100, 2, 1, 2, 16, 300), (201, 8, 8, 24, 1, 1, 7, 6, 20)]
+
+
+ODD += [(333, 64, 16, 32, 2, 4, 4, 64, 128), (75, 20, 10, 33, 4, 2, 2, 10, 11)]
+
+
+ODD += [(129, 36, 6, 72, 1, 2, 6, 32, 64), (1000, 28, 14, 56, 2, 2, 2, 12, 100)]
+
+
+@contextlib.contextmanager
+def scratch():
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
 
 
 def peer_or_skip():
@@ -73,13 +106,13 @@ def peer_or_skip():
     return transformers
 
 
-def hf_model(shape: dict, v11: bool, seed: int = 0, untied: bool = False):
-    """A random T5 of transformers with norms and biases away from their degenerate start; untied brings a head of its own."""
+def hf_model(shape: tuple, v11: bool, seed: int, untied: bool, dropout: float = 0.0):
+    """A random T5 of transformers; norms and biases are moved off their degenerate start."""
     peer = peer_or_skip()
     torch.manual_seed(seed)
-    config = peer.T5Config(decoder_start_token_id=0, tie_word_embeddings=not v11, feed_forward_proj="gated-gelu" if v11 else "relu",
-                           attn_implementation="eager", **shape)
-    model = peer.T5ForConditionalGeneration(config).eval()
+    how = dict(feed_forward_proj="gated-gelu" if v11 else "relu", tie_word_embeddings=not v11)
+    how |= dict(attn_implementation="eager", decoder_start_token_id=0, dropout_rate=dropout)
+    model = peer.T5ForConditionalGeneration(peer.T5Config(**how, **dict(zip(KEYS, shape)))).eval()
     if untied:
         model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.3)
     with torch.no_grad():
@@ -89,14 +122,14 @@ def hf_model(shape: dict, v11: bool, seed: int = 0, untied: bool = False):
     return model
 
 
-def through_disk(model, **how) -> t5.T5:
-    """The same weights as t5.T5, by way of transformers' own file."""
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder, **how)
-        if any("lm_head" in name for name in model.state_dict()) and not torch.equal(model.lm_head.weight, model.shared.weight):
-            state = t5.read_hf_tensors(Path(folder))[0] | {"lm_head.weight": model.lm_head.weight.detach()}
-            t5.write_safetensors(Path(folder) / "model.safetensors", state)
-        return t5.T5.from_hf(folder)
+def through_disk(model) -> t5.T5:
+    """The same weights as t5.T5, by way of transformers' own files."""
+    with scratch() as folder:
+        model.save_pretrained(folder)
+        file, head = folder / "model.safetensors", model.lm_head.weight.detach()
+        if not torch.equal(head, model.shared.weight):  # transformers 5 leaves this head out
+            t5.write_safetensors(file, t5.read_safetensors(file) | {"lm_head.weight": head})
+        return t5.T5.load(folder)
 
 
 def random_batch(vocab: int, rows: int, width: int, seed: int = 0, least: int = 1):
@@ -110,672 +143,575 @@ def random_batch(vocab: int, rows: int, width: int, seed: int = 0, least: int = 
     return ids * mask, mask
 
 
-def shifted(targets: torch.Tensor) -> torch.Tensor:
-    return torch.cat([torch.zeros_like(targets[:, :1]), targets[:, :-1]], 1)
+def peer_run(model, x, x_mask, target_in, length: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and the greedy text."""
+    x = dict(input_ids=x, attention_mask=x_mask.long())
+    how = dict(max_new_tokens=length, do_sample=False, use_cache=False)
+    return model(**x, decoder_input_ids=target_in).logits, model.generate(**x, **how)[:, 1:]
 
 
-def small_t5(seed: int = 0, **changes) -> t5.T5:
-    torch.manual_seed(seed)
-    shape = {"vocab_size": 67, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2}
-    return t5.T5(t5.Config(**shape | changes)).eval()
+def small_t5(**changes) -> t5.T5:
+    torch.manual_seed(0)
+    return t5.T5(t5.T5Config(**dict(zip(KEYS, (67, 16, 8, 24, 2, 2, 2))) | changes)).eval()
 
 
-def one_line(call, *words: str) -> str:
-    """The text of the InputError that `call` must raise: one line with all the words."""
+def close(ours: torch.Tensor, theirs: torch.Tensor, *case) -> None:
+    assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max(), case
+
+
+def same_weights(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(x, b[name]) for name, x in a.items())
+
+
+def one_line(call, *words: str, kind=t5.InputError) -> None:
+    """`call` must raise an error whose text is one line with all the words."""
+    text = "not refused\n"
     try:
         call()
-    except t5.InputError as error:
+    except kind as error:
         text = str(error)
-    else:
-        raise AssertionError(f"not refused: {words}")
     assert "\n" not in text and all(word in text for word in words), (text, words)
-    return text
 
 
-def test_t5_equals_transformers_on_odd_shapes():
-    for i, shape in enumerate(ODD_SHAPES):
-        for v11 in (False, True):
-            model = hf_model(shape, v11, seed=i, untied=v11 and i % 2 == 0)
-            ours = through_disk(model)
-            assert ours.config.tied == (not (v11 and i % 2 == 0)) and ours.config.scaled == (not v11) and ours.config.gated == v11
-            x, x_mask = random_batch(shape["vocab_size"], 5, 23, seed=i)
-            y, y_mask = random_batch(shape["vocab_size"], 5, 14, seed=i + 50)
-            with torch.no_grad():
-                expected = model(input_ids=x, attention_mask=x_mask.long(), decoder_input_ids=shifted(y)).logits
-                logits = ours(x, x_mask, shifted(y))
-                assert (logits - expected)[y_mask].abs().max() <= 1e-4 * expected.abs().max(), (i, v11)
-                greedy = model.generate(input_ids=x, attention_mask=x_mask.long(), max_new_tokens=12, do_sample=False, use_cache=False)
-                greedy = greedy[:, 1:]                             # without the start token
-                written = ours.generate(x, x_mask, 12)
-            width = min(greedy.shape[1], written.shape[1])
-            assert torch.equal(greedy[:, :width], written[:, :width]) and not greedy[:, width:].any() and not written[:, width:].any()
-
-
-def test_t5_gradients_and_step_equal_transformers():
-    for v11 in (False, True):
-        shape = dict(ODD_SHAPES[6], dropout_rate=0.0)
-        model = hf_model(shape, v11, untied=v11)
+def test_t5_equals_transformers():
+    """Logits, losses, gradients and greedy texts; the first loop needs no transformers."""
+    for folder in (HERE / "weights/golden/v1_0", HERE / "weights/golden/v1_1"):
+        golden = json.loads((folder / "expected.json").read_text())
+        ids, mask, target_in, logits, greedy = map(torch.tensor, golden.values())
+        model = t5.T5.load(folder)
+        close(model(ids, mask == 1, target_in), logits)
+        assert torch.equal(model.generate(ids, mask == 1, greedy.shape[1]), greedy)
+    for i, v11 in ((i, v11) for i in range(len(ODD)) for v11 in (False, True)):
+        model = hf_model(ODD[i], v11, i, untied=v11 and i % 2 == 0)
         ours = through_disk(model)
-        x, x_mask = random_batch(333, 6, 19)
-        y, y_mask = random_batch(333, 6, 11, seed=1)
-        model.train(), ours.train()
-        logits = model(input_ids=x, attention_mask=x_mask.long(), decoder_input_ids=shifted(y)).logits
-        rows = torch.nn.functional.cross_entropy(logits.transpose(1, 2), y, reduction="none").mul(y_mask).sum(1) / y_mask.sum(1)
+        x, x_mask = random_batch(ODD[i][0], 45, 23, i)
+        y, y_mask = random_batch(ODD[i][0], 45, 14, i + 50)
+        target_in = F.pad(y[:, :-1], (1, 0))
+        expected, greedy = peer_run(model, x, x_mask, target_in, 12)
+        close(ours(x, x_mask, target_in)[y_mask], expected[y_mask], i, v11)
+        nats = F.cross_entropy(expected.transpose(1, 2), y, reduction="none")
+        rows = nats.mul(y_mask).sum(1) / y_mask.sum(1)
         losses = ours.loss(x, x_mask, y, y_mask)
-        assert torch.allclose(losses, rows, rtol=1e-5)
-        (rows * torch.arange(1.0, 7)).sum().backward()
-        (losses * torch.arange(1.0, 7)).sum().backward()
+        assert torch.allclose(losses, rows, rtol=1e-5), (i, v11)
+        for each in (rows, losses):
+            (each * torch.arange(1.0, 46)).sum().backward()
         theirs = dict(model.named_parameters())
-        optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, ours)]
-        for step in (False, True):
-            for name, parts in t5.hf_names(ours.config).items():
-                parameter = ours.get_parameter(name)
-                a = torch.cat([theirs[part] if step else theirs[part].grad for part in parts])
-                b = parameter if step else parameter.grad
-                assert (a - b).abs().max() <= 1e-4 * a.abs().max(), (name, step)
-            [optimizer.step() for optimizer in optimizers]
+        for name, weight in ours.named_parameters():
+            close(weight.grad, theirs[name].grad, i, v11, name)
+        texts = (F.pad(z, (0, 12 - z.shape[1])) for z in (greedy, ours.generate(x, x_mask, 12)))
+        assert torch.equal(*texts), (i, v11)
 
 
-def test_t5_dropout_places_equal_transformers():
-    """Both libraries drop every seventh element, so that equal losses mean equal places and equal scaling."""
-    def every_seventh(x, p):
-        return x * (torch.arange(x.numel()).view(x.shape) % 7 != 0)
-
-    for v11 in (False, True):
-        model = hf_model(dict(ODD_SHAPES[0], dropout_rate=0.1), v11).train()
-        ours = through_disk(model).train()
-        x, y = (random_batch(101, 4, width, seed=width, least=width)[0] for width in (9, 7))
-        full = [torch.ones(z.shape, dtype=torch.bool) for z in (x, y)]
-        fake = lambda x, p=0.5, training=True, inplace=False: every_seventh(x, p) / (1 - p) if training else x    # noqa: E731
-        with unittest.mock.patch("torch.nn.functional.dropout", fake), \
-                unittest.mock.patch.object(t5.Dropout, "__call__", lambda self, x: every_seventh(x, self.p)):
-            expected = model(input_ids=x, attention_mask=full[0].long(), labels=y).loss
-            loss = ours.loss(x, full[0], y, full[1]).mean()
-            plain = ours.eval().loss(x, full[0], y, full[1]).mean()
-        assert abs(loss - expected) <= 1e-5 * expected and abs(plain - expected) > 1e-3 * expected
-
-
-def test_t5_dropout_is_bernoulli_and_seeded():
+def test_t5_dropout():
+    """Bernoulli, seeded, and in the places of transformers."""
     x = torch.ones(2000, 1000)
     for p in (0.1, 0.02, 0.6):
+        drop = t5.Dropout(p)
         torch.manual_seed(3)
-        drop = t5.Dropout(p, x.device)
-        first, second = drop(x) == 0, drop(x) == 0
+        first, second = drop(x), drop(x)
         torch.manual_seed(3)
-        assert torch.equal(first, t5.Dropout(p, x.device)(x) == 0) and not torch.equal(first, second)
+        assert torch.equal(first, drop(x)) and not torch.equal(first, second)
+        assert torch.allclose(first.max(), torch.tensor(1 / (1 - p)))
+        zero = first.flatten() == 0
         sigma = (p * (1 - p) / x.numel()) ** 0.5
-        assert abs(first.float().mean() - p) < 5 * sigma and abs(second.float().mean() - p) < 5 * sigma
-        for lag in (1, 2, 1000):                                   # independent of the neighbour and of the element above
-            flat = first.flatten()
-            both = (flat[lag:] & flat[:-lag]).float().mean()
-            assert abs(both - p * p) < 6 * (p * p / x.numel()) ** 0.5 + 2 * p * 5 * sigma * 0.1, (p, lag)
-        assert first[0, 0] is not None and 0.5 * p < first[:, -1].float().mean() < 1.5 * p    # the end is dropped as often
+        assert abs(zero.float().mean() - p) < 5 * sigma
+        for lag in (1, 2, 1000):  # independent of the neighbour and of the element above
+            both = (zero[lag:] & zero[:-lag]).float().mean()
+            assert abs(both - p * p) < 6 * p * x.numel() ** -0.5 + p * sigma, (p, lag)
+        assert 0.5 * p < zero.view(2000, 1000)[:, -1].float().mean() < 1.5 * p  # the end too
     leaf = torch.ones(50, 50, requires_grad=True)
-    out = t5.Dropout(0.3, leaf.device)(leaf)
+    out = t5.Dropout(0.3)(leaf)
     out.sum().backward()
     assert torch.equal(out.detach(), leaf.grad) and 0 < int((leaf.grad == 0).sum()) < 2500
+    assert t5.Dropout(0.3).eval()(x) is x and t5.Dropout(0.0)(x).equal(x)
+
+    def every_seventh(x, p=0.5, training=True, inplace=False):
+        return x * (torch.arange(x.numel()).view(x.shape) % 7 != 0) / (1 - p) if training else x
+
+    for v11 in (False, True):  # equal losses mean equal places and equal scaling
+        model = hf_model(ODD[0], v11, 0, untied=False, dropout=0.1).train()
+        ours = through_disk(model).train()
+        (x, x_mask), (y, y_mask) = (random_batch(101, 4, w, seed=w, least=w) for w in (9, 7))
+        drop = patch.object(t5.Dropout, "forward", lambda m, x: every_seventh(x, m.p, m.training))
+        with patch("torch.nn.functional.dropout", every_seventh), drop:
+            expected = model(input_ids=x, attention_mask=x_mask.long(), labels=y).loss
+            loss = ours.loss(x, x_mask, y, y_mask).mean()
+        assert abs(loss - expected) <= 1e-5 * expected
+        assert abs(ours.eval().loss(x, x_mask, y, y_mask).mean() - expected) > 1e-3 * expected
 
 
-def test_t5_loss_shares_memory_and_rows():
-    model = small_t5()
+def test_t5_loss_and_encoder():
+    """Shared memory and rows, the encoder alone, a second backward pass, refused shapes."""
+    model = small_t5(tied=False)
     x, x_mask = random_batch(67, 4, 9)
     y, y_mask = random_batch(67, 7, 6, seed=1)
-    rows = torch.tensor([0, 2, 2, 3, 1, 0, 2])
-    weights = torch.linspace(-1, 2, 7)
+    rows, weights = torch.tensor([0, 2, 2, 3, 1, 0, 2]), torch.linspace(-1, 2, 7)
     plain = model.loss(x[rows], x_mask[rows], y, y_mask)
-    (plain * weights).sum().backward()
-    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad(set_to_none=True)
+    names, parameters = zip(*model.named_parameters())
+    again = [torch.autograd.grad(plain @ weights, parameters, retain_graph=True) for _ in range(2)]
+    assert all(map(torch.equal, *again))
+    second = dict(outputs=plain.sum(), inputs=parameters, create_graph=True)
+    one_line(lambda: torch.autograd.grad(**second), "second derivative", kind=RuntimeError)
     shared = model.loss(x, x_mask, y, y_mask, rows=rows)
     assert shared.dtype == torch.float32 and torch.allclose(shared, plain, rtol=1e-5)
     memory = model.encode(x, x_mask)
     assert not memory[~x_mask].any()
     leaf = memory.detach().requires_grad_()
-    for group in (slice(0, 3), slice(3, 7)):                       # two calls, one encoding, one backward through the encoder
-        (model.loss(None, x_mask, y[group], y_mask[group], memory=leaf, rows=rows[group]) * weights[group]).sum().backward()
+    for part in (slice(0, 3), slice(3, 7)):  # two calls, one backward pass of the encoder
+        loss = model.loss(None, x_mask, y[part], y_mask[part], memory=leaf, rows=rows[part])
+        (loss @ weights[part]).backward()
     memory.backward(leaf.grad)
-    for name, p in model.named_parameters():
-        assert torch.allclose(p.grad, expected[name], rtol=1e-4, atol=1e-6), name
+    for name, p, expected in zip(names, parameters, again[0]):
+        assert expected.any() and torch.allclose(p.grad, expected, rtol=1e-4, atol=1e-6), name
     with torch.no_grad():
         assert torch.allclose(model.loss(x, x_mask, y, y_mask, rows=rows), plain, rtol=1e-5)
+    half = model.encoder_only()
+    assert torch.equal(half.encode(x, x_mask), memory)
+    assert {name.split(".")[0] for name in half.state_dict()} == {"shared", "encoder"}
+    assert half.shared.weight is not model.shared.weight
+    empty = x_mask & (torch.arange(4) != 2)[:, None]
+    good = dict(ids=x, mask=x_mask, targets=y[:4], target_mask=y_mask[:4])
+    wrong = [dict(mask=empty), dict(ids=x[:, :2]), dict(target_mask=y_mask[:4, :2])]
+    for changes in (*wrong, dict(targets=y[:1], target_mask=y_mask[:1])):
+        one_line(lambda: model.loss(**good | changes))
 
 
-def test_t5_encoder_works_without_the_decoder():
-    model = small_t5()
-    half = copy.deepcopy(model)
-    del half.decoder
-    x, x_mask = random_batch(67, 4, 9)
-    assert torch.equal(half.encode(x, x_mask), model.encode(x, x_mask))
-
-
-def test_t5_cached_generation_equals_uncached():
-    model = small_t5(vocab_size=30)
-    x, x_mask = random_batch(30, 12, 9)
-    uniforms = torch.rand(12, 25, generator=torch.Generator().manual_seed(5))
-    for temperature in (0.0, 1.5):
-        written = model.generate(x, x_mask, 25, temperature=temperature, generator=torch.Generator().manual_seed(5))
-        tokens, done = torch.zeros(12, 1, dtype=torch.long), torch.zeros(12, dtype=torch.bool)
-        for t in range(written.shape[1]):
-            with torch.no_grad():
-                logits = model(x, x_mask, tokens)[:, -1]
-            new = logits.argmax(1) if temperature == 0 else t5.draw(logits / temperature, uniforms[:, t])
-            new[done] = 0
-            done |= new == t5.EOS
-            tokens = torch.cat([tokens, new[:, None]], 1)
-        assert torch.equal(tokens[:, 1:], written)
-        assert temperature == 0 or done.sum() > 3                  # rows did finish early, and caches were compacted
-
-
-def test_t5_sampled_rows_depend_on_their_own_numbers():
+def test_t5_generation_and_sampling():
+    """Caches change nothing, nor do the other rows of the batch; the model is left as it was."""
     model = small_t5(vocab_size=30).train()
+    linear = model.decoder.block[0].layer[0].SelfAttention.q
+    linear.forward = own = lambda x: x @ linear.weight.T  # a caller's change outlives generation
     x, x_mask = random_batch(30, 16, 9)
-    uniforms = torch.rand(16, 30)
-
-    def sample(rows):
-        with unittest.mock.patch("torch.rand", lambda *size, generator=None: uniforms[rows]):
-            out = model.generate(x[rows], x_mask[rows], 30, temperature=1.5)
-        return torch.nn.functional.pad(out, (0, 30 - out.shape[1]))
-
-    everything = sample(torch.arange(16))
+    how = dict(temperature=1.5, generator=torch.Generator().manual_seed(5))
+    written = model.generate(x, x_mask, 25, **how)
+    assert model.training and vars(linear)["forward"] is own
+    assert sum("forward" in vars(module) for module in model.modules()) == 1
+    uniforms = torch.rand(16, 25, generator=torch.Generator().manual_seed(5))
     for rows in ([3], [15, 0, 7], [9, 8, 7, 6, 5]):
-        assert torch.equal(sample(torch.tensor(rows)), everything[rows])
-    assert model.training
-
-
-def test_t5_sampling_fits_the_softmax():
-    """Chi-square over 20,000 draws at the two temperatures in use, </s> included; limit holds; one token more than 128 blocks."""
-    model = small_t5(seed=3, vocab_size=300)                       # a seed that gives </s> a few per cent
-    x, x_mask = random_batch(300, 1, 6)
-    with torch.no_grad():
-        logits = model(x, x_mask, torch.zeros(1, 1, dtype=torch.long))[0, 0] * 1.0
+        with patch("torch.rand", lambda *size, generator: uniforms[rows]):
+            alone = model.generate(x[rows], x_mask[rows], 25, temperature=1.5)
+        assert torch.equal(F.pad(alone, (0, written.shape[1] - alone.shape[1])), written[rows])
+    tokens, done = torch.zeros(16, 1, dtype=torch.long), torch.zeros(16, dtype=torch.bool)
+    for t in range(written.shape[1]):
+        new = t5.draw(model.eval()(x, x_mask, tokens)[:, -1] / 1.5, uniforms[:, t])
+        new[done] = 0
+        done |= new == t5.EOS
+        tokens = torch.cat([tokens, new[:, None]], 1)
+    assert torch.equal(tokens[:, 1:], written) and done.sum() > 3  # rows ended and were dropped
+    # evenly spaced numbers draw each id as often as the softmax says, to the nearest draw
+    model, grid = small_t5(vocab_size=300), (torch.arange(20000)[:, None] + 0.5) / 20000
+    x, x_mask = (z.expand(20000, -1) for z in random_batch(300, 1, 6))
+    logits = model(x[:1], x_mask[:1], torch.zeros(1, 1, dtype=torch.long))[0, 0].detach()
     for temperature, limit in ((0.7, None), (1.5, None), (1.5, 140)):
-        p = (logits / temperature).masked_fill(torch.arange(300) >= (limit or 300), float("-inf")).softmax(-1)
-        drawn = model.generate(x.expand(20000, -1), x_mask.expand(20000, -1), 1, temperature=temperature, limit=limit,
-                               generator=torch.Generator().manual_seed(11))[:, 0]
-        expected, seen = p * 20000, torch.bincount(drawn, minlength=300).float()
-        assert expected[t5.EOS] > 20 and not seen[limit or 300:].any()
-        rare = expected < 5                                        # pooled, as the test's approximation needs
-        expected, seen = (torch.cat([z[~rare], z[rare].sum()[None]]) for z in (expected, seen))
-        expected, seen = expected[expected > 0], seen[expected > 0]
-        freedom = len(expected) - 1
-        statistic = float(((seen - expected) ** 2 / expected).sum())
-        # Wilson and Hilferty: the cube root of chi-square / freedom is nearly normal
-        z = ((statistic / freedom) ** (1 / 3) - 1 + 2 / (9 * freedom)) / (2 / (9 * freedom)) ** 0.5
-        assert -4 < z < 4, (temperature, statistic, freedom)
-
-
-def test_t5_draw_never_takes_what_has_no_probability():
-    logits = torch.full((6, 260), float("-inf"))
+        expected = (logits[:limit] / temperature).softmax(-1) * 20000
+        with patch("torch.rand", lambda *size, generator: grid):
+            drawn = model.generate(x, x_mask, 1, temperature=temperature, limit=limit)[:, 0]
+        seen = torch.bincount(drawn, minlength=len(expected))
+        assert len(seen) == len(expected) and (seen - expected).abs().max() < 1.1
+    logits = torch.full((6, 260), float("-inf"))  # what has no probability is never drawn
     logits[:, [5, 130, 131]] = torch.tensor([0.0, 1.0, 0.5])
-    edges = torch.tensor([0.0, 1e-7, 0.5, 0.999, 1 - 2**-23, 1 - 2**-24])
-    drawn = t5.draw(logits, edges)
+    drawn = t5.draw(logits, torch.tensor([0.0, 1e-7, 0.5, 0.999, 1 - 2**-23, 1 - 2**-24]))
     assert set(drawn.tolist()) <= {5, 130, 131} and drawn[0] == 5 and drawn[-1] == 131
 
 
 def test_t5_low_precision():
-    torch.manual_seed(0)
-    x, x_mask = random_batch(32000, 3, 20)
-    y, y_mask = random_batch(32000, 3, 12, seed=1)
-    for shape in (dict(), dict(d_ff=1024, num_layers=2, num_decoder_layers=2, num_heads=6, gated=True, tied=False, scaled=False)):
-        model = t5.T5(t5.Config(**shape)).eval()
-        full = model.loss(x, x_mask, y, y_mask).mean()
-        with torch.autocast("cpu", torch.bfloat16):
-            low = model.loss(x, x_mask, y, y_mask).mean()
-        low.backward()
-        assert low.dtype == torch.float32 and abs(low - full) < 0.02 * full, (low, full)
-        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
-    for gated in (False, True):                                    # activations that pass 65,504, as t5-base's and larger do
-        model = small_t5(gated=gated)
-        with torch.no_grad():
-            for layer in [*model.encoder.layers, *model.decoder.layers]:
-                layer.feed_forward.wi.weight *= 300 if gated else 3000
-                layer.feed_forward.wo.weight *= 30
-        x, x_mask = random_batch(67, 4, 9)
-        y, y_mask = random_batch(67, 4, 6, seed=1)
-        peaks = []
-        hooks = [layer.feed_forward.wo.register_forward_hook(lambda m, a, out, peaks=peaks: peaks.append((out.abs().max(), out.dtype)))
-                 for layer in [*model.encoder.layers, *model.decoder.layers]]
+    wide = dict(vocab_size=32000, d_model=256, d_kv=64, d_ff=512, num_heads=4)
+    gated = dict(feed_forward_proj="gated-gelu", tied=False, scaled=False)
+    for changes in (wide, wide | gated, {}, {"feed_forward_proj": "gated-gelu"}):
+        model, peaks, hot = small_t5(**changes), [], "d_ff" not in changes
+        for block in [*model.encoder.block, *model.decoder.block] if hot else []:
+            layer = block.layer[-1].DenseReluDense  # outputs above 65,504, as from t5-base on
+            for name, weight in layer.named_parameters():
+                weight.data *= 30 if name == "wo.weight" else 300 if changes else 3000
+            layer.wo.register_forward_hook(lambda m, args, out: peaks.append(out))
+        x, x_mask = random_batch(model.config.vocab_size, 4, 20)
+        y, y_mask = random_batch(model.config.vocab_size, 4, 12, seed=1)
         full = model.loss(x, x_mask, y, y_mask)
-        with torch.autocast("cpu", torch.float16):
+        with torch.autocast("cpu", torch.float16 if hot else torch.bfloat16):
             low = model.loss(x, x_mask, y, y_mask)
-        assert max(peak for peak, _ in peaks) > 65504 and all(dtype == torch.float32 for _, dtype in peaks), peaks
-        assert low.isfinite().all() and torch.allclose(low, full, rtol=0.02), (low, full)
+        assert low.dtype == torch.float32 and torch.allclose(low, full, rtol=0.02), (low, full)
         (low.mean() * 1024).backward()
         assert all(p.grad.isfinite().all() for p in model.parameters())
-        [hook.remove() for hook in hooks]
+        assert not hot or max(out.abs().max() for out in peaks) > 65504
+        assert all(out.dtype == torch.float32 for out in peaks)
 
 
-def test_t5_files_round_trip():
-    for changes in (dict(), dict(gated=True, tied=False, scaled=False), dict(gated=True, scaled=False), dict(tied=False)):
-        model = small_t5(**changes)
-        x, x_mask = random_batch(67, 4, 9)
-        y, _ = random_batch(67, 4, 6, seed=1)
-        expected = model(x, x_mask, shifted(y))
-        with tempfile.TemporaryDirectory() as folder:
-            folder = Path(folder)
-            (folder / "vocab").write_bytes(b"pieces")
-            model.save(folder / "ours", vocab=folder / "vocab")
-            model.save(folder / "half", dtype=torch.float16)
-            model.save_hf(folder / "hf")
-            assert (folder / "ours" / "spiece.model").read_bytes() == b"pieces" and not list(folder.rglob("*.tmp"))
-            for back in (t5.T5.load(folder / "ours"), t5.T5.from_hf(folder / "hf")):
-                assert back.config == model.config and torch.equal(back(x, x_mask, shifted(y)), expected)
-                assert all(p.requires_grad for p in back.parameters()) and not back.training
-            half = t5.T5.load(folder / "half")
-            assert half.shared.weight.dtype == torch.float32 and torch.allclose(half(x, x_mask, shifted(y)), expected, atol=0.02, rtol=0.02)
-            peer = peer_or_skip().T5ForConditionalGeneration.from_pretrained(folder / "hf").eval()
-            theirs = peer(input_ids=x, attention_mask=x_mask.long(), decoder_input_ids=shifted(y)).logits
-            assert (theirs - expected).abs().max() <= 1e-4 * expected.abs().max(), changes
-
-
-def test_t5_reads_shards_and_bin():
-    model = small_t5(gated=True, tied=False, scaled=False)
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        model.save_hf(folder)
+def test_t5_files():
+    """Round trip of all four output layers; shards and .bin; what transformers reads."""
+    (x, x_mask), (y, _) = random_batch(67, 4, 9), random_batch(67, 4, 6, seed=1)
+    gated, saved = {"feed_forward_proj": "gated-gelu", "scaled": False}, []
+    with scratch() as folder:
+        (folder / "vocab").write_bytes(b"pieces")
+        for i, changes in enumerate([{}, {"tied": False}, gated, gated | {"tied": False}]):
+            model, paths = small_t5(**changes), [folder / f"{i}", folder / f"{i}_half"]
+            model.save(paths[0], vocab=folder / "vocab")
+            model.save(paths[1], dtype=torch.float16)
+            assert (paths[0] / "spiece.model").read_bytes() == b"pieces"
+            back, half = map(t5.T5.load, paths)
+            assert back.config == model.config and not back.training
+            assert all(p.requires_grad and p.dtype == torch.float32 for p in half.parameters())
+            expected, full, low = (m(x, x_mask, y) for m in (model, back, half))
+            assert torch.equal(full, expected) and torch.allclose(low, full, atol=0.02, rtol=0.02)
+            saved += zip(paths, (full, low))
+        assert not list(folder.rglob("*.tmp"))
+        folder /= "parts"
+        model.save(folder)
         tensors = t5.read_safetensors(folder / "model.safetensors")
         (folder / "model.safetensors").unlink()
-        names = sorted(tensors)
-        places = {name: f"model-{1 + i % 2:05d}-of-00002.safetensors" for i, name in enumerate(names)}
+        places = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(sorted(tensors))}
         for file in set(places.values()):
-            t5.write_safetensors(folder / file, {name: tensors[name] for name in names if places[name] == file})
+            shard = {name: x for name, x in tensors.items() if places[name] == file}
+            t5.write_safetensors(folder / file, shard)
         index = folder / "model.safetensors.index.json"
         index.write_text(json.dumps({"weight_map": places}))
-        for name, weight in t5.T5.from_hf(folder).state_dict().items():
-            assert torch.equal(weight, model.state_dict()[name])
-        index.write_text(json.dumps({"weight_map": {"shared.weight": "../elsewhere.safetensors"}}))
-        one_line(lambda: t5.T5.from_hf(folder), "index.json", "weight_map")
+        assert same_weights(t5.T5.load(folder).state_dict(), model.state_dict())
+        for bad in ({"weight_map": {"shared.weight": "../absent"}}, {"weight_map": [1]}, {}, []):
+            index.write_text(json.dumps(bad))
+            one_line(lambda: t5.T5.load(folder), str(folder))
         index.unlink()
-        one_line(lambda: t5.T5.from_hf(folder), "neither")
-        torch.save(tensors | {"encoder.embed_tokens.weight": tensors["shared.weight"]}, folder / "pytorch_model.bin")
-        assert torch.equal(t5.T5.from_hf(folder).head.weight, model.head.weight)
-        torch.save({"shared.weight": Bomb(folder / "ran")}, folder / "pytorch_model.bin")
-        one_line(lambda: t5.T5.from_hf(folder), "pytorch_model.bin", "never run")
-        assert not (folder / "ran").exists()
-
-
-class Bomb:
-    """Unpickling it with a careless reader writes a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
+        one_line(lambda: t5.T5.load(folder), "model.safetensors", "check the path")
+        file, ones = folder / "pytorch_model.bin", torch.ones(67, 16)
+        torch.save(tensors | {"encoder.embed_tokens.weight": tensors["shared.weight"]}, file)
+        assert same_weights(t5.T5.load(folder).state_dict(), model.state_dict())
+        # a careless reader of the first makes the file `ran`
+        bomb = type("Bomb", (), {"__reduce__": lambda self: (Path.touch, (folder / "ran",))})()
+        hostile = [{"shared.weight": bad} for bad in (bomb, ones.long(), 1)]
+        hostile += [[1, 2], {"a": ones}, tensors | {"decoder.embed_tokens.weight": ones}]
+        for values in hostile:
+            torch.save(values, file)
+            one_line(lambda: t5.T5.load(folder), "pytorch_model.bin")
+        file.write_bytes(file.read_bytes()[:-100])
+        one_line(lambda: t5.read_pt(file), "pytorch_model.bin", "again")
+        one_line(lambda: t5.read_pt(folder / "absent"), "absent", "No such file")
+        t5.write_pt(file, {"step": 3, "weight": ones})
+        assert t5.read_pt(file)["step"] == 3 and not (folder / "ran").exists()
+        for path, logits in saved:
+            peer = peer_or_skip().T5ForConditionalGeneration.from_pretrained(path).eval()
+            theirs = peer_run(peer, x, x_mask, y)[0]
+            assert theirs.dtype == torch.float32
+            close(theirs, logits, path)
 
 
 def test_t5_refuses_broken_checkpoints():
-    model = small_t5()
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        model.save_hf(folder)
+    with scratch() as folder:
+        small_t5().save(folder)
         file, config = folder / "model.safetensors", folder / "config.json"
         good, settings = file.read_bytes(), json.loads(config.read_text())
-        length = int.from_bytes(good[:8], "little")
-        header = json.loads(good[8:8 + length])
-
-        def broken(*words, head=None, **entry):
-            """Refused after header[shared.weight] or the whole header is changed, or for the file as it stands."""
-            if entry or head is not None:
-                changed = json.loads(json.dumps(header)) if head is None else head
-                if entry:
-                    changed["shared.weight"].update(entry)
-                text = json.dumps(changed).encode()
-                file.write_bytes(len(text).to_bytes(8, "little") + text + good[8 + length:])
-            one_line(lambda: t5.T5.from_hf(folder), *words)
-
-        for cut in (0, 5, 8, 100, 8 + length, len(good) // 2, len(good) - 1):
-            file.write_bytes(good[:cut])
-            broken("model.safetensors")
-        broken("truncated")
-        file.write_bytes((2**62).to_bytes(8, "little") + good[8:])
-        broken("header", "fetch it again")
-        file.write_bytes((4).to_bytes(8, "little") + good[8:])
-        broken("not JSON")
-        size = header["shared.weight"]["data_offsets"][1] - header["shared.weight"]["data_offsets"][0]
-        broken("shared.weight", "truncated", data_offsets=[10**9, 10**9 + size])
-        broken("overlaps", data_offsets=[8, 8 + size])
-        for bad in ([8, 0], [-4, 0], [0], "0", None, [0, 2.5], [True, 4]):
-            broken("shared.weight", data_offsets=bad)
-        broken("shared.weight", "F64", dtype="F64")
-        broken("shared.weight", "['F32']", dtype=["F32"])
-        broken("shared.weight", "shape", shape=[0, 10**30], data_offsets=[0, 0])
-        broken("shared.weight", "I32", dtype="I32")
-        broken("shared.weight", "BF16", dtype="BF16")              # half the bytes that the offsets hold
-        broken("shared.weight", "shape", shape=[66, 16])
-        broken("shared.weight", "shape", shape=[-67, -16])
-        broken("shared.weight", "shape", "config.json", shape=[16, 67])
-        broken("header", head=[1, 2])
-        broken("header", head={"shared.weight": 3})
-        lost = {name: entry for name, entry in header.items() if "EncDecAttention.k" not in name}
-        broken("EncDecAttention.k.weight", "missing", head=lost)
-        broken("shared.weight", "missing", head={name: entry for name, entry in header.items() if name != "shared.weight"})
-        broken("encoder.block.7.extra", head=header | {"encoder.block.7.extra": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}})
+        start = 8 + int.from_bytes(good[:8], "little")
+        header = json.loads(good[8:start])
+        cases = [(good[:cut],) for cut in (0, 5, 8, 100, start, len(good) // 2, len(good) - 1)]
+        cases += [(size.to_bytes(8, "little") + good[8:], "JSON") for size in (4, 2**62)]
+        cases += [([1, 2],), ({"shared.weight": 3},), (5,), ({},)]  # headers
+        offsets = [[10**9, 10**9 + 4288], [8, 0], [-4, 0], [-4288, 0], [0], "0", None, [0, 2.5]]
+        bad = [{"data_offsets": value} for value in offsets]
+        bad += [{"dtype": value} for value in ("F64", "I32", "BF16", ["F32"], None)]
+        bad += [{"shape": value} for value in ([0, 10**30], [66, 16], [-67, -16], 3, None)]
+        changed = [("shared.weight", change, "shared.weight") for change in bad]
+        last, (begin, end) = list(header)[-1], list(header.values())[-1]["data_offsets"]
+        assert start + end == len(good)  # the case below has enough bytes for the shape
+        changed += [(last, {"data_offsets": [begin, end + 4]}, last)]
+        changed += [("shared.weight", {"shape": [16, 67]}, "size")]
+        changed += [("encoder.block.7.extra", header["shared.weight"], "encoder.block.7.extra")]
+        for key, change, word in changed:
+            cases += [(header | {key: header.get(key, {}) | change}, word)]
+        for lost, word in (("EncDecAttention.k.weight", "Missing"), ("shared.weight", "missing")):
+            cases += [({k: v for k, v in header.items() if lost not in k}, lost, word)]
+        for content, *words in cases:
+            if not isinstance(content, bytes):
+                text = json.dumps(content).encode()
+                content = len(text).to_bytes(8, "little") + text + good[start:]
+            file.write_bytes(content)
+            one_line(lambda: t5.T5.load(folder), "model.safetensors", *words)
         file.write_bytes(good)
-        for key, value, word in (
-                ("model_type", "mt5", "mT5"), ("model_type", None, "t5"), ("feed_forward_proj", "gated-silu", "gated-silu"),
-                ("feed_forward_proj", "gelu", "gelu"), ("eos_token_id", 2, "eos_token_id"), ("pad_token_id", 1, "pad_token_id"),
-                ("decoder_start_token_id", 5, "decoder_start_token_id"), ("d_model", -1, "d_model"), ("d_kv", "64", "d_kv"),
-                ("num_heads", None, "num_heads"), ("d_ff", 25, "config.json says"), ("dropout_rate", 1.5, "dropout_rate"),
-                ("relative_attention_num_buckets", 2, "buckets"), ("num_layers", 3, "encoder.block.2")):
-            config.write_text(json.dumps(settings | {key: value}))
-            broken(word)
-        for text in ("{", "[" * 100_000):
+        values = [("model_type", "mt5"), ("model_type", None), *((key, 7) for key in t5.IDS)]
+        values += [("feed_forward_proj", "gelu"), ("feed_forward_proj", ["relu"])]
+        values = [(*value, value[0]) for value in [*values, ("dropout_rate", 1.5)]]
+        values += [("d_model", bad, "config.json") for bad in (-1, 10**30, "64")]
+        values += [("d_ff", 25, "size"), ("relative_attention_num_buckets", 2, "buckets")]
+        values += [("num_layers", 3, "encoder.block.2"), ("num_layers", 10**7, "layers")]
+        texts = [(json.dumps(settings | {key: value}), word) for key, value, word in values]
+        texts += [(text, "config.json", "JSON") for text in ("{", "[" * 100_000, "[]", "7")]
+        for text, *words in texts:
             config.write_text(text)
-            broken("config.json", "not JSON")
+            one_line(lambda: t5.T5.load(folder), *words)
         config.unlink()
-        broken("config.json")
-        ours = folder / "ours"
-        model.save(ours)
-        (ours / "model.pt").write_bytes((ours / "model.pt").read_bytes()[:-100])
-        one_line(lambda: t5.T5.load(ours), "model.pt")
-        torch.save({"shared.weight": Bomb(folder / "ran")}, ours / "model.pt")
-        one_line(lambda: t5.T5.load(ours), "model.pt", "never run")
-        torch.save([1, 2], ours / "model.pt")
-        one_line(lambda: t5.T5.load(ours), "model.pt", "tensors")
-        torch.save(dict(model.state_dict(), **{"shared.weight": torch.ones(67, 16, dtype=torch.long)}), ours / "model.pt")
-        one_line(lambda: t5.T5.load(ours), "shared.weight", "int64")
-        (ours / "config.json").write_text(json.dumps({"layers": 2}))
-        one_line(lambda: t5.T5.load(ours), "config.json")
-        assert not (folder / "ran").exists()
-
-
-def test_t5_golden_checkpoint():
-    """A checkpoint that transformers 5.23 made, with the logits and the greedy tokens that it gave: parity where it is not installed."""
-    for name in ("v1_0", "v1_1"):
-        folder = HERE / "weights" / "golden" / name
-        model, golden = t5.T5.from_hf(folder), torch.load(folder / "expected.pt", weights_only=True)
-        with torch.no_grad():
-            logits = model(golden["input_ids"], golden["mask"], golden["target_in"])
-        assert (logits - golden["logits"]).abs().max() <= 1e-4 * golden["logits"].abs().max()
-        assert torch.equal(model.generate(golden["input_ids"], golden["mask"], golden["greedy"].shape[1]), golden["greedy"])
-
-
-def make_golden() -> None:
-    """Writes weights/golden with the transformers that is installed:  python -c "import test_qcrd; test_qcrd.make_golden()"."""
-    for name, v11 in (("v1_0", False), ("v1_1", True)):
-        folder = HERE / "weights" / "golden" / name
-        shape = {"vocab_size": 97, "d_model": 16, "d_kv": 12, "d_ff": 24, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 3}
-        model = hf_model(shape, v11, seed=7, untied=v11)
-        model.save_pretrained(folder)
-        if v11:
-            state = t5.read_hf_tensors(folder)[0] | {"lm_head.weight": model.lm_head.weight.detach()}
-            t5.write_safetensors(folder / "model.safetensors", state)
-        (folder / "generation_config.json").unlink(missing_ok=True)
-        x, x_mask = random_batch(97, 3, 40)
-        y, _ = random_batch(97, 3, 12, seed=1, least=12)
-        with torch.no_grad():
-            logits = model(input_ids=x, attention_mask=x_mask.long(), decoder_input_ids=shifted(y)).logits
-            greedy = model.generate(input_ids=x, attention_mask=x_mask.long(), max_new_tokens=20, do_sample=False, use_cache=False)[:, 1:]
-        torch.save(dict(input_ids=x, mask=x_mask, target_in=shifted(y), logits=logits, greedy=greedy), folder / "expected.pt")
-
-
-def small_tokenizer(folder: Path) -> t5.Tokenizer:
-    """A SentencePiece model trained here, with T5's special ids."""
-    rng = random.Random(0)
-    words = "how many apples pears did Tom Ann buy sell give 1 2 3 17 28 then more were left in the box , . ( + ) ?".split()
-    texts = [" ".join(rng.choices(words, k=12)) for _ in range(300)]
-    with open(folder / "spiece.model", "wb") as file:
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=file, vocab_size=90, minloglevel=2,
-                                                 pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False)
-    return t5.Tokenizer(folder / "spiece.model")
+        one_line(lambda: t5.T5.load(folder), "config.json")
 
 
 def test_t5_tokenizer():
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        tokenizer = small_tokenizer(folder)
-        ids = tokenizer.encode("how many apples did Tom buy ?")
-        assert ids[-1] == t5.EOS and t5.UNK not in ids and tokenizer.decode(ids) == "how many apples did Tom buy ?"
-        cut = tokenizer.encode("apples " * 50, 7)
-        assert tokenizer.encode("") == [t5.EOS] and len(cut) == 7 and cut[-1] == t5.EOS
-        assert tokenizer.encode("Tom</s>Ann") == tokenizer.encode("Tom") + tokenizer.encode("Ann")
-        assert tokenizer.encode("<extra_id_0>")[0] == tokenizer.size + 99 == tokenizer.sentinel(0)
-        assert tokenizer.sentinel(99) == tokenizer.size
-        assert tokenizer.decode([tokenizer.sentinel(3), 0, 1, 10**6]) == ""
+    """A small SentencePiece model with T5's special ids, and t5-small's where it is there."""
+    words = "how many apples pears did Tom Ann buy sell give 1 2 3 17 28 then were in , . ( + ) ?"
+    writer, lines = io.BytesIO(), iter([words] * 300)
+    special = dict(pad_id=0, eos_id=1, unk_id=2, bos_id=-1, vocab_size=90, hard_vocab_limit=False)
+    train = sentencepiece.SentencePieceTrainer.train
+    train(sentence_iterator=lines, model_writer=writer, minloglevel=2, **special)
+    texts = ["", " ", "\n", "Hello  world ", "line\nbreak\ttab", "( 3 + 4 ) * 2 = 14", "1,234.5"]
+    texts += ["5 ÷ 6 × 7", "naïve café", "e\u0301", "日本語", "🙂", "premise</s>hypothesis"]
+    texts += ["a </s> b", "x <extra_id_0> y<extra_id_12>z", "<pad> <unk>", "<s>", "a" * 300]
+    texts += ["\u00a0nbsp\u3000wide", "word " * 300]
+    with scratch() as folder:
+        file = folder / "spiece.model"
+        file.write_bytes(writer.getvalue())
+        ours = t5.Tokenizer(file)
+        ids = ours.encode("how many apples did Tom buy ?")
+        assert ids[-1] == t5.EOS and t5.UNK not in ids
+        assert ours.decode(ids) == ours.decode(torch.tensor(ids)) == "how many apples did Tom buy ?"
+        cut = ours.encode("apples " * 50, 7)
+        assert ours.encode("") == [t5.EOS] and len(cut) == 7 and cut[-1] == t5.EOS
+        assert ours.encode("Tom</s>Ann") == ours.encode("Tom") + ours.encode("Ann")
+        assert ours.encode("<extra_id_0>")[0] == ours.size + 99 == ours.sentinel(0)
+        assert ours.decode([ours.sentinel(3), 0, 1, 10**6]) == "" and ours.sentinel(99) == ours.size
         (folder / "other").write_bytes(b"nothing of the kind")
-        one_line(lambda: t5.Tokenizer(folder / "other"), "other")
-        one_line(lambda: t5.Tokenizer(folder / "absent"), "absent")
-
-
-def test_t5_tokenizer_equals_transformers():
-    peer = peer_or_skip()
-    texts = ["", " ", "\n", "Hello  world ", "line\nbreak\ttab", "( 3 + 4 ) * 2 = 14", "1,234.5", "5 ÷ 6 × 7", "naïve café", "e\u0301",
-             "日本語", "🙂", "premise</s>hypothesis", "a </s> b", "x <extra_id_0> y<extra_id_12>z", "<pad> <unk>", "<s>",
-             "\u00a0nbsp\u3000wide", "a" * 300, "word " * 300]
-    with tempfile.TemporaryDirectory() as folder:
-        small_tokenizer(Path(folder))
-        for file in (Path(folder) / "spiece.model", *SHARED.glob("mirror/huggingface.co/google-t5/t5-small/resolve/*/spiece.model")):
-            if file.parent != Path(folder):
-                shutil.copyfile(file, Path(folder) / "spiece.model")
-                lines = (SHARED / "teacher" / "svamp_train.jsonl").read_text(encoding="utf-8").splitlines()[:150]
-                texts += [text for line in lines for text in [json.loads(line)["input"], *json.loads(line)["samples"][:2]]]
+        for name in ("other", "absent"):
+            one_line(lambda: t5.Tokenizer(folder / name), name)
+        for lines in SHARED.glob("teacher/svamp_train.jsonl"):
+            for record in map(json.loads, lines.read_text(encoding="utf-8").splitlines()[:150]):
+                texts += [record["input"], *record["samples"][:2]]
+        published = "mirror/huggingface.co/google-t5/t5-small/resolve/*/spiece.model"
+        for source in (file, *SHARED.glob(published)):
+            file.write_bytes(source.read_bytes())
+            ours = t5.Tokenizer(file)
             try:
-                theirs = peer.T5Tokenizer.from_pretrained(folder)
+                theirs = peer_or_skip().T5Tokenizer.from_pretrained(folder)
             except (ImportError, ValueError):
-                raise Skip("transformers reads spiece.model only with protobuf installed") from None
-            ours = t5.Tokenizer(Path(folder) / "spiece.model")
+                raise Skip("transformers reads spiece.model only with protobuf") from None
             assert len(theirs) == ours.size + 100
             for text in texts:
                 assert theirs(text).input_ids == ours.encode(text), text
-                assert theirs(text, truncation=True, max_length=5).input_ids == ours.encode(text, 5), text
+                short = theirs(text, truncation=True, max_length=5).input_ids
+                assert short == ours.encode(text, 5), text
 
 
-def test_t5_span_corruption():
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer = small_tokenizer(Path(folder))
-    rng = random.Random(0)
-    masked = total = 0
+def test_t5_pretraining():
+    """Span corruption hides what it should; training learns, and repeats bit by bit."""
+    tokenizer, rng = t5.Tokenizer(HERE / "weights/demo/spiece.model"), random.Random(0)
+    masked = 0
     for length in [2, 3, 5, 20, 100, 400] * 20:
         ids = [rng.randrange(3, tokenizer.size) for _ in range(length)]
         source, target = t5.corrupt(ids, tokenizer, rng)
         assert source[-1] == target[-1] == t5.EOS
-        pieces, current = {}, None
+        pieces, span = {}, []  # each starts with its sentinel
         for token in target[:-1]:
-            if token >= tokenizer.size:
-                current = token
-                pieces[current] = []
-            else:
-                pieces[current].append(token)
-        assert all(pieces.values()) and [t for s in source[:-1] for t in pieces.get(s, [s])] == ids
-        if length >= 20:
-            masked, total = masked + sum(map(len, pieces.values())), total + length
-    assert abs(masked / total - 0.15) < 0.01
-
-
-def test_t5_pretraining_learns_and_repeats():
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer = small_tokenizer(Path(folder))
+            span = pieces.setdefault(token, []) if token >= tokenizer.size else span
+            span.append(token)
+        restored = [token for s in source[:-1] for token in pieces.get(s, [0, s])[1:]]
+        assert min(map(len, pieces.values())) > 1 and restored == ids
+        masked += len(target) - 1 - len(pieces) if length >= 20 else 0
+    assert abs(masked / (520 * 20) - 0.15) < 0.01
     pairs = [(f"say {word}", word) for word in "apples pears Tom Ann box more".split()]
-    questions, answers = (t5.pad([tokenizer.encode(text) for text in side]) for side in zip(*pairs))
+    batch = [t5.pad([tokenizer.encode(text) for text in side]) for side in zip(*pairs)]
     texts, runs = ["how many apples did Tom buy ?", "Ann did sell 17 pears"], []
     for _ in range(2):
-        model = small_t5(vocab_size=tokenizer.size + 100, d_model=32, d_ff=64, dropout_rate=0.1)
-        before = model.loss(*questions, *answers).mean().item()
-        last = t5.pretrain(model, tokenizer, texts, 60, batch=16, lr=3e-3, pairs=pairs, seed=4)
-        after = model.loss(*questions, *answers).mean().item()
+        model = small_t5(vocab_size=tokenizer.size + 100, d_model=32, d_ff=64)
+        last = t5.pretrain(model, tokenizer, texts, 80, batch=16, lr=6e-3, pairs=pairs, seed=4)
+        after = model.loss(*batch[0], *batch[1]).mean().item()
         runs.append((last, model.state_dict()))
-        assert not model.training and after < 0.5 * before, (before, after)
-    assert runs[0][0] == runs[1][0] and all(torch.equal(a, b) for a, b in zip(runs[0][1].values(), runs[1][1].values()))
-    one_line(lambda: t5.pretrain(model, tokenizer, [], 1), "texts")
+        assert not model.training and after < 3, after  # about 7 at first
+    assert runs[0][0] == runs[1][0] and same_weights(runs[0][1], runs[1][1])
+    one_line(lambda: t5.pretrain(model, tokenizer, [], 1), "text")
 
 
-def test_t5_atomic_leaves_no_half_file():
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "file"
-        path.write_text("old")
-        with contextlib.suppress(ZeroDivisionError), t5.atomic(path) as temporary:
-            temporary.write_text("half")
-            1 / 0
-        assert path.read_text() == "old" and os.listdir(folder) == ["file"]
-        with t5.atomic(path) as temporary:
-            assert temporary.parent == path.parent and temporary.name.endswith(".tmp")
-            temporary.write_text("new")
-        assert path.read_text() == "new" and os.listdir(folder) == ["file"]
+def test_t5_atomic_files_and_progress():
+    """No half-written file is left; the live line fits the terminal."""
+    with scratch() as folder:
+        path = folder / "file"
+        for text, left in (("old", "old"), ("half", "old"), ("new", "new")):
+            with contextlib.suppress(ZeroDivisionError), t5.atomic(path) as temporary:
+                assert temporary.parent == folder and temporary.suffix == ".tmp"
+                temporary.write_text(text)
+                assert text != "half" or 1 / 0
+            assert path.read_text() == left and os.listdir(folder) == ["file"]
+    for columns in (40, 100):
+        stream, size = io.StringIO(), os.terminal_size((columns, 9))
+        stream.isatty = lambda: True
+        with contextlib.redirect_stderr(stream), patch("shutil.get_terminal_size", lambda: size):
+            assert list(t5.track("work of a very long name", range(3))) == [0, 1, 2]
+            progress = t5.Progress("work", 200)
+            progress.update(50, "note " * 50)
+            progress.close()
+        shown = [part.split("\x1b")[0] for part in stream.getvalue().split("\r")]
+        assert max(map(len, shown)) == columns - 1 and "\n" not in stream.getvalue()
+        assert any("50/200 (25%), 0 min 00 s left" in part for part in shown)
+    with contextlib.redirect_stderr(io.StringIO()) as stream:  # not a terminal, short work
+        assert list(t5.track("work", range(3))) == [0, 1, 2]
+    assert stream.getvalue() == ""
 
-# ---------------------------------------------------------------- fetch_data.py
+
+# ----------------------------------------------------------------------------------- fetch_data.py
+
+
+HERE = Path(fetch_data.__file__).resolve().parent
 
 
 @contextlib.contextmanager
-def data_home(mirror: str | Path = "/nowhere"):
-    """A fresh QCRD_HOME, with a mirror in place of the internet."""
-    before = {name: os.environ.get(name) for name in ("QCRD_HOME", "QCRD_MIRROR")}
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ.update(QCRD_HOME=folder, QCRD_MIRROR=str(mirror))
-        try:
-            with contextlib.redirect_stderr(io.StringIO()):
-                yield Path(folder)
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
+def data_home(mirror="/nowhere", content=b"", pin=""):
+    """A fresh QCRD_HOME, a mirror as the internet, a source "x" that is pinned to `content`."""
+    with (
+        tempfile.TemporaryDirectory() as home,
+        contextlib.redirect_stderr(io.StringIO()),
+        patch.dict(os.environ, QCRD_HOME=home, QCRD_MIRROR=str(mirror)),
+        patch.dict(fetch_data.SOURCES, x="https://files.example/a/x"),
+        patch.dict(fetch_data.PINS, x=pin or hashlib.sha256(content).hexdigest()),
+    ):
+        yield Path(home)
 
 
 @contextlib.contextmanager
-def file_server(content: bytes, cut: int = 0, ranges: bool = True, headers: dict | None = None, status: list[int] | None = None):
-    """Serve `content` at every path; cut: so many bytes an answer, then the line drops; status: codes to answer first."""
+def served(content, pin="", cut=None, ranges=True, etag="", status=()):
+    """data_home with a server of `content` that first answers with the codes in `status` and drops
+    the line after `cut` bytes -> home, list of the Range headers that came."""
+    codes, asked, size = list(status), [], len(content)
+
     class Stub(BaseHTTPRequestHandler):
         def log_message(self, *args):
             pass
 
         def do_GET(self):
-            asked.append(self.headers.get("Range"))
-            if status:
-                self.send_response(status.pop(0))
-                self.send_header("Content-Length", "0")
-                return self.end_headers()
-            start = int(self.headers["Range"][6:-1]) if ranges and "Range" in self.headers else 0
-            if start > len(content):
-                self.send_response(416)
-                self.send_header("Content-Length", "0")
-                return self.end_headers()
-            self.send_response(206 if ranges else 200)
-            if ranges:
-                self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-            self.send_header("Content-Length", str(len(content) - start))
-            for name, value in (headers or {}).items():
-                self.send_header(name, value)
+            asked.append(self.headers["Range"])
+            start = int(asked[-1][6:-1]) if ranges else 0
+            usual = 416 if start > size else 206 if ranges else 200
+            code = codes.pop(0) if codes else usual
+            body = content[start:] if code < 300 else b""
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("X-Linked-ETag", etag)
+            if code == 206:
+                self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
             self.end_headers()
-            self.wfile.write(content[start:start + cut] if cut else content[start:])
-    asked = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+            self.wfile.write(body[:cut])
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Stub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            with data_home(f"http://127.0.0.1:{server.server_port}", content, pin) as home:
+                yield home, asked
+        finally:
+            server.shutdown()
+
+
+def refused(call, *args):
+    """The one line of the InputError that the call must raise."""
     try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
-    finally:
-        server.shutdown()
+        call(*args)
+    except t5.InputError as error:
+        assert "\n" not in str(error), error
+        return str(error)
+    raise AssertionError(f"{call.__name__}{args} was not refused")
 
 
-@contextlib.contextmanager
-def source(content: bytes, pin: str | None = None):
-    """SOURCES with one small file "x" in it, pinned to `content`."""
-    fetch_data.SOURCES["x"] = ("https://files.example/a/x", pin or "sha256:" + hashlib.sha256(content).hexdigest())
-    try:
-        yield
-    finally:
-        del fetch_data.SOURCES["x"]
+def read_sample(kind, text, question="What?", **fields):
+    return fetch_data.read_sample(empty_task(kind), question, text, **fields)
 
 
-def refused(f, *args, **kwargs) -> str:
-    """The one line of the InputError that f(*args) must raise."""
-    try:
-        f(*args, **kwargs)
-    except t5.InputError as why:
-        assert "\n" not in str(why), why
-        return str(why)
-    raise AssertionError(f"{f.__name__}{args} was not refused")
+def empty_task(kind, options=()):
+    options = fetch_data.NLI if kind == "nli" else options
+    return fetch_data.Task("mine", kind, Path(), [], [], [], options)
 
 
-def lines_of(path: Path) -> list[dict]:
+def lines_of(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_download_resumes_what_was_cut():
+    """Also when several processes want the file: flock tells threads apart as it does those."""
     content = os.urandom(300_000)
-    with source(content), file_server(content, cut=131_072) as (url, asked), data_home(url) as home:
+    with served(content, cut=131_072) as (home, asked):
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            paths = set(pool.map(fetch_data.download, ["x"] * 4))
+        assert paths == {home / "data" / "downloads" / "x"}
         assert fetch_data.download("x").read_bytes() == content
         assert asked == ["bytes=0-", "bytes=131072-", "bytes=262144-"], asked
-        assert fetch_data.download("x") == home / "data" / "downloads" / "x" and len(asked) == 3     # not fetched again
-
-
-def test_download_takes_up_the_part_of_an_earlier_run():
-    content = os.urandom(5000)
-    for ranges, kept in ((True, content[:2000]), (False, content[:2000]), (True, content + b"more"), (True, content[:2000])):
-        with source(content), file_server(content, ranges=ranges, status=[503]) as (url, asked), data_home(url) as home:
+    content = content[:5000]  # and takes up the part of an earlier run
+    for ranges, kept in ((True, content[:2000]), (False, content[:2000]), (True, content + b"+")):
+        with served(content, ranges=ranges, status=[503]) as (home, asked):
             part = home / "data" / "downloads" / "x.part"
             part.parent.mkdir(parents=True)
             part.write_bytes(kept)
             assert fetch_data.download("x").read_bytes() == content
-            assert asked[:2] == [f"bytes={len(kept)}-"] * 2 and not part.exists()      # a 503 costs nothing of the part
+            assert asked[0] == f"bytes={len(kept)}-" and not part.exists()
 
 
 def test_download_refuses_a_wrong_digest():
     content = b"what the server has"
-    with source(b"what is pinned"), file_server(content) as (url, _), data_home(url) as home:
+    digest, other = (hashlib.sha256(x).hexdigest() for x in (content, b"pinned"))
+    with served(content, other) as (home, _):
         text = refused(fetch_data.download, "x")
-        assert hashlib.sha256(content).hexdigest() in text and hashlib.sha256(b"what is pinned").hexdigest() in text, text
-        assert [p.name for p in (home / "data" / "downloads").iterdir()] == ["x.lock"]      # neither used nor resumed
-        mine = home / "data" / "downloads" / "x"
-        mine.write_bytes(b"a file of the user's")
-        assert "move this file away" in refused(fetch_data.download, "x") and mine.read_bytes() == b"a file of the user's"
-    with source(content, f"size:{len(content)}"), file_server(content, headers={"X-Linked-ETag": f'"{"0" * 64}"'}) as (url, _), data_home(url):
-        assert "expected sha256 " + "0" * 64 in refused(fetch_data.download, "x")
-    good = {"X-Linked-ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
-    with source(content, f"size:{len(content)}"), file_server(content, headers=good) as (url, _), data_home(url):
-        assert fetch_data.download("x").read_bytes() == content
-    blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-    with source(content, "blob:" + blob), file_server(content) as (url, _), data_home(url):
-        assert fetch_data.download("x").read_bytes() == content
+        assert digest in text and other in text, text
+        folder = home / "data" / "downloads"
+        assert [path.name for path in folder.iterdir()] == ["x.lock"]  # neither used nor resumed
+        (folder / "x").write_bytes(b"a file of the user's")
+        assert "move it away" in refused(fetch_data.download, "x")
+        assert (folder / "x").read_bytes() == b"a file of the user's"
+    size, blob = str(len(content)), hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    with served(content, size, etag=f'"{other}"'):
+        assert other in refused(fetch_data.download, "x")
+    for pin, etag in ((size, f'"{digest}"'), (blob, "")):
+        with served(content, pin, etag=etag):
+            assert fetch_data.download("x").read_bytes() == content
 
 
 def test_download_without_a_connection_names_the_remedy():
-    with source(b""), data_home("http://127.0.0.1:9"):
+    with data_home("http://127.0.0.1:9"), patch("time.sleep"):
         text = refused(fetch_data.download, "x")
-        assert "cannot fetch http://127.0.0.1:9/files.example/a/x" in text and "QCRD_MIRROR" in text, text
-    with source(b""), file_server(b"", status=[404]) as (url, asked), data_home(url):
-        assert "HTTP 404" in refused(fetch_data.download, "x") and len(asked) == 1
-    with source(b""), data_home("/nowhere"):
-        assert "/nowhere/files.example/a/x: no such file in the mirror" in refused(fetch_data.download, "x")
-
-
-def test_download_by_several_processes_at_once():
-    content = os.urandom(400_000)
-    with source(content), file_server(content, cut=150_000) as (url, asked), data_home(url):
-        with concurrent.futures.ThreadPoolExecutor(4) as pool:      # flock keeps file descriptors apart, in threads as in processes
-            assert {p.read_bytes() for p in pool.map(fetch_data.download, ["x"] * 4)} == {content}
-        assert len(asked) == 3, asked
-
-
-def test_mirror_folder():
-    with tempfile.TemporaryDirectory() as mirror, source(b"content"), data_home(mirror):
-        path = Path(mirror, "files.example", "a", "x")
+        assert "cannot fetch http://127.0.0.1:9/files.example/a/x" in text, text
+        assert "QCRD_MIRROR" in text and "downloads/x" in text, text
+    with served(b"", status=[404] * 5), patch("time.sleep"):
+        assert "404" in refused(fetch_data.download, "x")
+    with data_home(content=b"content") as home, patch.dict(os.environ, QCRD_MIRROR=f"{home}/here"):
+        path = home / "here" / "files.example" / "a" / "x"
         path.parent.mkdir(parents=True)
+        assert f"{path}: no such file in the mirror" in refused(fetch_data.download, "x")
         path.write_bytes(b"forged")
-        assert "expected sha256" in refused(fetch_data.download, "x") and path.exists()
+        assert "x.part: expected" in refused(fetch_data.download, "x") and path.exists()
         path.write_bytes(b"content")
         assert fetch_data.download("x").read_bytes() == b"content"
 
 
-DEMO_DIGEST = "54c39e24750fb378"           # of all problems; the numbers in the README were measured on these
+def test_students_are_stored_in_the_one_format():
+    vocab = HERE / "weights" / "demo" / "spiece.model"
+    shape = {"model_type": "t5", "vocab_size": 1300, "d_model": 16, "d_kv": 4, "d_ff": 32}
+    shape |= {"num_layers": 1, "num_heads": 2}
+    with data_home() as home, patch.dict(fetch_data.STUDENTS, {"t5-small": shape}):
+        t5.T5(t5.T5Config(1300, 16, 4, 32, 1, 1, 2)).save(home / "theirs")
+        files = {"t5-small/model.safetensors": home / "theirs" / "model.safetensors"}
+        with patch("fetch_data.download", lambda name: files.get(name, vocab)):
+            folder = fetch_data.ensure("t5-small")
+        assert folder == home / "weights" / "t5-small" == fetch_data.ensure("t5-small")
+        ours, theirs = t5.T5.load(folder).state_dict(), t5.T5.load(home / "theirs").state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        assert (folder / "spiece.model").read_bytes() == vocab.read_bytes()
+
+
+CQA_LINES = [
+    json.dumps({"question": f"Which is {i}?", "choices": [f"{i}", *"xyz", "é"], "answer": f"{i}"})
+    for i in range(20)
+]
+
+
+PALM = [f"Because. So the answer is (a) {i}.\n\nQ:" for i in range(20)]
+
+
 ARCHIVE = {
-    "datasets/cqa/cqa_train.json": "".join(json.dumps(
-        {"id": str(i), "question": f"Which one is {i}?", "choices": [f"{i}", "x", "y", "z", "é"], "answer": f"{i}"}) + "\n" for i in range(20)),
-    "datasets/cqa/cqa_test.json": json.dumps({"question": "q", "choices": list("vwxyz"), "answer": "z"}) + "\n",
-    "datasets/cqa/llm/train_CoT_0.json": json.dumps([f"Because. So the answer is (a) {i}.\n\nQ:" for i in range(15)]),
-    "datasets/cqa/llm/train_CoT_1.json": json.dumps([f"Because. So the answer is (a) {i}.\n\nQ:" for i in range(15, 20)]),
-    "datasets/anli1/anli1_valid.json": json.dumps({"premise": "P.", "hypothesis": "H.", "label": 2}) + "\n",
-    "datasets/anli1/anli1_test.json": json.dumps({"premise": "P.", "hypothesis": "G.", "label": 0}) + "\n",
-    **{f"datasets/esnli/esnli_{split}.json": json.dumps({"premise": f"P {split}.", "hypothesis": "H.", "label": 1}) + "\n"
-       for split in ("train", "valid", "test")},
+    "datasets/cqa/cqa_train.json": "\n".join(CQA_LINES),
+    "datasets/cqa/cqa_test.json": CQA_LINES[0],
+    "datasets/cqa/llm/train_CoT_0.json": json.dumps(PALM[:15]),
+    "datasets/cqa/llm/train_CoT_1.json": json.dumps(PALM[15:]),
+    "datasets/anli1/anli1_test.json": '{"premise": "P.", "hypothesis": "G.", "label": 0}',
 }
 
 
-def make_archive(folder: Path, **changes: str | bytes | None) -> Path:
-    """datasets.zip in `folder`; changes by the member's file name, None leaves it out."""
-    with zipfile.ZipFile(folder / "datasets.zip", "w", zipfile.ZIP_DEFLATED) as z:
+for each in fetch_data.SPLITS:
+    row = {"premise": f"P {each}.", "hypothesis": "H.", "label": 1}
+    ARCHIVE[f"datasets/esnli/esnli_{each}.json"] = json.dumps(row) + "\n"
+
+
+def make_archive(folder, **changes):
+    """datasets.zip in `folder`; changes by the member's stem, None leaves it out."""
+    with zipfile.ZipFile(folder / "datasets.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in ARCHIVE.items():
-            content = changes.get(Path(name).stem, content)
-            if content is not None:
-                z.writestr(name, content)
+            if (content := changes.get(Path(name).stem, content)) is not None:
+                archive.writestr(name, content)
     return folder / "datasets.zip"
 
 
@@ -784,1377 +720,1801 @@ def test_archive_gives_tasks_in_their_formats():
         archive = make_archive(home)
         folder = fetch_data.ensure("cqa", archive)
         train, valid, test = (lines_of(folder / f"{split}.jsonl") for split in fetch_data.SPLITS)
-        assert folder == home / "data" / "cqa" and (len(train), len(valid), len(test)) == (18, 2, 1)      # the last tenth is held out
-        assert train[3] == {"input": "Which one is 3?\nAnswer Choices:\n(a) 3\n(b) x\n(c) y\n(d) z\n(e) é", "label": "3"}
-        assert valid[1]["label"] == "19" and test[0]["label"] == "z"
-        palm = lines_of(fetch_data.ensure_palm("cqa", archive))
-        assert [(r["question"], r["slot"], r["finish"]) for r in palm] == [(r["input"], 0, "stop") for r in train + valid]
-        assert palm[15]["text"] == "Because. So the answer is (a) 15.\n\nQ:"
-        esnli = [lines_of(fetch_data.ensure("esnli", archive) / f"{split}.jsonl") for split in fetch_data.SPLITS]
-        assert esnli[1] == [{"input": "P valid.</s>H.", "label": "neutral"}] and [len(rows) for rows in esnli] == [1, 1, 1]
-        assert "train missing" in (text := refused(fetch_data.ensure, "anli1", archive)) and "valid and test went to" in text, text
-        assert lines_of(home / "data" / "anli1" / "valid.jsonl") == [{"input": "P.</s>H.", "label": "contradiction"}]
+        assert (len(train), len(valid), len(test)) == (18, 2, 1)  # the last tenth is held out
+        text = "Which is 3?\nAnswer Choices:\n(a) 3\n(b) x\n(c) y\n(d) z\n(e) é"
+        assert train[3] == {"input": text, "label": "3"}
+        assert valid[1]["label"] == "19" and test[0]["label"] == "0"
+        palm = lines_of(fetch_data.palm_samples("cqa", archive))
+        assert [row["question"] for row in palm] == [row["input"] for row in train + valid]
+        want = {"question": train[15]["input"], "slot": 0, "text": PALM[15], "finish": "stop"}
+        assert palm[15] == want
+        task = fetch_data.load_task("esnli", archive=archive)
+        assert task.valid == [("P valid.</s>H.", "neutral")] and task.options == fetch_data.NLI
+        text = refused(fetch_data.ensure, "anli1", archive)
+        assert "anli1_train.json is missing; get the whole datasets.zip" in text, text
         archive.unlink()
-        assert fetch_data.ensure("cqa") == folder and fetch_data.ensure_palm("cqa").name == "teacher-palm.jsonl"      # at once
+        assert folder == home / "data" / "cqa" == fetch_data.ensure("cqa")  # at once
+        assert fetch_data.palm_samples("cqa").name == "teacher-palm.jsonl"
+        assert "cqa, anli1, esnli only" in refused(fetch_data.palm_samples, "demo")
 
 
-def test_archive_that_is_broken_names_member_and_line():
-    good = ARCHIVE["datasets/cqa/cqa_train.json"].splitlines(keepends=True)
-    for change, expected in (
-            ({"cqa_train": "".join(good[:4]) + "{oops\n"}, "cqa_train.json line 5"),
-            ({"cqa_train": good[0] + json.dumps({"question": "q", "choices": list("abcde")})}, "cqa_train.json line 2: KeyError 'answer'"),
-            ({"cqa_train": json.dumps({"question": "q", "choices": list("abcd"), "answer": "a"})}, "line 1"),
-            ({"cqa_train": json.dumps({"question": "q", "choices": list("abcde"), "answer": "f"})}, "line 1"),
-            ({"cqa_train": json.dumps({"question": 3, "choices": list("abcde"), "answer": "a"})}, "line 1: TypeError"),
-            ({"cqa_train": "[1]"}, "line 1"), ({"cqa_train": "[" * 100_000}, "line 1"),
-            ({"cqa_train": good[0].encode() + b"\xff\xfe\n"}, "UnicodeDecodeError"),
-            ({"cqa_test": None}, "cqa: test missing")):
+def test_broken_archive_names_member_and_line():
+    choices = '{"question": "q", "choices": ["a", "b", "c", "d", "e"]'
+    for member, content, expected in (
+        ("cqa_train", "\n".join(CQA_LINES[:4]) + "\n{oops\n", "cqa_train.json line 5"),
+        ("cqa_train", CQA_LINES[0] + f"\n{choices}}}", "cqa_train.json line 2: KeyError 'answer'"),
+        ("cqa_train", choices.replace(', "e"', "") + ', "answer": "a"}', "line 1: ValueError"),
+        ("cqa_train", choices + ', "answer": "f"}', "line 1: ValueError"),
+        ("cqa_train", "[1]", "line 1"),
+        ("cqa_train", "[" * 100_000, "RecursionError"),
+        ("cqa_train", CQA_LINES[0].encode() + b"\n\xff\xfe\n", "UnicodeDecodeError"),
+        ("train_CoT_1", json.dumps(["too few"]), "16 rationales, 20 questions"),
+        ("train_CoT_0", None, "5 rationales"),
+        ("train_CoT_1", "{", "train_CoT_1.json"),
+    ):
+        call, made = fetch_data.palm_samples, "teacher-palm.jsonl"
+        if member == "cqa_train":
+            call, made = fetch_data.ensure, "train.jsonl"
         with data_home() as home:
-            text = refused(fetch_data.ensure, "cqa", make_archive(home, **change))
+            text = refused(call, "cqa", make_archive(home, **{member: content}))
             assert expected in text and "datasets.zip" in text, text
-            assert not (home / "data" / "cqa" / "train.jsonl").exists() or "cqa_test" in change      # whole or not at all
-    for change, expected in (({"train_CoT_1": json.dumps(["too few"])}, "differ in number"), ({"train_CoT_1": "[1, 2]"}, "train_CoT_1.json"),
-                             ({"train_CoT_1": "{"}, "train_CoT_1.json"), ({"train_CoT_0": None}, "differ in number")):
-        with data_home() as home:
-            assert expected in refused(fetch_data.ensure_palm, "cqa", make_archive(home, **change))
-            assert not list(home.glob("data/cqa/*"))
+            assert not (home / "data" / "cqa" / made).exists()  # whole or not at all
     with data_home() as home:
-        raw = bytearray(make_archive(home).read_bytes())
-        at = raw.find(b"datasets/cqa/cqa_train.json") + 40
-        raw[at:at + 20] = bytes(20)
-        (home / "datasets.zip").write_bytes(raw)
-        assert "datasets/cqa/cqa_train.json" in refused(fetch_data.ensure, "cqa", home / "datasets.zip")
-        (home / "datasets.zip").write_bytes(raw[:2000])
-        assert "zip" in refused(fetch_data.ensure, "cqa", home / "datasets.zip")
-        assert "nowhere.zip" in refused(fetch_data.ensure, "cqa", home / "nowhere.zip")
-        limit, fetch_data.MEMBER_LIMIT = fetch_data.MEMBER_LIMIT, 1000
-        try:
-            assert "unpacks to more than" in refused(fetch_data.ensure, "cqa", make_archive(home))
-        finally:
-            fetch_data.MEMBER_LIMIT = limit
+        archive = make_archive(home)
+        with patch("fetch_data.MEMBER_LIMIT", 1000):
+            assert "unpacks to" in refused(fetch_data.ensure, "cqa", archive)
+        raw = archive.read_bytes()
+        for damaged, expected in (
+            (raw[:80] + bytes(10) + raw[90:], "cqa_train.json"),
+            (raw[:500], "no readable zip file"),
+        ):
+            archive.write_bytes(damaged)
+            assert expected in refused(fetch_data.ensure, "cqa", archive)
 
 
-def test_svamp_and_cqa_from_their_real_sources():
-    if not (SHARED / "mirror").is_dir() or not (SHARED / "upstream" / "datasets.zip").is_file():
-        raise Skip("no copies of SVAMP.json and datasets.zip here")
+def test_published_questions_and_answers():
+    archive, answers = SHARED / "upstream/datasets.zip", SHARED / "teacher/svamp_train.jsonl"
+    if not all(path.exists() for path in (SHARED / "mirror", archive, answers)):
+        raise Skip("no ../shared with SVAMP.json, datasets.zip and answers of teachers")
     with data_home(SHARED / "mirror") as home:
-        archive = SHARED / "upstream" / "datasets.zip"
         folder = fetch_data.ensure("svamp")
-        splits = {split: (folder / f"{split}.jsonl").read_bytes() for split in fetch_data.SPLITS}
-        assert [len(rows.splitlines()) for rows in splits.values()] == [720, 80, 200]
-        shutil.rmtree(folder)
-        fetch_data.ensure("svamp", archive)          # Distilling Step-by-Step's own files are the same split
-        assert splits == {split: (folder / f"{split}.jsonl").read_bytes() for split in fetch_data.SPLITS}
-        train, valid, test = (lines_of(folder / f"{split}.jsonl") for split in fetch_data.SPLITS)
-        assert train[0] == {"input": "Luke scored 84 points after playing 2 rounds of a trivia game. If he gained the same number of points "
-                                     "each round\nHow many points did he score per round?", "label": "( 84.0 / 2.0 )"}
-        palm = lines_of(fetch_data.ensure_palm("svamp", archive))
-        assert [r["question"] for r in palm] == [r["input"] for r in train + valid] and len(palm) == 800
-        assert not {r["question"] for r in palm} & {r["input"] for r in test}
+        files = [folder / f"{split}.jsonl" for split in fetch_data.SPLITS]
+        splits = [path.read_bytes() for path in files]
+        assert [rows.count(b"\n") for rows in splits] == [720, 80, 200]
+        for path in files:
+            path.unlink()
+        fetch_data.ensure("svamp", archive)  # [DSS]'s own files are the same split
+        assert splits == [path.read_bytes() for path in files]
+        task = fetch_data.load_task("svamp")
+        assert task.train[0].label == "( 84.0 / 2.0 )" and task.folder == folder
+        assert task.train[0].input.startswith("Luke scored 84 points after playing 2 rounds")
+        palm, labels = lines_of(fetch_data.palm_samples("svamp", archive)), task.train + task.valid
+        right = 0
+        for row, (question, label) in zip(palm, labels, strict=True):
+            assert row["question"] == question
+            answer = fetch_data.read_sample(task, question, row["text"]).answer
+            right += fetch_data.is_right("number", answer, label)
+        assert abs(right / 800 - 0.735) < 0.0101, right
         folder = fetch_data.ensure("cqa", archive)
-        assert [len(lines_of(folder / f"{split}.jsonl")) for split in fetch_data.SPLITS] == [8767, 974, 1221]
-        assert len(lines_of(fetch_data.ensure_palm("cqa", archive))) == 9741
-        assert "train missing" in refused(fetch_data.ensure, "anli1", archive)
-        assert len(lines_of(home / "data" / "anli1" / "test.jsonl")) == 1000
+        counts = [len(lines_of(folder / f"{split}.jsonl")) for split in fetch_data.SPLITS]
+        assert counts == [8767, 974, 1221]
+        assert len(lines_of(fetch_data.palm_samples("cqa", archive))) == 9741
+        assert "missing" in refused(fetch_data.ensure, "anli1", archive)
+        assert not (home / "data" / "anli1" / "train.jsonl").exists()
+    labels = {fetch_data.fold(x): fetch_data.answer_key("number", y) for x, y in labels}
+    turbo = [row for row in lines_of(answers) if row["source"] == "gpt-3.5-turbo"]
+    positives = right = unread = 0
+    for row in turbo:  # two votes of five samples, drawn from its ten
+        samples = [fetch_data.read_sample(task, row["input"], text) for text in row["samples"]]
+        keys = [fetch_data.answer_key("number", sample.answer) for sample in samples]
+        unread += keys.count(None)
+        random.Random(row["input"]).shuffle(keys)
+        for five in (keys[:5], keys[5:]):
+            best, votes = Counter(key for key in five if key).most_common(1)[0]
+            positives += votes
+            right += best == labels[fetch_data.fold(row["input"])]
+    assert len(turbo) == 564 and unread < 30, unread
+    assert abs(positives / 1128 - 3.87) < 0.05 and abs(right / 1128 - 0.83) < 0.02
+
+
+SIZES, DEMO_DIGEST = (800, 400, 1000), "8feb6f2c75b4102c"
+
+
+def shapes(*texts):
+    """The sentences of texts, without names, things and numbers."""
+    names = "|".join(fetch_data.PEOPLE + fetch_data.THINGS)
+    return set(re.split(r"\n|(?<=[.?]) ", re.sub(rf"\b({names}|\d+)\b", "_", "\n".join(texts))))
 
 
 def test_demo_splits():
-    problems = {split: fetch_data.demo_problems(split) for split in fetch_data.SPLITS}
-    assert {split: len(rows) for split, rows in problems.items()} == {"train": 600, "valid": 100, "test": 1000}
-    assert len({p.text for rows in problems.values() for p in rows}) == 1700
-    digest = hashlib.sha256("".join(p.text + p.label for rows in problems.values() for p in rows).encode()).hexdigest()
+    splits = [fetch_data.demo_problems(split) for split in fetch_data.SPLITS]
+    every = sum(splits, ())
+    assert tuple(map(len, splits)) == SIZES and len({p.text for p in every}) == len(every)
+    digest = hashlib.sha256("".join(p.text + p.label for p in every).encode()).hexdigest()
     assert digest.startswith(DEMO_DIGEST), digest
-    for p in problems["train"][:200] + problems["test"][:200]:
-        numbers = [n for n in re.findall(r"\d+", p.text) if n != str(p.distractor)]
-        assert sorted(numbers) == sorted(re.findall(r"\d+", p.label)) and len(set(numbers)) == len(numbers), p
-        equation, amounts = fetch_data.solve(p.first, p.steps)
-        assert equation == p.label and None not in amounts and max(amounts) < 100, p
-    def shapes(split: str) -> list[set[str]]:      # each problem's sentences with names, things and numbers blanked
-        names = "|".join(fetch_data.PEOPLE + fetch_data.THINGS) + r"|\d+"
-        return [set(re.split(r"(?<=[.?])\s", re.sub(rf"\b({names})\b", "_", p.text))) for p in problems[split]]
-    known = set().union(*shapes("train"), *shapes("valid"))
-    share = sum(not shape <= known for shape in shapes("test")) / 1000
-    assert 0.25 <= share <= 0.32, share
+    for p in every:
+        numbers = (Counter(re.findall(r"\d+", text)) for text in (p.label, p.text))
+        assert not next(numbers) - next(numbers) and fetch_data.value(p.label) > 0, p
     with data_home() as home:
-        folder = fetch_data.ensure("demo")
-        assert lines_of(folder / "test.jsonl")[7] == {"input": problems["test"][7].text, "label": problems["test"][7].label}
-        assert folder == home / "data" / "demo"
+        task = fetch_data.load_task("demo")
+        assert task.folder == home / "data" / "demo" and task.kind == "number"
+        assert task.test[7] == (splits[2][7].text, splits[2][7].label)
 
 
-def test_demo_pretraining_data_is_apart_from_the_demo():
+def test_demo_student_is_pretrained_apart_from_the_demo():
+    """No problem, no sentence that only the test set has, no calculation in the teacher's words."""
     texts, pairs = fetch_data.pretraining_data()
-    known = {p.text for split in fetch_data.SPLITS for p in fetch_data.demo_problems(split)}
-    assert len(texts) > 1000 and not known & set(texts) and not known & {x.removeprefix("predict: ") for x, _ in pairs}
-    corpus = "\n".join(texts + [y for _, y in pairs])
-    assert "The answer is" not in corpus and "does not matter" not in corpus
-    held_out = [kind.tell[-1] for kind in fetch_data.KINDS.values()] + [q[-1] for q in fetch_data.QUESTIONS.values()]
-    for sentence in held_out:
-        shape = re.sub(r"\\\{\w\\\}", r"[\\w']+", re.escape(sentence))
-        assert not re.search(rf"(^|[.\n] ?){shape}", corpus), sentence
-
-
-def test_demo_student():
-    tokenizer = t5.Tokenizer(HERE / "weights" / "demo" / "spiece.model")
-    model = t5.T5.load(HERE / "weights" / "demo")
-    assert sum(p.numel() for p in model.parameters()) < 2e6
-    assert sum(f.stat().st_size for f in (HERE / "weights" / "demo").iterdir()) < 3_000_000
-    for n in range(100):
-        assert len(tokenizer.encode(f"{n}")) == 2, n
-    for text in ("Luke scored 84 points, 12.5% of 1,024 (or ~3)!", "".join(map(chr, range(33, 127))), "( ( 100.0 - 7.0 ) / 365.0 )"):
-        assert tokenizer.decode(tokenizer.encode(text)) == text, text
-
-
-def test_pretrain_demo_makes_the_committed_vocabulary():
-    with tempfile.TemporaryDirectory() as folder:
-        made = fetch_data.pretrain_demo(Path(folder, "demo"), steps=2)
-        committed = HERE / "weights" / "demo"
-        assert (made / "spiece.model").read_bytes() == (committed / "spiece.model").read_bytes()
-        assert t5.T5.load(made).config == t5.T5.load(committed).config
-        assert next(iter(torch.load(made / "model.pt", weights_only=True).values())).dtype == torch.float16
+    train, valid, test = ([p.text for p in fetch_data.demo_problems(x)] for x in fetch_data.SPLITS)
+    asked = {x.partition(": ")[2] for x, _ in pairs}
+    assert len(texts) > 1000 and asked and not {*train, *valid, *test} & {*texts, *asked}
+    said = [fetch_data.teacher_answer(p, 0, 0.7) for p in fetch_data.demo_problems("train")]
+    taught = shapes(*(read_sample("number", text).rationale for text in said))
+    taught = {sentence for sentence in taught if "=" in sentence}
+    only_test = shapes(*test) - shapes(*train, *valid)
+    corpus = [*texts[::6], *(part for x, y in pairs[::20] for part in (x.partition(": ")[2], y))]
+    assert taught and only_test and not (taught | only_test) & shapes(*corpus)
+    assert "<Answer>" in said[0] and not re.search("<Answer>|matter", "\n".join(corpus))
+    with data_home() as home, patch("fetch_data.pretraining_data", lambda: (texts, pairs)):
+        made = fetch_data.pretrain_demo(home / "demo", steps=2)
+        tokenizer, model = t5.Tokenizer(made / "spiece.model"), t5.T5.load(made)
+        assert sum(p.numel() for p in model.parameters()) < 2e6
+        assert sum(path.stat().st_size for path in made.iterdir()) < 3_000_000
+        ascii_text = "".join(map(chr, range(33, 127)))
+        for text in ("Luke scored 84 of 1,024 (or ~3)!", ascii_text, "( ( 100.0 - 7.0 ) / 365.0 )"):
+            assert tokenizer.decode(tokenizer.encode(text)) == text, text
 
 
 def test_demo_teacher_over_http():
     url, server = fetch_data.demo_teacher()
-    try:
+    with server, contextlib.ExitStack() as stack:
+        stack.callback(server.shutdown)
         model = requests.get(url + "/models").json()["data"][0]["id"]
         problem, other = fetch_data.demo_problems("train")[:2]
+        prompt = fetch_data.messages(empty_task("number"), problem.text, own=other.text)
 
-        def ask(content, **fields):
-            body = {"model": model, "messages": [{"role": "user", "content": content}], **fields}
+        def ask(prompt=prompt, **fields):
+            body = {"model": model, "messages": prompt, **fields}
             return requests.post(url + "/chat/completions", json=body)
 
-        def texts(r):
-            return [c["message"]["content"] for c in r.json()["choices"]]
-        prompt = f"Q: {other.text}\nA: so and so. The answer is ( 1 + 1 ).\n\nQ: {problem.text}\nA:"
-        at_once = texts(ask(prompt, n=5, seed=40, temperature=0.7))
-        assert at_once == [texts(ask(prompt, seed=40 + i, temperature=0.7))[0] for i in range(5)]      # slots one by one are the same
-        assert at_once == [fetch_data.teacher_answer(problem, 40 + i, 0.7) for i in range(5)] and len(set(at_once)) > 1
-        assert texts(ask(prompt, temperature=0))[0].endswith(f"The answer is {problem.label}.")
-        assert texts(ask([{"type": "text", "text": prompt}], n=5, seed=40, temperature=0.7)) == at_once
-        r = ask(prompt, max_tokens=6, n=2).json()
-        assert [c["finish_reason"] for c in r["choices"]] == ["length"] * 2 and r["usage"]["completion_tokens"] == 12
-        assert "The answer is" not in texts(ask("Q: How many stars are there?"))[0]
-        for fields, name in (({"n": 200}, "n"), ({"temperature": "hot"}, "temperature"), ({"max_tokens": -1}, "max_tokens"), ({"seed": "x"}, "seed")):
-            r = ask(prompt, **fields)
-            assert r.status_code == 400 and name in r.json()["error"]["message"], (fields, r.text)
-        for body in (b"", b"{", b"[]", b'{"messages": []}', b'{"messages": [{"content": null}]}', b"[" * 100_000):
+        def texts(**fields):
+            return [choice["message"]["content"] for choice in ask(**fields).json()["choices"]]
+
+        at_once = texts(n=5, seed=40, temperature=0.7)
+        assert at_once == [texts(seed=40 + i, temperature=0.7)[0] for i in range(5)]
+        assert at_once == [fetch_data.teacher_answer(problem, 40 + i, 0.7) for i in range(5)]
+        assert len(set(at_once)) > 1
+        greedy = texts(temperature=0)[0]
+        rationale, answer = read_sample("number", greedy)
+        assert greedy == f"<Explanation>: {rationale} <Answer>: {answer}"
+        assert answer == problem.label and re.fullmatch(r"[\d( )*/+-]+", answer), greedy
+        cut = ask(max_tokens=6, n=2).json()
+        assert [choice["finish_reason"] for choice in cut["choices"]] == ["length"] * 2
+        assert cut["usage"]["completion_tokens"] == 12
+        assert "Unknown" in texts(prompt=[{"role": "user", "content": "How many stars?"}])[0]
+        for fields in ({"n": 200}, {"temperature": "hot"}, {"max_tokens": -1}, {"seed": "x"}):
+            assert ask(**fields).status_code == 400, fields
+        for body in (b"", b"{", b"[]", b'{"messages": []}', b"[" * 100_000):
             assert requests.post(url + "/chat/completions", data=body).status_code == 400
-        assert requests.post(url + "/completions", json={}).status_code == 404 and requests.get(url).status_code == 404
-        assert f"port {server.server_port} cannot be used" in refused(fetch_data.demo_teacher, server.server_port)
-    finally:
-        server.shutdown()
-    assert "port 99999 cannot be used" in refused(fetch_data.demo_teacher, 99999)
+        for port in (server.server_port, 99999):
+            assert f"port {port} cannot be used" in refused(fetch_data.demo_teacher, port)
 
 
 def test_demo_teacher_errs_as_the_paper_saw():
     problems = fetch_data.demo_problems("train") + fetch_data.demo_problems("valid")
-
-    def amount(text: str) -> float | str:
-        equation = re.search(r"The answer is (.*)\.$", text)[1]
-        assert re.fullmatch(r"[\d ()*/+-]+", equation), text
-        return round(eval(equation), 4)             # our own teacher's text, four operations and numbers
-    wrong = positives = unanimous = 0
-    for p in problems:
-        said = [amount(fetch_data.teacher_answer(p, seed, 0.7)) for seed in range(5)]
-        wrong += sum(a != amount(f"The answer is {p.label}.") for a in said)
-        most = max(said.count(a) for a in said)
-        positives, unanimous = positives + most, unanimous + (most == 5)
-        assert amount(fetch_data.teacher_answer(p, None, 0)) == amount(f"The answer is {p.label}.")
-    assert 0.2 < wrong / 3500 < 0.3 and 3.7 < positives / 700 < 4.1 and 0.5 < unanimous / 700 < 0.6, (wrong, positives, unanimous)
-
-
-def command_line(*args: object) -> tuple[int, str]:
-    """Exit code and output of fetch_data.py, in this process."""
-    with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()) as out:
-        return fetch_data.main([str(a) for a in args]), err.getvalue() + out.getvalue()
-
-
-def test_fetch_data_refuses_in_one_line():
-    with data_home() as home:
-        (home / "empty").mkdir()
-        for args, expected in (
-                (["nonsense"], "no task (svamp"), (["t5-small"], "no such file in the mirror"), (["svamp"], "no such file in the mirror"),
-                (["--from-hf", "nowhere"], "nowhere"), (["--from-hf", home / "empty"], "empty"),
-                (["cqa", "--archive", "nowhere.zip"], "nowhere.zip"), (["serve-teacher", "--port", "70000"], "70000"),
-                (["--from-hf", home / "empty", "--name", "../x"], "--name")):
-            code, text = command_line(*args)
-            assert code == 2 and text.startswith("error: ") and text.count("\n") == 1 and expected in text, (args, text)
-        r = subprocess.run([sys.executable, HERE / "fetch_data.py", "nonsense"], capture_output=True, text=True, check=False)
-        assert r.returncode == 2 and r.stderr.startswith("error: nonsense") and r.stderr.count("\n") == 1 and not r.stdout
-        r = subprocess.run([sys.executable, HERE / "fetch_data.py"], capture_output=True, text=True, check=False)
-        assert r.returncode == 0 and "QCRD_MIRROR" in r.stdout and "--from-hf" in r.stdout
-
-
-def test_from_hf_through_the_command_line():
-    vocab = HERE / "weights" / "demo" / "spiece.model"
-    with data_home() as home:
-        torch.manual_seed(0)
-        size = t5.Tokenizer(vocab).size + 100
-        shape = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2}
-        model = t5.T5(t5.Config(vocab_size=size, **shape))
-        model.save_hf(home / "theirs")
-        code, text = command_line("--from-hf", home / "theirs")
-        assert code == 2 and "--vocab" in text and text.count("\n") == 1, text
-        assert command_line("--from-hf", home / "theirs", "--name", "mine", "--vocab", vocab) == (0, f"{home / 'weights' / 'mine'}\n")
-        loaded = t5.T5.load(home / "weights" / "mine").state_dict()
-        assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
-        t5.T5(t5.Config(vocab_size=50, **shape)).save_hf(home / "small")
-        code, text = command_line("--from-hf", home / "small", "--vocab", vocab)
-        assert code == 2 and "50 embeddings" in text and text.count("\n") == 1, text
-        weights = next(p for p in (home / "theirs").iterdir() if p.name != "config.json")
-        for name, content in ((weights.name, weights.read_bytes()[:100]), ("config.json", b"{}"), ("config.json", b"\xff"),
-                              ("config.json", b'{"model_type": "mt5"}')):
-            kept = (home / "theirs" / name).read_bytes()
-            (home / "theirs" / name).write_bytes(content)
-            code, text = command_line("--from-hf", home / "theirs", "--name", "other", "--vocab", vocab)
-            assert code == 2 and text.startswith("error: ") and text.count("\n") == 1, (name, text)
-            assert not (home / "weights" / "other" / "model.pt").exists()
-            (home / "theirs" / name).write_bytes(kept)
-
-
-# ---------------------------------------------------------------- qcrd.py
-
-# -- the algorithm
-
-
-def tiny_student(config: qcrd.Config, seed: int = 0, dropout: float = 0.0, **shape) -> qcrd.Student:
-    """A random T5 of a few thousand parameters over the demo's vocabulary."""
-    torch.manual_seed(seed)
-    vocab = HERE / "weights" / "demo" / "spiece.model"
-    rows = json.loads((vocab.parent / "config.json").read_text())["vocab_size"]
-    sizes = dict(vocab_size=rows, d_model=16, d_kv=4, d_ff=32,
-                 num_layers=2, num_decoder_layers=2, num_heads=2, dropout_rate=dropout)
-    return qcrd.Student(t5.T5(t5.Config(**sizes | shape)), vocab, config, torch.device("cpu"))
-
-
-def toy(student: qcrd.Student) -> tuple[qcrd.Data, dict]:
-    """Five questions: five positives and two negatives, only positives, only negatives, nothing, one and one; negatives of the student."""
-    voted = [qcrd.Voted("1", ["one and one", "two are 2 in all", "5 + 3 = 8 so 8", "take 4 from 9", "a"], ["3 apples", "no idea at all"]),
-             qcrd.Voted("2", ["seven pears", "four times 3 is 12"], []), qcrd.Voted(None, [], ["wrong from the start"]),
-             qcrd.Voted(None, [], []), qcrd.Voted("3", ["10 - 4 = 6"], ["10 + 4 = 14"])]
-    split = qcrd.Split([f"Tom has {i + 2} apples and {3 * i + 1} pears. How many?" for i in range(5)], [f"( {i + 2} + {3 * i + 1} )" for i in range(5)])
-    rows = {0: [qcrd.array("i", student.tokenizer.encode("sampled by the student"))], 3: [qcrd.array("i", [7, 8, 9, 4, 11])]}
-    return qcrd.Data(student, split, voted), rows
-
-
-@contextlib.contextmanager
-def elsewhere():
-    """A temporary working folder that data/ and runs/ go to."""
-    old, home = os.getcwd(), os.environ.get("QCRD_HOME")
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        os.environ["QCRD_HOME"] = folder
-        qcrd.STOP.clear()
-        try:
-            yield Path(folder)
-        finally:
-            os.chdir(old)
-            os.environ.pop("QCRD_HOME") if home is None else os.environ.update(QCRD_HOME=home)
-
-
-def command(*words: object, code: int = 0, stdout: bool = False) -> str:
-    """qcrd.py's command line, in this process -> what it printed (stdout alone where asked). A traceback is always a failure."""
-    argv, out, err = sys.argv[1:], io.StringIO(), io.StringIO()
-    sys.argv[1:] = map(str, words)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            got = qcrd.run_main()
-    except SystemExit as e:                                                      # argparse's own
-        got = e.code
-    finally:
-        sys.argv[1:] = argv
-    text = out.getvalue() + ("" if stdout else err.getvalue())
-    assert got == code, f"exit code {got}, not {code}:\n{text[-3000:]}"
-    return text
-
-
-def kill_at(flags: list, line: str, sign: signal.Signals) -> int:
-    """Start qcrd.py as a process of its own, send it a signal when it prints a line that starts so -> its exit code."""
-    process = subprocess.Popen([sys.executable, HERE / "qcrd.py", *map(str, flags)], stdout=subprocess.PIPE, text=True)
-    for printed in process.stdout:
-        if printed.startswith(line):
-            process.send_signal(sign)
-    return process.wait()
-
-
-def same(a: object, b: object) -> bool:
-    """Equality of what checkpoints hold, to the last bit."""
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
-SHORT = ["--batch", 8, "--iteration-steps", 2, "--discriminator-pretrain", 2, "--discriminator-steps", 1, "--rationale-tokens", 12, "--samples", 3]
-
-
-def test_vote_majority_and_ties():
-    assert qcrd.majority(["8", "7", "8", "8", "3"]) == ("8", [0, 2, 3], [1, 4])
-    assert qcrd.majority(["7", "8", "8", "7"]) == ("7", [0, 3], [1, 2])           # a tie: the lowest slot's answer
-    assert qcrd.majority([None, "8", "7", "7", "8"]) == ("8", [1, 4], [2, 3])     # an unreadable slot has no vote and joins neither set
-    assert qcrd.majority([None, None]) == (None, [], [])
-    keys = [qcrd.answer_key(a, "number") for a in ("( 84 / 2 )", "42", "42.00001", "41", "1/0", "2 * 21")]
-    assert keys[4] is None and qcrd.majority(keys) == (keys[0], [0, 1, 2, 5], [3])    # equal by value, to 1e-4
-
-
-def test_vote_drops_repetitions_after_counting():
-    task = qcrd.Task("svamp", "number", Path(), *[qcrd.Split(["q"], ["( 1 + 1 )"])] * 3, [])
-    texts = ["One and one. The answer is 2.", "One and one. The answer is 2.", "So two. The answer is (1 + 1).", "Three. The answer is 3.",
-             "So two. The answer is 5."]
-    slots = [[(text, "stop") for text in texts]]
-    out = qcrd.vote(task, qcrd.Config(), task.train, slots, "test")[0]
-    assert out == ("2", ["One and one.", "So two."], ["Three."])                  # and a negative that reads like a positive is none
-    alone = qcrd.vote(task, qcrd.Config(vote=False), task.train, [slots[0][3:]], "test")[0]
-    assert alone == ("3", ["Three."], [])                                         # slot 0, right or wrong
-    cut = qcrd.read_slots(task, "q", [("He has 3 and then 4", "length"), ("The answer is 7.", "length"), None])
-    assert [a for _, a in cut] == [None, "7", None]
-
-
-def test_loss_by_hand():
-    """Two questions. A: S_pos 0.9, 0.4 (s 0.8, 0.5), S_neg 2.0, 2.5, 1.0 (s 0.3, 0.1, 0.6). B: S_pos 1.5 (s 1), S_neg 3.2, 0.5 (s 0.2, 0.9)."""
-    losses, score = [0.9, 0.4, 2.0, 2.5, 1.0, 1.5, 3.2, 0.5], [0.8, 0.5, 0.3, 0.1, 0.6, 1.0, 0.2, 0.9]
-    some = [qcrd.Rationale(None, None, positive, place=place, loss=loss) for place, positive, loss in
-            zip([0, 0, 0, 0, 0, 1, 1, 1], [True, True, False, False, False, True, False, False], losses)]
-    by_hand = {  # ℓ_pos s - 0.2 (1 - s⁻) min(ℓ⁻ - 3, 0)
-        ("min", "max"): ([1, 3, 5], 0.5 * 0.4 + 0.2 * 0.9 * 0.5 + 1.5, 1),       # B's negative beyond δ: its term is 0
-        ("min", "min"): ([1, 4, 5, 7], 0.5 * 0.4 + 0.2 * 0.4 * 2.0 + 1.5 + 0.2 * 0.1 * 2.5, 0),
-        ("max", "max"): ([0, 3, 5], 0.8 * 0.9 + 0.2 * 0.9 * 0.5 + 1.5, 1),
-        ("mean", "mean"): ([0, 1, 2, 3, 4, 5, 7], (0.8 * 0.9 + 0.5 * 0.4) / 2 + 0.2 * (0.7 * 1.0 + 0.9 * 0.5 + 0.4 * 2.0) / 3 + 1.5
-                           + 0.2 * 0.1 * 2.5 / 2, 0.5)}
-    for (positive, negative), (rows, expected, left_out) in by_hand.items():
-        config = qcrd.Config(positive=positive, negative=negative)
-        picks = qcrd.pick(some, config, tiny_student(config), None)
-        picked = [some.index(c) for c in picks.rationales]
-        assert (picked, picks.left_out) == (rows, left_out), (positive, negative, picked, picks)
-        chosen = torch.tensor([losses[r] for r in picked], requires_grad=True)
-        s = torch.tensor([score[r] for r in picked], requires_grad=True)
-        cl = qcrd.contrastive_terms(chosen, s, picks.share, picks.positive, config.beta, config.delta).sum()
-        assert abs(cl.item() - expected) < 1e-6, (positive, negative, cl.item(), expected)
-        cl.backward()
-        assert s.grad is None                                                    # weights carry no gradient
-        if (positive, negative) == ("min", "max"):
-            assert torch.allclose(chosen.grad, torch.tensor([0.5, -0.2 * 0.9, 1.0]))
-    clipped = torch.tensor([3.5, 2.9], requires_grad=True)                       # the training pass clamps again
-    terms = qcrd.contrastive_terms(clipped, torch.tensor([0.0, 0.0]), torch.ones(2), torch.tensor([False, False]), 0.2, 3.0)
-    terms.sum().backward()
-    assert torch.allclose(terms, torch.tensor([0.0, 0.02])) and torch.allclose(clipped.grad, torch.tensor([0.0, -0.2]))
-    assert abs(qcrd.total_loss(2.0, 3.0, 4.0, (0.5, 0.5, 0.405)) - 4.12) < 1e-9
-
-
-def test_loss_ties_and_alphas():
-    config = qcrd.Config()
-    some = [qcrd.Rationale(None, None, loss < 2, loss=loss) for loss in (1.0, 1.0, 2.0, 2.0)]
-    assert qcrd.pick(some, config, tiny_student(config), None).rationales == [some[0], some[2]]      # the first on a tie
-    alphas = [qcrd.alphas_of(qcrd.Config(), t) for t in (1, 2, 3)]
-    assert np.allclose(alphas, [(0.5, 0.5, 0.5), (0.5, 0.5, 0.45), (0.5, 0.5, 0.405)])
-    assert qcrd.alphas_of(qcrd.Config(method="finetune"), 3) == (1.0, 0.0, 0.0) and qcrd.alphas_of(qcrd.Config(method="dss"), 3) == (0.5, 0.5, 0.0)
-    temperatures = [qcrd.student_temperature(qcrd.Config(student_temperature="2.0:1.0", iterations=5), t) for t in (1, 3, 5)]
-    assert temperatures == [2.0, 1.5, 1.0]
-
-
-def plain_loss(student: qcrd.Student, d: qcrd.Discriminator | None, data: qcrd.Data, config: qcrd.Config, negatives: dict) -> torch.Tensor:
-    """The whole of α1 L_predict + α2 L_cl as it stands in the paper: a candidate a row, with its own encoding and its own gradient."""
-    def row_loss(prefix: list[int], x: list[int], y: list[int]) -> torch.Tensor:
-        inputs, target = torch.tensor([prefix + list(x)]), torch.tensor([list(y)])
-        logits = student.model(inputs, torch.ones_like(inputs, dtype=torch.bool), torch.cat([torch.zeros(1, 1, dtype=torch.long), target[:, :-1]], 1))
-        return torch.nn.functional.cross_entropy(logits[0], target[0])
-    total = 0.0
-    for q in range(len(data)):
-        x = data.questions[q]
-        total = total + config.alpha_predict * row_loss(student.predict_prefix, x, data.labels[q])
-        for rows, how, positive in ((data.of(q, True), config.positive, True), (data.of(q, False) + negatives.get(q, []), config.negative, False)):
-            if not rows:
-                continue
-            losses = torch.stack([row_loss(student.explain_prefix, x, row) for row in rows])
-            with torch.no_grad():
-                s = torch.cat([torch.sigmoid(d(student, [qcrd.Rationale(x, row)])) for row in rows]) if d else torch.full((len(rows),), float(positive))
-            weights = s if positive else 1 - s
-            values = losses if positive else -config.beta * (losses - config.delta).clamp(max=0)
-            if how == "mean":
-                term = (weights * values).mean()
-            else:
-                k = losses.argmin() if how == "min" else losses.argmax()
-                term = weights[k] * values[k]
-            total = total + config.alpha_cl * term
-    return total / len(data)
-
-
-def test_step_equals_the_plain_mathematics():
-    """Loss, picks and every gradient, all schemes, with and without discriminator, empty sets among the questions, any micro-batch."""
-    for number, (positive, negative) in enumerate((p, n) for p in ("min", "mean", "max") for n in ("max", "mean", "min")):
-        config = qcrd.Config(positive=positive, negative=negative, delta=(6.1, 30.0, 3.0)[number % 3], micro_batch=(1, 2, 0)[number % 3],
-                             rationale_tokens=20)
-        student = tiny_student(config, seed=number)
-        d = qcrd.Discriminator(student, config).eval() if number % 2 else None
-        data, negatives = toy(student)
-        student.tokens = 30                                                       # several groups of targets
-        student.model.zero_grad()
-        expected = plain_loss(student, d, data, config, negatives)
-        expected.backward()
-        plain = {name: p.grad.clone() for name, p in student.model.named_parameters() if p.grad is not None}
-        student.model.zero_grad()
-        batch = list(range(len(data)))
-        some = qcrd.candidates(data, batch, negatives)
-        needed = qcrd.need_losses(some, config)
-        for c, loss in zip(needed, qcrd.candidate_losses(student, needed).tolist()):
-            c.loss = loss
-        picks = qcrd.pick(some, config, student, d)
-        labels, rationales = qcrd.backward(student, data, config, batch, picks, (0.5, 0.5, 0.0), len(batch))
-        cl = qcrd.contrastive_terms(rationales, picks.scores, picks.share, picks.positive, config.beta, config.delta).sum()
-        loss = qcrd.total_loss(labels.sum(), cl, 0.0, (0.5, 0.5, 0.0)) / len(batch)
-        assert abs(loss.item() - expected.item()) < 1e-5 * abs(expected.item()), (positive, negative)
-        for name, p in student.model.named_parameters():
-            if name in plain:
-                assert (p.grad - plain[name]).norm() <= 1e-5 * max(plain[name].norm(), 1e-3), (positive, negative, name)
-
-
-def test_step_under_bf16():
-    """The CUDA path's arithmetic on the CPU: the same step under autocast is finite and near float32's."""
-    out = {}
-    for precision in ("float32", "bf16"):
-        config = qcrd.Config(precision=precision, iterations=1, batch=5, delta=30.0)
-        student = tiny_student(config, seed=3)
-        data, negatives = toy(student)
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = qcrd.Trainer(config, student, Path(folder), None, data, data)
-            stats = trainer.step(list(range(5)), negatives, (0.5, 0.5, 0.5), 0, torch.zeros(0))
-        out[precision] = stats, torch.cat([p.grad.flatten() for p in trainer.params])
-    (a, ga), (b, gb) = out["float32"], out["bf16"]
-    assert torch.isfinite(gb).all() and (ga - gb).norm() < 0.1 * ga.norm()
-    assert torch.allclose(a[:6], b[:6], rtol=0.02, atol=0.02), (a, b)
-
-
-def test_step_under_fp16_skips_what_overflows():
-    """GPUs without bf16 train with a scaler: a step whose scaled gradient overflows changes nothing but the scale; the next that fits is near float32's."""
-    trainers = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for precision in ("float32", "fp16"):
-            config = qcrd.Config(precision=precision, iterations=100, batch=5, delta=30.0)
-            student = tiny_student(config, seed=3)
-            data, negatives = toy(student)
-            trainers[precision] = qcrd.Trainer(config, student, Path(folder), None, data, data)
-        full, half = trainers["float32"], trainers["fp16"]
-        assert half.scaler.is_enabled() and not full.scaler.is_enabled()
-        half.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
-        start = [p.detach().clone() for p in half.params]
-        skipped = 0
-        while all(map(torch.equal, start, half.params)):
-            assert skipped < 40 and half.scaler.get_scale() == 2.0 ** (40 - skipped)
-            half.step(list(range(5)), negatives, (0.5, 0.5, 0.5), 0, torch.zeros(0))
-            skipped += 1
-        assert skipped > 5                                           # 2^40 is far beyond 65,504
-        full.step(list(range(5)), negatives, (0.5, 0.5, 0.5), 0, torch.zeros(0))
-        a, b = (torch.cat([p.grad.flatten() for p in t.params]) for t in (full, half))
-        assert torch.isfinite(b).all() and (a - b).norm() < 0.02 * a.norm(), (a - b).norm() / a.norm()
-
-
-def test_discriminator_learns_a_separable_toy():
-    config = qcrd.Config(batch=16, samples=3)
-    for kind in ("own", "shared"):
-        config.discriminator = kind
-        student = tiny_student(config, seed=1)
-        split = qcrd.Split([f"Ann has {i} pears." for i in range(12)], ["1"] * 12)
-        voted = [qcrd.Voted("1", [f"{i} pears are right"], [f"{i} apples are wrong"]) for i in range(12)]
-        data, d = qcrd.Data(student, split, voted), qcrd.Discriminator(student, config)
-        before = [p.clone() for p in student.model.parameters()]
-        optimizer = torch.optim.AdamW(d.parameters(), lr=1e-2, fused=True)
-        l_d = qcrd.train_discriminator(d, optimizer, student, data, config, 0, list(range(12)), {}, 60, 1e-2)
-        right = qcrd.discriminator_accuracy(d, student, data, config)
-        assert l_d < 0.6 and right["positives"] > 0.9 and right["negatives"] > 0.9, (kind, l_d, right)
-        assert all(torch.equal(a, b) for a, b in zip(before, student.model.parameters()))      # pretraining moves no student
-
-
-def test_discriminator_batches_are_balanced():
-    config = qcrd.Config()
-    student = tiny_student(config)
-    data, negatives = toy(student)
-    rng = np.random.default_rng(0)
-    for questions in ([0, 1, 2, 3, 4], [1]):                                     # the second has no negative: corrupted words make them
-        rows, targets = qcrd.discriminator_batch(data, student, config, rng, questions, negatives, 20)
-        assert len(rows) == 20 and targets.sum() == 10
-    assert qcrd.discriminator_batch(data, student, config, rng, [2, 3], negatives, 20)[0] == []
-    changed = [qcrd.corrupt("one two three four five six seven eight nine ten", ["x"], 0.3, rng) for _ in range(200)]
-    kept = np.mean([sum(w != "x" for w in text.split()) for text in changed])
-    assert 6.5 < kept < 7.5 and all("x" in text or len(text.split()) < 10 for text in changed)
-    flipped = qcrd.Config(discriminator_noise=1.0)
-    assert (qcrd.discriminator_batch(data, student, flipped, rng, [0], {}, 8)[1] == torch.tensor([0.0] * 4 + [1.0] * 4)).all()
-
-
-def test_iteration_samples_snapshot_lag_iterations_back():
-    """Iteration t samples from the weights after t - 5 iterations, no other; none before t = 6; and five snapshots stay."""
-    seen, after, original, write = {}, {}, qcrd.sample_negatives, qcrd.write_pt
-
-    def weights(model: t5.T5) -> str:
-        return hashlib.sha256(b"".join(v.numpy().tobytes() for v in model.state_dict().values())).hexdigest()
-
-    def sample(past, data, config, iteration, questions):
-        seen[iteration] = weights(past.model)
-        return original(past, data, config, iteration, questions)
-
-    def spy(path: Path, values: dict) -> None:
-        if path.parent.name == "snapshots":
-            after[int(path.stem)] = hashlib.sha256(b"".join(v.numpy().tobytes() for v in values.values())).hexdigest()
-        write(path, values)
-    with elsewhere() as folder, contextlib.redirect_stdout(io.StringIO()):
-        config = qcrd.Config(iterations=8, iteration_steps=1, batch=4, discriminator_pretrain=1, discriminator_steps=1, rationale_tokens=10, samples=2,
-                             overfit=6, model=str(HERE / "weights" / "demo"), lr=1e-3)
-        qcrd.sample_negatives, qcrd.write_pt = sample, spy
-        try:
-            run = qcrd.train(config)
-        finally:
-            qcrd.sample_negatives, qcrd.write_pt = original, write
-        assert sorted(seen) == [6, 7, 8] and all(seen[t] == after[t - 5] for t in seen)
-        assert len(set(after.values())) == 8                                     # the snapshots differ, so the test can fail
-        assert sorted(int(p.stem) for p in (folder / run / "snapshots").glob("*.pt")) == [4, 5, 6, 7, 8]
-        lines = [json.loads(line) for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
-        assert [m["negatives"]["source"] for m in lines] == [""] * 5 + ["snapshot 1", "snapshot 2", "snapshot 3"]
-
-
-def test_student_negatives_are_what_was_sampled():
-    config = qcrd.Config(rationale_tokens=6, student_samples=3)
-    student = tiny_student(config)
-    data, _ = toy(student)
-    kept, counts = qcrd.sample_negatives(student, data, config, 6, [4, 0, 4, 1])
-    again, _ = qcrd.sample_negatives(student, data, config, 6, [4, 0, 1])
-    other, _ = qcrd.sample_negatives(student, data, config, 7, [4, 0, 1])
-    assert kept == again != other and counts["sampled"] == 9                      # depends on seed, iteration and questions alone
-    for rows in kept.values():
-        for row in rows:
-            assert 1 <= len(row) <= 6 and 1 not in row[:-1] and max(row) < student.tokenizer.size and (len(row) == 6 or row[-1] == 1)
-    positive = data.of(1, True)[0]
-    student.write = lambda *a: [qcrd.array("i", row) for row in ([1], [], [0, 1], list(positive), [5, 1], [5, 1])]
-    kept, counts = qcrd.sample_negatives(student, data, config, 6, [1, 0])
-    assert kept == {1: [qcrd.array("i", [5, 1])]} and counts["dropped"] == 5      # empty ones, a positive and a repetition went
-
-
-def test_order_visits_every_question():
-    config = qcrd.Config(batch=4)
-    assert sorted(qcrd.visits(config, 10, 3)) == list(range(10)) and qcrd.visits(config, 10, 3) != qcrd.visits(config, 10, 4)
-    config.iteration_steps = 3                                                    # 12 questions an iteration: passes run on across iterations
-    stream = [q for t in range(1, 6) for q in qcrd.visits(config, 10, t)]
-    assert len(stream) == 60 and all(sorted(stream[i:i + 10]) == list(range(10)) for i in range(0, 60, 10))
-
-
-def test_demo_from_end_to_end():
-    with elsewhere() as folder:
-        text = command(*SHORT, "--iterations", 7)
-        for expected in ("teacher: ", "http://127.0.0.1:", "positives and", "paper: 3.87", "majority right", "discriminator: L_D", "iteration 7/7",
-                         "snapshot 2", "test accuracy", "run folder: runs/demo-qcrd-0"):
-            assert expected in text, f"{expected!r} is missing in:\n{text}"
-        run = folder / "runs/demo-qcrd-0"
-        rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
-        assert len(rows) == 1000 and set(rows[0]) == {"input", "gold", "answer", "right", "rationale", "quality"} and 0 <= rows[0]["quality"] <= 1
-        assert not list(run.rglob("*.tmp"))
-        again = command(*SHORT, "--iterations", 1, "--method", "dss")             # the samples are on disk: nobody is asked
-        assert "to ask for" not in again and "run folder: runs/demo-dss-0" in again
-        audit = json.loads(command("--audit", run, 3, "--json", stdout=True))
-        for a in audit:
-            cl = sum(r["share"] * r["weight"] * (r["loss"] if r["set"] == "positive" else -a["beta"] * min(r["loss"] - a["delta"], 0))
-                     for r in a["candidates"] if r["picked"])
-            total = a["alphas"][0] * a["L_predict"] + a["alphas"][1] * cl + a["alphas"][2] * a["L_D"]
-            assert abs(cl - a["L_cl"]) < 1e-6 and abs(total - a["total"]) < 1e-6
-        assert "S_pos: the min counts" in command("--audit", run, 1)
-        answer = json.loads(command("--ask", run, "Mia has 12 pears and gives 5 away.", "--json", stdout=True))
-        assert set(answer) == {"input", "label", "rationale", "quality"}
-        assert "accuracy" in command("--eval", run)
-        command("--export", run, folder / "out")
-        assert {"config.json", "model.safetensors", "README.md"} <= {p.name for p in (folder / "out").iterdir()}
-        command(*SHORT, "--iterations", 1, "--model", run / "student", "--run", "second")     # a run's student is a model again
-
-
-def test_kill_and_resume_ends_in_the_same_weights():
-    with elsewhere() as folder:
-        flags = [*SHORT, "--iterations", 7, "--lr", 1.23456789e-3]               # more digits than a line of metrics shows
-        command(*flags, "--run", "whole")
-        expected = torch.load(folder / "runs/whole/checkpoint.pt", weights_only=True)
-        assert kill_at([*flags, "--run", "killed"], "iteration 6", signal.SIGKILL) == -signal.SIGKILL
-        command("--resume", "runs/killed")
-        assert kill_at([*flags, "--run", "stopped"], "iteration 1", signal.SIGINT) == 130
-        assert "was started with --lr" in command("--resume", "runs/stopped", "--lr", 0.5, code=2)
-        command("--resume", "runs/stopped")
-        for name in ("killed", "stopped"):
-            assert same(torch.load(folder / f"runs/{name}/checkpoint.pt", weights_only=True), expected), name
-            assert len((folder / f"runs/{name}/metrics.jsonl").read_text().splitlines()) == 7
-            assert not list((folder / "runs" / name).rglob("*.tmp"))
-        torn = folder / "runs/killed/checkpoint.pt"
-        torn.write_bytes(torn.read_bytes()[:5000])
-        assert "broken or cut off" in command("--resume", "runs/killed", code=2)
-
-
-def two_ranks(rank_: str, port: str, out: str) -> None:
-    """What each rank of test_two_ranks runs: one step and one sampling, written to `out`."""
-    os.environ.update(RANK=rank_, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    torch.set_num_threads(1)
-    if out:
-        qcrd.dist.init_process_group("gloo", rank=int(rank_), world_size=2)
-    torch.save(one_step(), f"{out}/{rank_}.pt")
-
-
-def one_step() -> dict:
-    config = qcrd.Config(iterations=1, batch=5, delta=30.0, rationale_tokens=8, discriminator_steps=2)
-    student = tiny_student(config, seed=5)
-    data, _ = toy(student)
-    trainer = qcrd.Trainer(config, student, Path("."), None, data, data)
-    negatives, _ = qcrd.sample_negatives(student, data, config, 6, list(range(5)))
-    trainer.update_discriminator(1, list(range(5)), negatives, 2, 0.5)
-    stats = trainer.step(list(range(5)), negatives, (0.5, 0.5, 0.5), 0, torch.zeros(0))
-    return dict(grad=torch.cat([p.grad.flatten() for p in trainer.params]), stats=stats, negatives=[list(r) for q in sorted(negatives) for r in negatives[q]])
-
-
-def test_two_ranks_compute_what_one_does():
-    with tempfile.TemporaryDirectory() as folder:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = str(s.getsockname()[1])
-        ranks = [subprocess.Popen([sys.executable, __file__, "two_ranks", r, port, folder]) for r in "01"]
-        assert [p.wait(timeout=100) for p in ranks] == [0, 0]
-        one, zero, other = one_step(), *(torch.load(f"{folder}/{r}.pt", weights_only=True) for r in "01")
-    assert zero["negatives"] == other["negatives"] == one["negatives"]
-    for many in (zero, other):
-        assert (many["grad"] - one["grad"]).norm() <= 1e-5 * one["grad"].norm()
-        assert torch.allclose(many["stats"], one["stats"], rtol=1e-5)
-
-
-def test_a_loss_that_is_no_number_stops_the_run():
-    config = qcrd.Config(iterations=2, batch=2)
-    student = tiny_student(config)
-    data, _ = toy(student)
-    trainer = qcrd.Trainer(config, student, Path("."), None, data, data)
-    try:
-        trainer.account([1.0, float("nan")] + [0.0] * 9, 4)
-        raise AssertionError("went on")
-    except t5.InputError as e:
-        assert "iteration 2, step 2: l_pos became nan on questions" in str(e), e
-
-
-def test_wrong_use_gets_one_line():
-    with elsewhere() as folder:
-        (folder / "runs" / "taken").mkdir(parents=True)
-        (folder / "empty").mkdir()
-        (folder / "empty" / "config.json").write_text("{}")
-        for words, expected in ((["--task", "nowhere"], "nowhere"), (["--model", "missing"], "no weights"), (["--model", "empty"], "--from-hf"),
-                                (["--run", "taken"], "exists"), (["--resume", "runs/none"], "no run there"), (["--audit", "runs/none", "x"], "number"),
-                                (["--samples", "0"], "--samples 0"), (["--fraction", "2"], "at most 1"), (["--student-temperature", "hot"], "hot"),
-                                (["--teacher", "http://127.0.0.1:9/v1"], "no connection"), (["--teacher", "ftp://x"], "must be palm"),
-                                (["--device", "tpu"], "not a device"), (["--negative-source", "fixed"], "--negative-model"),
-                                (["--unknown-flag"], "unrecognized arguments")):
-            lines = [line for line in command(*words, code=2).splitlines() if "error: " in line]
-            assert len(lines) == 1 and expected in lines[0], (words, lines)
-
-
-def test_overfit_reaches_everything():
-    with elsewhere():
-        text = command("--overfit", 8, "--iterations", 40, "--batch", 8, "--method", "finetune", "--lr", 3e-3)
-        assert "test accuracy 100.0% on 8 questions" in text, text[-600:]
-
-
-def test_export_equals_transformers():
-    try:
-        import transformers
-    except ImportError:
-        raise Skip("transformers is not installed") from None
-    with elsewhere() as folder, contextlib.redirect_stdout(io.StringIO()):
-        for gated in (False, True):
-            config = qcrd.Config(rationale_tokens=12)
-            student = tiny_student(config, seed=2, **({"gated": True, "tied": False, "scaled": False} if gated else {}))
-            run = folder / f"run{gated}"
-            qcrd.save_student(student, None, run / "student")
-            qcrd.write_json(run / "config.json", dict(config=dataclasses.asdict(config), kind="number", answer_tokens=12))
-            qcrd.export(run, folder / f"out{gated}")
-            theirs = transformers.T5ForConditionalGeneration.from_pretrained(folder / f"out{gated}").eval()
-            data, _ = toy(student)
-            unused = list(range(student.tokenizer.size, student.model.config.vocab_size))    # rows without a piece are never written
-            ours = student.write(student.predict_prefix, [data.questions[i] for i in range(5)], 12, 0.0, (), "")
-            for i, row in enumerate(ours):
-                x = torch.tensor([student.predict_prefix + list(data.questions[i])])
-                y = theirs.generate(input_ids=x, attention_mask=torch.ones_like(x), max_new_tokens=12, do_sample=False, use_cache=False,
-                                    suppress_tokens=unused)[0, 1:].tolist()
-                assert list(row) == (y[:y.index(1) + 1] if 1 in y else y), (gated, i)
-
-
-# -- tasks, answers, teacher
-
-CHOICES = "Where do people keep jam?\nAnswer Choices:\n(a) cellar\n(b) train\n(c) kitchen cupboard\n(d) train station\n(e) math problem"
-# kind, what a model says, the answer that a person reads in it (numbers by value; None: no answer can be read)
-ANSWER_FORMS = [
-    ("number", "There are 84 sweets for 2 children. The answer is (84 / 2).", "42"),
-    ("number", "Half of 84 is 42.\nAnswer: 42", "42"),
-    ("number", "So 84 / 2 = 42. Hence the answer is 42.", "42"),
-    ("number", "It is half.\n#### 42", "42"),
-    ("number", "Half of them, thus \\boxed{42}.", "42"),
-    ("number", "We get $84 / 2 = \\boxed{42}$ sweets.", "42"),
-    ("number", "The final answer is: $\\boxed{\\frac{84}{2}}$", "42"),
-    ("number", "Final Answer: The final answer is $42$. I hope it is correct.", "42"),
-    ("number", "**Answer:** 42 sweets", "42"),
-    ("number", "**Answer: 42**", "42"),
-    ("number", "### Solution\nHalve it.\n\n**The answer is 42.**", "42"),
-    ("number", "The answer is **42**.", "42"),
-    ("number", "the answer is $1,234.50.", "1234.5"),
-    ("number", "The answer is 1,234,567 people.", "1234567"),
-    ("number", "The answer is 42 sweets for each child.", "42"),
-    ("number", "The answer is (42 sweets).", "42"),
-    ("number", "The answer is 10 (5 for each of 2).", "10"),
-    ("number", "The answer is: 42", "42"),
-    ("number", "Answer = 42", "42"),
-    ("number", "ANSWER:\n\n42", "42"),
-    ("number", "The correct answer is 84 / 2 = 42 sweets.", "42"),
-    ("number", "So, the answer to the question is 6 * 7.", "42"),
-    ("number", "The answer should be 42.", "42"),
-    ("number", "The answer is 6 × 7.", "42"),
-    ("number", "The answer is 84 ÷ 2.", "42"),
-    ("number", "The answer is 6 x 7.", "42"),
-    ("number", "The answer is \\(6 \\times 7\\).", "42"),
-    ("number", "The answer is 50 − 8.", "42"),
-    ("number", "The answer is -3.", "-3"),
-    ("number", "The answer is +5.", "5"),
-    ("number", "The answer is .5", "0.5"),
-    ("number", "The answer is 0.5.", "0.5"),
-    ("number", "The answer is 25%.", "25"),
-    ("number", "The answer is 007.", "7"),
-    ("number", "The answer is ((52 - 17) + 30)).", "65"),
-    ("number", "The answer is ( ( 52.0 - 17.0 ) + 30.0 ).", "65"),
-    ("number", "My answer is 4. Wait, that forgets two of them. The answer is 6.", "6"),
-    ("number", "The answer is 42. I hope this answer is helpful!", "42"),
-    ("number", "<think>The answer is 7? No, 8.</think>Eight of them. The answer is 8.", "8"),
-    ("number", "<think>The answer is 7? Let me see", None),
-    ("number", "84 shared by 2 children are 42 each.", "42"),
-    ("number", "Therefore each child has 84 / 2 = 42 sweets.", "42"),
-    ("number", "Each child has\n84 / 2", "42"),
-    ("number", "Rationale: Half of 84 is 42. Hence the answer is 42.\n\nQ: Tom has 3 cats. How many?\nA: The answer is 3.", "42"),
-    ("number", "A 3-day trip costs 42.", "42"),
-    ("number", "We need more information. How many were there at first?", None),
-    ("number", "", None),
-    ("number", "The answer is (some - 12).", None),
-    ("number", "The answer is (2 * x).", None),
-    ("number", "The answer is (some pens + 4 pens).", None),
-    ("number", "He had 491 - 216 left. The answer is ((491 - 21", None),
-    ("number", "The answer is 9**9**9.", None),
-    ("number", "The answer is 1 / 0.", None),
-    ("number", "The answer is not known.", None),
-    ("choice", "Jam keeps in a cupboard. So the answer is (c) kitchen cupboard.", "kitchen cupboard"),
-    ("choice", "It asks for a sum. So the answer is (e) math problem.\n\nQ: What is red?\nAnswer Choices:\n(a) blood", "math problem"),
-    ("choice", "So the answer is (c).", "kitchen cupboard"),
-    ("choice", "Answer: c", "kitchen cupboard"),
-    ("choice", "Answer: C) kitchen cupboard", "kitchen cupboard"),
-    ("choice", "The answer is B. The others make no sense.", "train"),
-    ("choice", "The correct answer is option (d).", "train station"),
-    ("choice", "The correct choice. Final answer: **(d) train station**", "train station"),
-    ("choice", "The answer is kitchen cupboard, because jam is food.", "kitchen cupboard"),
-    ("choice", "The answer is a train station.", "train station"),
-    ("choice", "(a) cellar", "cellar"),
-    ("choice", "c. kitchen cupboard", "kitchen cupboard"),
-    ("choice", "Jam belongs into the kitchen cupboard.", "kitchen cupboard"),
-    ("choice", "The answer must be a place for jam. Of the above choices, only the cellar fits. So the answer is (a) cellar.", "cellar"),
-    ("choice", "The answer is \\boxed{\\text{(b)}}", "train"),
-    ("choice", "So the answer is one of these four.", None),
-    ("choice", "So the answer is either (c) or (d).", None),
-    ("choice", "So the answer is (h).", None),
-    ("choice", "It may be the cellar or the kitchen cupboard.", None),
-    ("nli", "Rain is wet. So the answer is entailment.", "entailment"),
-    ("nli", "So the answer is Contradiction.", "contradiction"),
-    ("nli", "Answer: neutral, since nothing is said of the girls.", "neutral"),
-    ("nli", "The answer is \"neutral\".", "neutral"),
-    ("nli", "Nothing is said of it.\n\n**Neutral**", "neutral"),
-    ("nli", "Asleep people repair nothing, so this is a contradiction.", "contradiction"),
-    ("nli", "It is entailment. So the answer is entailment.\n\nPremise: A dog runs.\nHypothesis: It sits.\nAnswer: contradiction", "entailment"),
-    ("nli", "It could be entailment or neutral.", None),
-    ("nli", "I cannot say.", None),
-    ("text", "Two weeks later. The answer is 05/17/2021.", "05/17/2021"),
-    ("text", "The answer is Paris. It is the capital.", "Paris"),
-    ("text", "The answer is Dr. No.", "Dr. No"),
-    ("text", "So the answer is \"green tea\".", "green tea"),
-    ("text", "Answer:\n\n**Monday**", "Monday"),
-    ("text", "It is \\boxed{\\text{Monday}}.", "Monday"),
-    ("text", "It is a Monday, I think.", None),
-]
-QUESTION_OF = {"choice": CHOICES, "nli": "A dog runs.</s>It sits."}
+    right = positives = unanimous = 0
+    for problem in problems:
+        said = [fetch_data.teacher_answer(problem, seed, 0.7) for seed in range(5)]
+        said.append(fetch_data.teacher_answer(problem, None, 0))
+        answers = [read_sample("number", text).answer for text in said]
+        *keys, label = [fetch_data.answer_key("number", answer) for answer in answers]
+        assert fetch_data.is_right("number", label, problem.label) and None not in keys
+        most = Counter(keys).most_common(1)[0][1]
+        right, positives = right + keys.count(label), positives + most
+        unanimous += most == 5
+    shares = [count / len(problems) for count in (right / 5, positives, unanimous)]
+    for share, low, high in zip(shares, (0.7, 3.7, 0.5), (0.8, 4.1, 0.6)):
+        assert low < share < high, shares
+
+
+CHOICES = (
+    "Where do people keep jam?\nAnswer Choices:\n"
+    "(a) cellar\n(b) train\n(c) kitchen cupboard\n(d) train station\n(e) math problem"
+)
+
+
+QUESTION_OF = {"choice": CHOICES, "nli": "A dog runs.</s>It sits.", "number": "How many sweets?"}
+
+
+# kind and answer ("": none), then texts of models, between bars, in which a person reads it.
+FORMS = r"""
+number 42 | <Explanation>: Half of 84 is 42. <Answer>: ( 84 / 2 ) | <Answer>: 84 / 2 = 42
+  | **<Explanation>:** Half of 84.\n**<Answer>:** (84 / 2). | <Answer>: ( 42 sweets ) | #### 42
+  | There are 84 for 2. The answer is (84 / 2). | Half of 84.\nAnswer: 42 | ANSWER:\n\n42
+  | Thus \boxed{42}. | We get $84 / 2 = \boxed{42}$ each. | The answer is \(6 \times 7\).
+  | Final Answer: The final answer is: $\boxed{\frac{84}{2}}$. I hope it helps. | Answer = 42
+  | ### Solution\nHalve it.\n\n**The answer is 42.** | The answer is **42**. | **Answer:** 42 sweets
+  | The answer is 42 sweets for each of 2. | So, the answer to it is 6 * 7. | Answer: 42 (21 each)
+  | The answer is 6 × 7. | The answer is 84 ÷ 2. | The answer is 6 x 7. | The answer is 50 − 8.
+  | The answer is ((12 - 10) + 40)). | My answer is 4. Wait. The answer is 42. | The answer is 042%.
+  | The answer is 42. I hope this answer is helpful! | <think>The answer is 8.</think>It is 42.
+  | 84 shared by 2 are 42 each. | Each child has 84 / 2 = 42 sweets. | Each has\n84 / 2
+  | Half of 84. The answer is 42.\n\nQ: How many?\nA: The answer is 3. | A 3-day trip: 42.
+number -1234.5 | the answer is $-1,234.50. | The answer is -(1234 + .5)
+number | <think>The answer is 7? Let me see | How many were there? | The answer is (some - 12).
+  | The answer is (2 * y). | The answer is (a pen + 4 pens). | The answer is (3 + 4) and (6 - 2).
+  | So 491 - 216. The answer is ((491 - 21 | The answer is 9**9**9. | Answer: 1 / 0. | Answer: no.
+choice kitchen cupboard | <Explanation>: Jam keeps there. <Answer>: (c) kitchen cupboard.
+  | So the answer is (c). | Answer: C) kitchen cupboard | The answer is kitchen cupboard, I think.
+  | c. kitchen cupboard | Jam belongs into the kitchen cupboard. | The answer is \boxed{\text{(c)}}
+choice train station | The correct answer is option (d). | Final answer: **(d) train station**
+  | The answer is a train station. | So the answer is (d).\n\nQ: Red?\nAnswer Choices:\n(a) blood
+choice train | The answer is B. The others make no sense.
+choice | So the answer is one of these. | So the answer is (h). | The cellar or the train.
+nli neutral | <Explanation>: Who knows. <Answer>: neutral | So the answer is Neutral. | A: neutral.
+  | Nothing is said of it.\n\n**Neutral** | Answer: neutral, nothing is said of the girls.
+  | So the answer is neutral.\n\nPremise: A dog.\nHypothesis: It sits.\nAnswer: entailment
+nli | It could be entailment or neutral.
+text Dr. No | The answer is Dr. No. | So the answer is "Dr. No". | It is \boxed{\text{Dr. No}}.
+text 05/17/2021 | Two weeks later. <Answer>: 05/17/2021.
+text | It is a Monday, I think.
+"""
+
+
+def answer_forms():
+    """kind, what a model says, the answer in it or None."""
+    for block in re.split(r"\n(?! )", FORMS.strip()):
+        head, *texts = re.split(r"\s+\|\s", block)
+        kind, _, answer = head.partition(" ")
+        for text in texts:
+            yield kind, text.replace("\\n", "\n"), answer or None
 
 
 def test_answers_as_models_write_them():
-    assert len(ANSWER_FORMS) >= 60
-    for kind, said, wanted in ANSWER_FORMS:
-        options = qcrd.NLI if kind == "nli" else []
-        rationale, answer = qcrd.read_sample(said, QUESTION_OF.get(kind, "How many sweets?"), kind, options)
-        assert qcrd.answer_key(answer, kind) == qcrd.answer_key(wanted, kind) and (wanted is None) == (answer is None), (said, answer, wanted)
-        assert rationale in said
+    for kind, said, wanted in answer_forms():
+        sample = read_sample(kind, said, QUESTION_OF.get(kind, "What?"))
+        found = fetch_data.answer_key(kind, sample.answer)
+        assert found == fetch_data.answer_key(kind, wanted), (said, sample, wanted)
+        assert (wanted is None) == (sample.answer is None), (said, sample)
+    for kind, said, wanted in (  # the length limit cut these
+        ("number", "<Explanation>: There are 84 for 2, so 42", None),
+        ("number", "<Explanation>: Half. <Answer>: ( 84 / 2 ) + 1", None),
+        ("number", "<Explanation>: Half. <Answer>: ( 84 / 2 )\n<Explan", "( 84 / 2 )"),
+        ("nli", "So it is neutral, while", None),
+    ):
+        assert read_sample(kind, said, cut=True).answer == wanted, said
 
 
 def test_rationale_is_cleaned():
-    question = "Tom has 84 sweets for 2 children.\nHow many for each?"
-    for said, wanted in [
-        ("Half of 84 is 42. So the answer is 42.", "Half of 84 is 42."),
-        ("Rationale: Half of 84 is 42. Hence the answer is Answer: 42", "Half of 84 is 42."),
-        ("Q: Tom has 84 sweets for 2 children. How many for each?\nA: Half of 84 is 42. The answer is 42.", "Half of 84 is 42."),
-        ("Tom has 84 sweets for 2 children.\nHow many for each? Half of 84 is 42. The answer is 42.", "Half of 84 is 42."),
-        ("Half of 84 is 42. The answer is 42.\n\nQ: How many legs has a cat?\nA: It has 4. The answer is 4.", "Half of 84 is 42."),
-        ("<think>Hm. The answer is 3?</think>\nHalf of 84 is 42.\n\n**Answer:** 42", "Half of 84 is 42."),
-        ("Half of 84 is 42. This gives \\boxed{42} sweets.", "Half of 84 is 42."),
-        ("Answer: 42. Half of 84 is 42.", "Half of 84 is 42."),                     # the answer first, its reason after it
+    half = "Half of 84 is 42."
+    for said, wanted in (
+        ("<Explanation>: Half of 84 is 42. <Answer>: ( 84 / 2 )", half),
+        ("**<Explanation>**: Half of 84 is 42.\n\n**<Answer>**: 42", half),
+        ("Half of 84 is 42. So the answer is 42.", half),
+        ("Rationale: Half of 84 is 42. Hence the answer is Answer: 42", half),
+        ("Half of 84 is 42. The answer is 42.\n\nQ: How many?\nA: 4.", half),
+        ("<think>The answer is 3?</think>\nHalf of 84 is 42.\n\n**Answer:** 42", half),
+        ("Half of 84 is 42. This gives \\boxed{42} sweets.", half),
+        ("84 ÷ 2 = 42 and 6 × 7 = 42. The answer is 42.", "84 / 2 = 42 and 6 * 7 = 42."),
         ("The answer is 42.", ""),
-        ("Half of 84 \ud83d is 42. The answer is 42.", "Half of 84 ? is 42."),        # half an emoji, where max_tokens cut it
-    ]:
-        rationale, answer = qcrd.read_sample(said, question, "number")
-        assert (rationale, qcrd.answer_key(answer, "number")) == (wanted, "42.0000"), (said, rationale, answer)
+        ("Half of 84 is 42", "Half of 84 is 42"),  # a student's
+        ("Half \ud83d is 42. The answer is 42.", "Half ? is 42."),  # half an emoji, cut
+    ):
+        sample = read_sample("number", said)
+        assert (sample.rationale, fetch_data.value(sample.answer)) == (wanted, 42), (said, sample)
 
 
 def test_no_answer_is_an_exception_or_takes_long():
-    rng, kinds = random.Random(0), ["number", "choice", "nli", "text"]
-    forms = [said for _, said, _ in ANSWER_FORMS]
-    pieces = ["(" * 50, ")" * 50, "{" * 50, "\\boxed{", "answer is ", "the answer ", "so, ", "####", " \n", "-", "**", ",", ".", "=", "\0", "९", "４²", "½", "\ud800",
-              "9" * 40, "\\frac{1}{", "</think>", "<think>", "Q:", "e9", "x", "_" * 9]
-    hostile = [piece * n for piece in [*pieces, "\n\t ", "so the answer", "answer to ", "(1+", "1,", "a. ", "\n(a) ", "The answer is 1\n"] for n in (100, 400_000 // len(piece))]
-    for i in range(3000 + len(hostile)):
-        text = hostile[i - 3000] if i >= 3000 else rng.choice(forms)
-        for _ in range(rng.randrange(4) if i < 3000 else 0):
+    rng, forms = random.Random(0), [said for _, said, _ in answer_forms()]
+    pieces = ["(" * 50, "{" * 50, "\\boxed{", "the answer ", "so, ", "####", " \n", "-", "**", ","]
+    pieces += [".", "=", "\0", "९", "½", "\ud800", "9" * 40, "\\frac{1}{", "</think>", "<think>"]
+    pieces += ["\n\t ", "answer to ", "(1+", "1,", "a. ", "\n(a) ", "The answer is 1\n", "e9", "x"]
+    pieces += ["<Explanation>:", "<Answer>:", "1 a", "1 * "]
+    texts = [piece * n for piece in pieces for n in (100, 400_000 // len(piece))]
+    for _ in range(1500):
+        text = rng.choice(forms)
+        for _ in range(rng.randrange(4)):
             at, end = sorted(rng.randrange(len(text) + 1) for _ in range(2))
-            text = rng.choice([text[:at] + text[end:], text[:end] + text[at:end] * 3 + text[end:], text[end:] + text[at:end] + text[:at],
-                               text[:at] + rng.choice(pieces) + text[at:]])
-        for kind in kinds if i >= 3000 else (kinds[i % 4],):
-            start = time.perf_counter()
-            rationale, answer = qcrd.read_sample(text, QUESTION_OF.get(kind, "How many?"), kind, qcrd.NLI if kind == "nli" else [])
-            assert time.perf_counter() - start < 2, (kind, text[:50])                # a hundred times what it takes
-            assert answer is None or (answer and len(answer) <= 300), (kind, text[:50])
-            assert kind != "number" or answer is None or qcrd.value(answer) is not None
-            rationale.encode()
+            joined = [
+                text[:at] + text[end:],
+                text[end:] + text[:at],
+                text[:at] + rng.choice(pieces),
+            ]
+            text = rng.choice(joined)
+        texts.append(text)
+    for kind, text in ((kind, text) for text in texts for kind in fetch_data.FORMS):
+        start = time.perf_counter()
+        rationale, answer = read_sample(kind, text, QUESTION_OF.get(kind, "What?"))
+        assert time.perf_counter() - start < 2, (kind, text[:50])
+        assert answer is None or 0 < len(answer) <= 300, (kind, text[:50])
+        assert kind != "number" or not answer or fetch_data.value(answer) is not None, text[:50]
+        rationale.encode()
 
 
 def test_value_is_arithmetic_and_nothing_else():
-    for text, wanted in {"( 84.0 / 2.0 )": 42, "-(3 + 4) * 2": -14, "1,234.5": 1234.5, "6 × 7": 42, "84 ÷ 2": 42, "5 − 8": -3, "+5": 5, "--5": 5, ".5": 0.5, "007": 7,
-                         "1 / 3": 1 / 3, "((((1))))": 1, "12,34": None, "1 / 0": None, "9**9": None, "9**9**9": None, "7 // 2": None, "5 % 3": None, "(1)(2)": None,
-                         "()": None, "": None, "1 2": None, "1.2.3": None, "9" * 16: None, "1e5": None, "0x10": None, "x": None, "len('a')": None, "__import__('os')": None,
-                         "４２": None, "1+" * 100 + "1": None, "(" * 150 + "1" + ")" * 40: None, "-" * 199 + "1": -1, "(" * 99 + "1" + ")" * 99: 1,
-                         "1" + "0" * 14 + "* 999999999999999" * 11: None, "3 +": None, "1\n+ 2": None, "True": None, "...": None, "1 + ... + 9": None}.items():
-        got = qcrd.value(text)
-        assert got == wanted or (got is not None and wanted is not None and abs(got - wanted) < 1e-12), (text, got)
-    assert qcrd.is_right("1 / 3", "0.33333", "number") and not qcrd.is_right("0.3332", "1 / 3", "number")
-    assert qcrd.is_right("-0.00001", "0", "number") and not qcrd.is_right("1 / 0", "1 / 0", "number")
-    assert qcrd.is_right("Stand by the  door.", "stand by the door", "choice") and not qcrd.is_right("-5", "5", "text") and not qcrd.is_right("", "", "text")
+    values = {"( 84.0 / 2.0 )": 42, "-(3 + 4) * 2": -14, "1,234.5": 1234.5, "6 × 7": 42, "--5": 5}
+    values |= {"84 ÷ 2": 42, "5 − 8": -3, ".5": 0.5, "007": 7, "1 / 3": 1 / 3, "((((1))))": 1}
+    values |= {"-" * 199 + "1": -1, "(" * 99 + "1" + ")" * 99: 1}
+    for text, wanted in values.items():
+        assert abs(fetch_data.value(text) - wanted) < 1e-12, text
+    none = "12,34|1 / 0|9**9|9**9**9|7 // 2|5 % 3|(1)(2)|()||1 2|1.2.3|1e5|0x10|x|len('a')|3 +"
+    none += "|__import__('os')|４２|1\n+ 2|True|...|1 + ... + 9|" + "9" * 16
+    hard = ["1+" * 100 + "1", "(" * 150 + "1", "1" + "0" * 14 + "* 999999999999999" * 11]
+    for text in none.split("|") + hard:
+        assert fetch_data.value(text) is None, text
+    right = fetch_data.is_right
+    assert right("number", "1 / 3", "0.33333") and not right("number", "0.3332", "1 / 3")
+    assert right("number", "-0.00001", "0") and not right("number", "1 / 0", "1 / 0")
+    assert right("choice", "Stand by the  door.", "stand by the door")
+    assert not right("text", "-5", "5") and not right("text", "", "")
 
 
-def task_folder(folder: Path, **files: list | bytes) -> Path:
-    """A folder task: a list of (input, label) or raw bytes for each split."""
+def task_folder(folder, **files):
+    """A folder task: a list of (input, label), or bytes, for each split."""
     folder.mkdir(exist_ok=True)
     for name, rows in files.items():
-        raw = rows if isinstance(rows, bytes) else "".join(json.dumps({"input": x, "label": y}) + "\n" for x, y in rows).encode()
-        (folder / f"{name}.jsonl").write_bytes(raw)
+        if not isinstance(rows, bytes):
+            rows = "".join(json.dumps({"input": x, "label": y}) + "\n" for x, y in rows).encode()
+        (folder / f"{name}.jsonl").write_bytes(rows)
     return folder
 
 
 def test_broken_data_files_name_line_and_remedy():
     good = b'{"input": "One and one?", "label": "2"}\n'
-    with elsewhere() as home:
-        for raw, words in [(good + b"no JSON\n", ":2: not JSON; each line must be an object"), (b"[" * 5000, ":1: not JSON"),
-                           (b'{"input": "1?"}\n', ':1: no "input" or no "label"'), (good + b"\n[1, 2]\n", ':3: no "input"'), (b'"text"\n', ':1: no "input"'),
-                           (b'{"input": ["1?"], "label": "2"}\n', ':1: "input" and "label" must be text'), (b'{"input": "1?", "label": true}\n', ':1: "input" and'),
-                           (b'{"input": " ", "label": "2"}\n', ':1: "input" and "label" must be text'), (b"", ": holds no question"), (b"\n\n", ": holds no question"),
-                           (good + b'{"input": "caf\xe9", "label": "2"}\n', ":2: not UTF-8; save the file as UTF-8"),
-                           (b'{"input": "half \\ud800", "label": "2"}\n', ":1: not UTF-8"), (good.decode().encode("utf-16"), ":1: not UTF-8"),
-                           (b'{"input": "1?", "label": "two"}\n', ":1: label 'two' is neither a number nor an equation; --answer text")]:
+    misshapen = (b"no JSON", b"[" * 5000, b'{"input": "1?"}', b"[1, 2]", b'"text"')
+    misshapen += (b'{"input": ["1?"], "label": "2"}', b'{"input": "1?", "label": true}')
+    with data_home() as home:
+        for raw, words in (
+            *((good + raw, ':2: not like {"input": "text"') for raw in misshapen),
+            (b'{"input": " ", "label": "2"}\n', ":1: an empty input or label"),
+            (b"\n\n", ": holds no question"),
+            (good + b'{"input": "\xe9", "label": "2"}\n', ":2: not UTF-8; save the file as UTF-8"),
+            (b'{"input": "half \\ud800", "label": "2"}\n', ":1: not UTF-8"),
+            (good.decode().encode("utf-16"), ":1: not UTF-8"),
+            (b'{"input": "1?", "label": "two"}\n', ":1: label 'two' is no number and no equation"),
+        ):
             folder = task_folder(home / "mine", train=good * 3, test=raw)
-            printed = command("--task", folder, "--answer", "number", "--show-prompt", code=2)
-            last = printed.strip().splitlines()[-1]
-            assert last.startswith(f"error: {folder / 'test.jsonl'}{words}"), (raw, printed)
-        (home / "mine" / "test.jsonl").unlink()
-        assert "test.jsonl: No such file or directory; a task is a folder with" in command("--task", home / "mine", code=2)
-        assert "neither one of demo, svamp" in command("--task", home / "absent", code=2)
-        try:
-            qcrd.read_split(task_folder(home / "nli", test=[("It rains.</s>It is wet.", "maybe")]) / "test.jsonl", "nli")
-            raise AssertionError("a label outside the three was accepted")
-        except t5.InputError as e:
-            assert ":1: label 'maybe' must be one of entailment, neutral, contradiction" in str(e)
-        rows = [(f"{i} + {i}?", str(2 * i)) for i in range(20)]
-        folder = task_folder(home / "notes", train=b"\xef\xbb\xbf" + good * 2 + task_folder(home / "x", y=rows).joinpath("y.jsonl").read_bytes(), test=rows[:3])
-        printed = command("--task", folder, "--show-prompt")
-        assert "note: " in printed and "train.jsonl: 1 questions stand there twice" in printed
-        assert "no valid.jsonl; the last 2 training questions are held out" in printed and "warning: 3 training questions" in printed
-        task = qcrd.load_task(qcrd.Config(task=str(folder), fraction=0.5))
-        assert (len(task.train.inputs), len(task.valid.inputs), len(task.test.inputs)) == (10, 2, 3)
-        assert task_folder(home / "one", train=rows[:1], test=rows) and "too few to hold any out" in command("--task", home / "one", code=2)
+            text = refused(fetch_data.load_task, str(folder), "number")
+            assert text.startswith(f"{folder / 'test.jsonl'}{words}"), (raw, text)
+        nli = task_folder(home / "nli", train=good, test=[("It rains.</s>It is wet.", "maybe")])
+        text = refused(fetch_data.read_split, nli / "test.jsonl", "nli")
+        assert ":1: label 'maybe' must be one of entailment, neutral, contradiction" in text
+        assert "too short to hold out" in refused(fetch_data.load_task, str(nli))
+        (nli / "test.jsonl").unlink()
+        text = refused(fetch_data.load_task, str(nli))
+        assert "test.jsonl: no such file; a task needs" in text
+        assert "neither a folder" in refused(fetch_data.load_task, str(home / "absent"))
+
+
+def test_a_folder_is_a_task():
+    rows = [(f"{i} + {i}?", str(2 * i % 4)) for i in range(20)]
+    number = b'\xef\xbb\xbf{"input": "0?", "label": 0}\n'
+    with data_home() as home, contextlib.redirect_stderr(io.StringIO()) as printed:
+        folder = task_folder(home / "mine", train=rows, test=rows[:3], number=number)
+        task = fetch_data.load_task(str(folder), "number")
+        assert task.folder == home / "data" / "mine" and task.options == ()
+        assert [len(x) for x in (task.train, task.valid, task.test)] == [18, 2, 3]
+        assert "the last 2 training questions" in printed.getvalue()
+        assert "warning: 3 training questions" in printed.getvalue()
+        assert fetch_data.load_task(str(folder)).options == ("0", "2")  # as text: two labels
+        assert fetch_data.read_split(folder / "number.jsonl", "number") == [("0?", "0")]
 
 
 def test_prompts_end_in_a_form_that_the_parser_knows():
-    for name, kind in qcrd.KINDS.items():
-        task = qcrd.Task(name, kind, Path(), *[qcrd.Split([], [])] * 3, qcrd.NLI if kind == "nli" else [])
-        prompt = qcrd.prompt_for(task, QUESTION_OF.get(kind, "How many?"))[0]["content"]
-        shots = prompt.split("\n\nQ: ")[1:-1]
-        assert len(shots) >= 2 and prompt.endswith("\nA:") and prompt.count(QUESTION_OF.get(kind, "How many?").split("</s>")[-1]) == 1
-        for shot in shots:
-            question, _, said = shot.partition("\nA: ")
-            rationale, answer = qcrd.read_sample(said, question, kind, task.options)
-            assert rationale and qcrd.answer_key(answer, kind), shot
-    few = qcrd.Task("mine", "text", Path(), *[qcrd.Split([], [])] * 3, ["good", "bad"])
-    assert "one of: good, bad." in qcrd.prompt_for(few, "How was it?")[0]["content"]
-    assert qcrd.prompt_for(few, "How was it?", "My own prompt.\n")[0]["content"] == "My own prompt.\n\nQ: How was it?\nA:"
+    for kind, question in (QUESTION_OF | {"text": "How was it?"}).items():
+        system, user = fetch_data.messages(empty_task(kind), question)
+        assert (system["role"], user["role"]) == ("system", "user")
+        assert "</s>" not in user["content"] and question[:5] in user["content"]
+        sample = read_sample(kind, system["content"].splitlines()[-1], question)
+        assert sample.rationale == "your explanation", sample
+        assert fetch_data.answer_key(kind, sample.answer), sample
+    few = empty_task("text", options=("good", "bad"))
+    assert "one of: good, bad." in fetch_data.messages(few, "How was it?")[0]["content"]
+    own = fetch_data.messages(few, "How was it?", "My own prompt.\n")
+    assert [message["content"] for message in own] == ["My own prompt.", "How was it?"]
 
 
-def results_module(name: str):
-    sys.path.insert(0, str(HERE / "results"))
-    return importlib.import_module(name)
+def test_fetch_data_refuses_in_one_line():
+    def command_line(*args):
+        out = io.StringIO()
+        with contextlib.redirect_stderr(out), contextlib.redirect_stdout(out):
+            return fetch_data.main([*args]), out.getvalue()
+
+    with data_home():
+        for args, expected in (
+            (["nonsense"], "not one of demo, svamp"),
+            (["t5-small"], "no such file in the mirror"),
+            (["svamp"], "no such file in the mirror"),
+            (["cqa", "--archive", "nowhere.zip"], "nowhere.zip"),
+            (["serve-teacher", "--port", "70000"], "70000"),
+        ):
+            code, text = command_line(*args)
+            assert code == 2 and text.startswith("error: ") and text.count("\n") == 1, text
+            assert expected in text, (args, text)
+        with patch("fetch_data.ensure", side_effect=KeyboardInterrupt):
+            assert command_line("svamp")[0] == 130
+        code, text = command_line()
+        assert code == 0 and "QCRD_MIRROR" in text and "--archive" in text
+        script = [sys.executable, str(HERE / "fetch_data.py"), "nonsense"]
+        result = subprocess.run(script, capture_output=True, text=True, check=False)
+        assert result.returncode == 2 and result.stderr.startswith("error: nonsense")
+        assert result.stderr.count("\n") == 1 and not result.stdout
 
 
-def test_problems_of_the_svamp_student_hold_what_they_say():
-    """results/svamp_student.py: each story's questions can be asked; label, text and explanation agree on numbers and result."""
-    student, rng = results_module("svamp_student"), random.Random(0)
-    assert student.work_out("( w - x ) * y", dict(w=9, x=4, y=3)) == ([(9, "-", 4, 5), (5, "*", 3, 15)], 15)
-    assert student.work_out("w / x", dict(w=9, x=4)) is None and student.work_out("w - x", dict(w=4, x=9)) is None
-    for i in range(3000):
-        story, questions = student.STORIES[i % len(student.STORIES)]
-        with unittest.mock.patch.object(student, "STORIES", [(story, [questions[i // len(student.STORIES) % len(questions)]])]):
-            text, label, said = student.problem(rng, ["novel", "words"] if i % 2 else ())
-        body, asked = text.split("\n")
-        result = qcrd.value(label)
-        assert asked.endswith("?") and "{" not in text + label + said and result == int(result) > 0
-        assert all(re.search(rf"(?<!\d){n}(?!\d)", text) for n in re.findall(r"(\d+)\.0", label)), (text, label)
-        assert re.search(rf"(?<!\d){int(result)}(?!\d)", said.rstrip(".").rpartition(". ")[2]), (said, label)
+# ----------------------------------------------------------------------------------------- qcrd.py
 
 
-def test_tables_of_results_are_cells_that_can_be_run():
-    """results/run.py: every cell's flags are ones that qcrd.py knows, no two different cells share a folder, and p is exact."""
-    run, folders = results_module("run"), {}
-    for table in run.TABLES:
-        for _, flags, seed in run.cells(table):
-            qcrd.parser().parse_args(flags.split())
-            assert folders.setdefault(run.keep(flags, seed), (flags, seed)) == (flags, seed)
-        assert run.TABLES[table][2] in run.TABLES[table][3]
-    assert run.p_value([1.0, 2.0, 0.5]) == 0.25 and run.p_value([1.0, -1.0]) == 1.0 and run.p_value([2.0, 1.0, -1.0]) == 0.75
+HERE = Path(qcrd.__file__).resolve().parent
 
 
-def test_results_are_run_once_resumed_and_kept():
-    """results/run.py: a cell runs once; one that another process holds is left to it; a stopped one is resumed; other flags' leftovers go."""
-    run = results_module("run")
-    flags = "--method finetune --overfit 4 --iterations 1 --iteration-steps 1 --rationale-tokens 12"
-    with elsewhere() as home, unittest.mock.patch.object(run, "HERE", home), unittest.mock.patch.dict(run.TABLES, tiny=("", 1, "a", {"a": flags})):
-        folder, target, printed = home / "runs" / f"results-{run.keep(flags, 0).name}", run.keep(flags, 0), io.StringIO()
-        folder.mkdir(parents=True)
-        (folder / "config.json").write_text("{}")                  # of a command that nobody knows: it goes
-        with contextlib.redirect_stdout(printed):
-            with open(f"{folder}.lock", "a+") as held:
-                fcntl.flock(held, fcntl.LOCK_EX)
-                run.run("tiny", 1, [])
-            assert "left to another process" in printed.getvalue() and not target.exists()
-            run.run("tiny", 1, [])
-            kept = run.read_result(flags, 0)
-            assert kept["command"] == f"qcrd.py {flags} --seed 0" and kept["cpu_minutes"] > 0 and not (folder / "checkpoint.pt").exists()
-            with unittest.mock.patch.object(run.subprocess, "Popen", side_effect=AssertionError("was run again")):
-                run.run("tiny", 1, [])                             # kept: skipped
-                shutil.rmtree(target)
-                run.run("tiny", 1, [])                             # its run is finished: collected
-                assert run.read_result(flags, 0) == kept
-                shutil.rmtree(target)
-                (folder / "result.json").unlink()
-                with unittest.mock.patch.object(run.subprocess, "Popen") as popen:
-                    popen.return_value.wait.return_value = 3
-                    try:
-                        run.run("tiny", 1, [])                     # stopped before its end: resumed
-                        raise AssertionError("a failed child was passed over")
-                    except SystemExit as e:
-                        assert e.code == 3 and popen.call_args[0][0][2:] == ["--resume", str(folder.relative_to(home))]
-            run.show("tiny", 1)
-            assert printed.getvalue().endswith("tiny: not run yet\n")
+NUMBERS = fetch_data.Task("sums", "number", Path("data/sums"), [], [], [], ())
 
 
-def test_judge_is_blind_to_the_order():
-    """results/judge.py: one preferred in both orders wins; a judge that always says 1 contradicts itself; no verdict is counted apart."""
-    judge = results_module("judge")
-
-    def answer(body: dict, number: int) -> dict:
-        text = body["messages"][0]["content"].split("Right answer:")[1]
-        first = text.index("good") < text.index("bad")
-        if "Q1" in body["messages"][0]["content"]:
-            first = True                                           # whatever stands first
-        return said("no idea" if "Q2" in body["messages"][0]["content"] else f"It is clearer. The answer is {1 if first else 2}.")
-
-    with elsewhere() as home, stub_teacher(answer) as (url, asked):
-        for name, word in (("a", "good"), ("b", "bad")):
-            (home / name).mkdir()
-            rows = [dict(input=f"Q{i}", gold="5", rationale=f"{word} reason {i}") for i in range(6)]
-            (home / name / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        config = qcrd.Config(task="judge", method="dss", samples=1, teacher_temperature=0.0, teacher=url)
-        with contextlib.redirect_stdout(io.StringIO()):
-            verdicts, questions = judge.judge([home / "a", home / "b"], 5, config)
-            assert verdicts == [["0", "0"], ["0", "1"], [None, None], ["0", "0"], ["0", "0"]] and questions == [f"Q{i}" for i in range(5)]
-            assert len(asked) == 10 and judge.judge([home / "b", home / "a"], 5, config)[0][0] == ["1", "1"]
-            assert len(asked) == 10                                # the other way round is the same ten questions: nothing is asked twice
-        try:
-            judge.read_predictions(home / "none")
-            raise AssertionError
-        except t5.InputError as e:
-            assert "predictions.jsonl" in str(e)
+def tiny_folder(folder: Path, seed: int = 0, dropout: float = 0.0) -> Path:
+    """A random T5 of 30,000 parameters over the demo's vocabulary, as a folder for --model."""
+    torch.manual_seed(seed)
+    demo = HERE / "weights" / "demo"
+    shape = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_heads": 2, "dropout_rate": dropout}
+    shape |= {"num_layers": 2, "num_decoder_layers": 2}
+    rows = json.loads((demo / "config.json").read_text())["vocab_size"]
+    t5.T5(t5.T5Config(vocab_size=rows, **shape)).save(folder, vocab=demo / "spiece.model")
+    return folder
 
 
-def test_ctrl_c_ends_long_work_at_once_and_training_after_saving():
-    """Sampling, validation and the discriminator's steps stop after the item under way; the steps of training go on to where they save."""
-    for stops, expected in ((True, [0, 1]), (False, [0, 1, 2, 3])):
-        seen, stopped = [], False
-        try:
-            for i in qcrd.shown("work", range(4), stops):
-                seen.append(i)
-                if i == 1:
-                    qcrd.STOP.set()
-        except qcrd.Stopped:
-            stopped = True
-        qcrd.STOP.clear()
-        assert (seen, stopped) == (expected, stops), (seen, stopped)
-
-
-def test_t5_second_backward_and_wrong_shapes():
-    """A graph can be run backward twice, padding included; a second derivative is refused, not wrong; shapes and empty rows are refused."""
-    model = small_t5()
-    ids, targets = torch.tensor([[5, 6, 1], [7, 1, 0]]), torch.tensor([[8, 9, 1], [9, 1, 0]])
-    loss = model.loss(ids, ids != 0, targets, targets != 0).sum()
-    weight = model.encoder.layers[0].attention.qkv.weight
-    first, second = (torch.autograd.grad(loss, weight, retain_graph=True)[0] for _ in range(2))
-    assert torch.equal(first, second) and first.abs().max() > 0
-    (again,) = torch.autograd.grad(loss, weight, create_graph=True)
-    try:
-        again.sum().backward()
-        raise AssertionError("a second derivative")
-    except RuntimeError as e:
-        assert "once_differentiable" in str(e)
-    empty = torch.tensor([[True, True, True], [False, False, False]])
-    for arguments in ((ids, empty, targets, targets != 0), (ids[:, :2], ids != 0, targets, targets != 0), (ids, ids != 0, targets[:1], targets[:1] != 0),
-                      (ids, ids != 0, targets, targets[:, :2] != 0)):
-        try:
-            model.loss(*arguments)
-            raise AssertionError(arguments)
-        except t5.InputError:
-            pass
-    model.encoder.layers[0].attention.qkv.forward = own = lambda x: x @ weight.T
-    model.generate(ids, ids != 0, 3)
-    assert vars(model.encoder.layers[0].attention.qkv)["forward"] is own
-    assert sum("forward" in vars(module) for module in model.modules()) == 1
-
-
-def said(*texts: object, finish: str = "stop") -> dict:
-    """The body of a good answer."""
-    return {"choices": [{"message": {"content": text}, "finish_reason": finish} for text in texts], "usage": {"prompt_tokens": 10, "completion_tokens": 5}}
+def tiny_config(**changes) -> qcrd.Config:
+    small = {"model": "demo", "device": "cpu", "batch": 5, "rationale_tokens": 20}
+    return qcrd.resolve(qcrd.Config(**small | changes))
 
 
 @contextlib.contextmanager
-def stub_teacher(answer):
-    """A server whose POSTs are answered by answer(body, number of this request) -> body as JSON or bytes, or (status, body, headers), or None: hang up.
+def toy_run(seed: int = 0, **changes):
+    """Questions with 5, 2, 0, 0, 1 positives and 3, 0, 1, 1, 1 negatives, two of the student's."""
+    first = ["one and one", "two are 2 in all", "5 + 3 = 8 so 8", "take 4 from 9", "a"]
+    sets = [(first, ["3 apples", "no"]), (["seven pears", "4 times 3 is 12"], []), ([], ["wrong"])]
+    sets += [([], []), (["10 - 4 = 6"], ["10 + 4 = 14"])]
+    with tempfile.TemporaryDirectory() as folder:
+        model = tiny_folder(Path(folder, "tiny"), seed)
+        student = qcrd.Student(model, tiny_config(model=str(model), **changes))
+        run = qcrd.Run(student.config, NUMBERS, student, Path(folder))
+        for i, both in enumerate(sets):
+            example = Example(f"Tom has {i + 2} apples and {3 * i} pears. All?", f"{i + 2} + {i}")
+            run.train.append(student.question(example, *both))
+        run.train[0].from_past.append(array("i", student.tokenizer.encode("the student's own")))
+        run.train[3].from_past.append(array("i", [7, 8, 9, 4, 11]))
+        run.valid = run.judged = run.train
+        yield run
 
-    Yields its URL and the list of what it was sent, (headers, body)."""
-    asked, lock = [], threading.Lock()
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+def outcome(call, *args, **kwargs) -> str:
+    """What the call prints, and "error: " with the one line of its InputError."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        try:
+            call(*args, **kwargs)
+        except t5.InputError as error:
+            assert "\n" not in str(error), error
+            print(f"error: {error}")
+    return printed.getvalue()
 
-        def log_message(self, *args: object) -> None:
-            pass
 
-        def do_GET(self) -> None:
-            self.send({"data": [{"id": "stub/model"}]})
+def fingerprint(model: torch.nn.Module) -> float:
+    return sum(p.double().abs().sum().item() for p in model.parameters())
 
-        def do_POST(self) -> None:
+
+def lines_in(path: Path | str) -> list[dict]:
+    return [json.loads(line) for line in Path(path).open(encoding="utf-8")]
+
+
+def test_eq_2_and_its_gradient():
+    """The gradient by an s is exp(s) over its set's sum over two questions: -2 / 3.5 / 2 = -2/7."""
+    powers = [
+        [2, 1.5],
+        [2.5, 2.5, 2],
+        [1, 2, 2.5],
+        [1, 1.5],
+    ]  # exp(s): positives of A, B; negatives
+    scores = [torch.tensor(row).log().requires_grad_() for row in powers]
+    L_D = qcrd.discriminator_loss(scores[:2], scores[2:])
+    assert abs(L_D.item() - (math.log(5.5 / 3.5) + math.log(2.5 / 7)) / 2) < 1e-6
+    L_D.backward()
+    expected = [[-2 / 7, -3 / 14], [-5 / 28, -5 / 28, -1 / 7], [1 / 11, 2 / 11, 5 / 22], [0.2, 0.3]]
+    assert all(torch.allclose(s.grad, torch.tensor(row)) for s, row in zip(scores, expected))
+
+
+def test_eq_3_to_8_by_hand():
+    """Two questions, β 0.2, δ 3. A: two positives, three negatives. B: one and two. A negative adds
+    0.2 (1 - s) (3 - ℓ), and 0 from ℓ = 3 on."""
+    losses = [0.9, 0.4, 2.0, 2.5, 1.0, 1.5, 3.2, 0.5]
+    s = torch.tensor([0.8, 0.5, 0.3, 0.1, 0.6, 1.0, 0.2, 0.9], requires_grad=True)
+    positive = torch.tensor([True, True, False, False, False, True, False, False])
+    by_hand = {  # picked, A + B
+        "minmax": ([1, 3, 5, 6], (0.5 * 0.4 + 0.2 * 0.9 * 0.5) + (1.5 + 0)),
+        "maxmin": ([0, 4, 5, 7], (0.8 * 0.9 + 0.2 * 0.4 * 2.0) + (1.5 + 0.2 * 0.1 * 2.5)),
+        "minmin": ([1, 4, 5, 7], (0.5 * 0.4 + 0.2 * 0.4 * 2.0) + (1.5 + 0.2 * 0.1 * 2.5)),
+        "mean": ([*range(8)], 1.3 / 2 + 0.2 * (1 + 0.5 + 2) / 3 + 1.5 + 0.2 * (0 + 2.5) / 2),
+        "wmean": (
+            [*range(8)],
+            0.92 / 2 + 0.2 * (0.7 + 0.45 + 0.8) / 3 + 1.5 + 0.2 * (0 + 0.25) / 2,
+        ),
+    }
+    questions = [qcrd.Question(Example(text, "1"), *[array("i")] * 2, [], []) for text in "AB"]
+    for scheme, (picked, expected) in by_hand.items():
+        config, values = tiny_config(scheme=scheme), torch.tensor(losses, requires_grad=True)
+        rows = zip([0] * 5 + [1] * 3, positive.tolist(), losses)
+        candidates = [qcrd.Candidate(i, array("i"), p, "teacher", loss) for i, p, loss in rows]
+        qcrd.pick(candidates, questions, config, 1)
+        share = torch.tensor([c.share for c in candidates])
+        assert share.nonzero()[:, 0].tolist() == picked, (scheme, share)
+        weights = qcrd.weights_of(s, positive, config)
+        assert not weights.requires_grad  # the discriminator learns nothing from L_cl
+        L_cl = qcrd.contrastive_terms(values, weights, positive, share, config).sum()
+        assert abs(L_cl.item() - expected) < 1e-6, (scheme, L_cl.item(), expected)
+        L_cl.backward()
+        if scheme == "minmax":  # s of r⁺, -β (1 - s) of r⁻, nothing for B's, which is beyond δ
+            assert torch.allclose(values.grad, torch.tensor([0, 0.5, 0, -0.18, 0, 1, 0, 0]))
+    for scheme, places in {"minmax": (1, 2), "maxmin": (2, 1), "minmin": (1, 1)}.items():
+        ties = [qcrd.chosen([2, 1, 3, 1, 3], positive, scheme, None) for positive in (True, False)]
+        assert ties == [[place] for place in places], scheme  # the first of equals
+    drawn = {tuple(qcrd.chosen(losses[:3], True, "sampling", random.Random(i))) for i in range(50)}
+    assert drawn == {(0,), (1,), (2,)}
+    assert qcrd.weights_of(s, positive, tiny_config(discriminator=False)).tolist() == [1] * 8
+    alphas = [qcrd.alphas_of(tiny_config(), t) for t in (1, 2, 3)]
+    assert np.allclose(alphas, [(0.5, 0.5, 0.5), (0.5, 0.5, 0.45), (0.5, 0.5, 0.405)])
+    assert abs(qcrd.total_loss(alphas[2], 2.0, 3.0, 4.0) - (1 + 1.5 + 1.62)) < 1e-9
+
+
+def plain_row(run: qcrd.Run, prefix: list[int], q: qcrd.Question, target: array) -> torch.Tensor:
+    """ℓ of one target, with an encoding of its own."""
+    ids, target = torch.tensor([[*prefix, *q.x]]), torch.tensor([[*target]])
+    return run.student.model.loss(ids, ids >= 0, target, target >= 0)[0]
+
+
+def plain_loss(run: qcrd.Run, drawn: dict[int, float]) -> torch.Tensor:
+    """α1 L_pred + α2 L_cl, a rationale at a time. drawn: shares by id, for --scheme sampling."""
+    config, total = run.config, 0.0
+    alpha_pred, alpha_cl = (1, 0) if config.method == "finetune" else (0.5, 0.5)
+    for q in run.train:
+        total = total + alpha_pred * plain_row(run, run.student.predict, q, q.label)
+        for members, positive in ((q.S_pos, True), (q.S_neg + q.from_past, False)):
+            if not members or config.negative_source == "none" and not positive:
+                continue
+            losses = torch.stack([plain_row(run, run.student.explain, q, r) for r in members])
+            terms = losses if positive else -config.beta * (losses - config.delta).clamp(max=0)
+            if run.discriminator and config.scheme != "mean":
+                s = torch.cat([run.discriminator.eval()([(q.x, r)]) for r in members]).detach()
+                terms = terms * (s if positive else 1 - s)
+            low, high, shares = losses.argmin(), losses.argmax(), [drawn[id(r)] for r in members]
+            best = {"minmax": (low, high), "maxmin": (high, low), "minmin": (low, low)}
+            place = best.get(config.scheme, (shares.index(max(shares)),) * 2)[not positive]
+            total = total + alpha_cl * (terms.mean() if "mean" in config.scheme else terms[place])
+    return total
+
+
+def gradients(model: torch.nn.Module) -> torch.Tensor:
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    return torch.cat([grad.flatten() for grad in grads])
+
+
+def test_step_equals_the_plain_mathematics():
+    """Value and every gradient, for empty sets and negatives on both sides of δ, whatever the
+    micro-batch. The discriminator gets no gradient. A negative beyond δ is not run again."""
+    cases = [{"scheme": x, "discriminator": y} for x in qcrd.SCHEMES for y in (True, False)]
+    cases += [{"method": "dss"}, {"method": "finetune"}, {"negative_source": "none"}]
+    left_out, loss_of = 0, qcrd.Student.loss
+    for number, case in enumerate(cases):
+        with toy_run(number, **case) as run:
+            config, model = run.config, run.student.model
+            for q in run.train if config.method == "dss" else ():
+                del q.S_pos[1:]  # slot 0's rationale, with weight 1
+            candidates = qcrd.candidates_of(run.train, config)
+            qcrd.measure(run.student, run.train, candidates)
+            config.delta = sum(sorted(c.loss for c in candidates if not c.positive)[2:4]) / 2
+            qcrd.pick(candidates, run.train, config, run.step)
+            expected = plain_loss(run, {id(c.r): c.share for c in candidates}) / 7
+            expected.backward()
+            plain = gradients(model)
+            model.zero_grad()
+            with patch.object(qcrd.Student, "loss", autospec=True, side_effect=loss_of) as spy:
+                loss = qcrd.step_loss(run, run.train, 7, 1)
+            assert abs(loss.item() - expected.item()) < 1e-5 * abs(expected.item()), case
+            loss.backward()
+            assert (gradients(model) - plain).norm() < 1e-5 * plain.norm(), case
+            again = [c for c in candidates if c.share and (c.positive or c.loss < config.delta)]
+            last = spy.call_args.args[3] if config.method != "finetune" else [c.r for c in again]
+            assert [id(r) for r in last] == [id(c.r) for c in again]
+            left_out += sum(c.share > 0 for c in candidates) - len(again)
+            config.micro_batch = number % 5  # train_step divides by the batch, here 5
+            with patch.object(qcrd, "descend"):
+                qcrd.train_step(run, run.train, 1, 10)
+            assert (gradients(model) * 5 / 7 - plain).norm() < 1e-5 * plain.norm(), case
+            assert not run.discriminator or gradients(run.discriminator).norm() == 0
+    assert left_out > 5
+
+
+def test_step_in_half_precision():
+    """fp16's scale halves until the gradient fits into 65,504; until then no weight moves."""
+    results = []
+    for precision in ("float32", "bfloat16"):
+        with toy_run(precision=precision, delta=30.0) as run:
+            loss = qcrd.step_loss(run, run.train, 5, 1)
+            loss.backward()
+            results += [loss.item(), gradients(run.student.model)]
+    a, full, b, half = results
+    assert a != b and abs(a - b) < 0.02 * a and (full - half).norm() < 0.1 * full.norm()
+    with toy_run(precision="float16", delta=30.0) as run:
+        assert run.scaler.is_enabled()
+        run.scaler, skipped = torch.amp.GradScaler("cpu", init_scale=2.0**40), -1
+        start = fingerprint(run.student.model)
+        while fingerprint(run.student.model) == start:
+            skipped += 1
+            assert skipped < 40 and run.scaler.get_scale() == 2.0 ** (40 - skipped)
+            qcrd.train_step(run, run.train, 1, 100)
+        assert skipped > 5 and gradients(run.student.model).norm() < 1.001  # unscaled and clipped
+
+
+VOTES = [("One and one.", "2"), ("One and one.", "( 1 + 1 )"), ("So two.", "2.00001")]
+
+
+VOTES += [("Three.", "3"), ("So two.", "5")]
+
+
+VOTES = [f"<Explanation>: {rationale} <Answer>: {answer}" for rationale, answer in VOTES]
+
+
+def voted(*texts: str | None, finish: str = "stop", **changes) -> tuple[qcrd.Vote, tuple]:
+    slots = [text if text is None else (text, finish) for text in texts]
+    vote = qcrd.vote_on(NUMBERS, "How many?", slots)
+    return vote, qcrd.sets_of(vote, tiny_config(**changes))
+
+
+def test_vote():
+    """Repetitions, and negatives that read like a positive, are dropped after the count."""
+    assert qcrd.majority(["8", "7", "8", "8", "3"]) == ("8", [0, 2, 3], [1, 4])
+    assert qcrd.majority(["7", "8", "8", "7"]) == ("7", [0, 3], [1, 2])  # a tie: the lowest slot
+    assert qcrd.majority([None, "8", "7", "7", "8"]) == ("8", [1, 4], [2, 3])
+    assert qcrd.majority([None, None]) == (None, [], []) == qcrd.majority([])
+    vote, sets = voted(*VOTES)
+    assert (vote.positives, vote.negatives) == ([0, 1, 2], [3, 4])
+    assert sets == (["One and one.", "So two."], ["Three."], "2")
+    assert voted(*VOTES, vote="all")[1] == (["One and one.", "So two.", "Three."], [], "2")
+    assert voted(VOTES[3], method="dss")[1] == (["Three."], [], "3")
+    assert voted("<Explanation>: Perhaps.", vote="first")[1] == (["Perhaps."], [], None)
+    vote, sets = voted("<Explanation>: Perhaps. <Answer>: none", None, VOTES[3])
+    assert (vote.positives, vote.negatives, *sets) == ([2], [], ["Three."], [], "3")
+    vote, sets = voted("<Explanation>: He has 3 and then 4", finish="length")
+    assert (vote.best, vote.positives, vote.negatives, *sets) == (None, [], [], [], [], None)
+
+
+def test_vote_is_reported():
+    """3 + 1 positives and 2 + 0 negatives of two questions; one majority of two is right."""
+    (vote, _), (alone, _), (nothing, _) = voted(*VOTES), voted(VOTES[3], "no idea"), voted(None)
+    report = functools.partial(outcome, qcrd.report_votes, NUMBERS)
+    examples, chatter = [Example("a", "1 + 1"), Example("b", "4")], "Well, let me think about that"
+    text = report(examples, [vote, alone])
+    assert text.startswith("vote: 2.00 positives and 1.00 negatives a question"), text
+    assert "50% of 2 questions with positives only" in text and "warning" not in text
+    assert "majority right on 50.0%, 1 samples cannot be read" in text
+    text = report(examples, [vote, voted(*[chatter] * 5)[0]])
+    for expected in ("warning", chatter, "--show-prompt", "--prompt FILE", "--teacher-tokens"):
+        assert expected in text, text
+    assert "warning" in report(examples, [vote, nothing])  # half of the questions have no sample
+    assert "error: no question has a positive" in report(examples, [voted(chatter)[0]] * 2)
+
+
+def test_negatives_come_from_the_student_of_j_iterations_ago():
+    small = {"iterations": 4, "lag": 2, "iteration_steps": 1, "batch": 3, "discriminator_steps": 1}
+    small |= {"lr": 1e-2, "rationale_tokens": 4, "label_tokens": 4}
+    original, writers = qcrd.past_student, []
+
+    def spy(run, t):
+        past = original(run, t)
+        writers.append(past and fingerprint(past.model))
+        return past
+
+    for source in qcrd.SOURCES:
+        writers.clear()
+        with toy_run(negative_source=source, **small) as run:
+            after = [fingerprint(run.student.model)]
+            with patch.object(qcrd, "past_student", spy):
+                for _ in range(4):
+                    outcome(qcrd.train_iteration, run)
+                    after.append(fingerprint(run.student.model))
+            kept = sorted(int(path.stem) for path in run.folder.glob("snapshots/*.pt"))
+            past = [line["past"] > 0 for line in lines_in(run.folder / "metrics.jsonl")]
+        assert len(set(after)) == 5  # else the next lines say nothing
+        expected = {"fixed": [after[0]] * 4, "snapshot": [None, None, after[1], after[2]]}
+        assert writers == expected.get(source, [None] * 4), source
+        assert past == [writer is not None for writer in writers]
+        assert kept == ([2, 3, 4] if source == "snapshot" else [])  # what t = 5 and a crash need
+
+
+def test_negatives_are_kept_as_sampled():
+    with toy_run(negative_source="fixed", rationale_tokens=6, student_samples=3) as run:
+
+        def sampled(t: int, seed: int = 0) -> list:
+            run.config.seed = seed
+            for q in run.train:
+                q.from_past = []
+            qcrd.add_past_negatives(run, t, run.train)
+            return [list(r) for q in run.train for r in q.from_past]
+
+        rows, q = sampled(6), run.train[1]
+        assert rows == sampled(6) and rows != sampled(7) and rows != sampled(6, seed=1)
+        assert len(rows) > 9 and max(map(max, rows)) < run.student.tokenizer.size
+        assert all(t5.EOS not in row[:-1] and (len(row) == 6 or row[-1] == t5.EOS) for row in rows)
+        q.from_past, run.config.student_samples = [], 6
+        written = [array("i", row) for row in ([1], [], [0, 1], q.S_pos[0], [5, 1], [5, 1])]
+        run.config.student_temperature, run.config.iterations = 2.0, 5
+        with patch.object(qcrd.Student, "write", return_value=written) as write:
+            for end, t in itertools.product((0.0, 1.0), (1, 3, 5)):
+                run.config.student_temperature_end = end
+                qcrd.add_past_negatives(run, t, [q])
+        assert [list(r) for r in q.from_past] == [[5, 1]]
+        assert [c.args[3] for c in write.call_args_list] == [2.0, 2.0, 2.0, 2.0, 1.5, 1.0]
+
+
+def test_discriminator_learns_a_separable_toy():
+    with toy_run(discriminator_lr=1e-2) as run:
+        D, student = run.discriminator, run.student
+        for i in range(12):
+            sets = [f"{i} pears are right", f"{i} are right"], [f"{i} apples are wrong"]
+            run.train.append(student.question(Example(f"Ann has {i} pears.", "1"), *sets))
+        del run.train[:5]
+        before, encoder = fingerprint(student.model), fingerprint(D.encoder)
+        assert encoder == fingerprint(student.model.encoder_only())  # a copy
+        s = run.score([(q.x, r) for q in run.train for r in q.S_pos])
+        assert s.shape == (24,) and s.min() > 0 and s.max() < 1 and not s.requires_grad
+        qcrd.train_discriminator(run, 0, run.train, 60, 0.5)
+        judged = qcrd.judge_validation(run)
+        assert run.L_D < 0 and judged["pair"] > 0.95 and judged["pair_student"] is None
+        assert judged["s"]["positives"] > judged["s"]["teacher"] + 0.3, judged
+        assert fingerprint(student.model) == before and fingerprint(D.encoder) != encoder
+
+
+def test_discriminator_balances_its_sets():
+    with toy_run(negative_source="none") as run:
+        assert all(c.positive for c in qcrd.candidates_of(run.train, run.config))  # but D sees some
+        rng, last = np.random.default_rng(0), run.train[4]
+        for q in run.train[:2]:
+            given = q.S_neg + q.from_past
+            S_pos, S_neg = qcrd.discriminator_sets(run.student, q, ["x"], rng)
+            assert S_pos == q.S_pos and S_neg[: len(given)] == given == q.S_neg + q.from_past
+            assert len(S_neg) == len(S_pos)
+        last.from_past = [array("i", [5, 1]), array("i", [6, 1])]
+        run.config.discriminator_noise = 1.0
+        S_neg, S_pos = qcrd.discriminator_sets(run.student, last, ["x"], rng)
+        assert S_pos == last.S_pos and len(S_neg) == 3  # k > m stays
+    words = "one two three four five six seven eight nine ten".split()
+    texts = [qcrd.corrupt(words, ["x"], rng).split() for _ in range(300)]
+    kept, replaced = [10 - len(set(words) - {*text}) for text in texts], sum(texts, []).count("x")
+    assert max(kept) < 10 and 6.7 < np.mean(kept) < 7.3  # 30 % changes, one word at least
+    assert 0.4 < replaced / sum(10 - k for k in kept) < 0.6
+
+
+def test_discriminator_rate_follows_alpha_3():
+    how = {"discriminator_lr": 1e-3, "discriminator_every": 2, "discriminator_steps": 2, "batch": 2}
+    how |= {"iterations": 4, "iteration_steps": 1, "rationale_tokens": 4, "label_tokens": 4}
+    with toy_run(negative_source="sc", **how) as run, patch("qcrd.descend") as spy:
+        qcrd.train_discriminator(run, 0, run.train, 1, alpha_d=0.25)
+        for _ in range(4):
+            outcome(qcrd.train_iteration, run)
+    rates = [c.args[2] for c in spy.call_args_list if c.args[0] is run.d_optimizer]
+    assert np.allclose(rates, [5e-4, 9e-4, 9e-4, 1e-3 * 0.9**3, 1e-3 * 0.9**3]), rates
+
+
+def test_order_visits_every_question():
+    config = tiny_config(batch=4)
+    first, second = (qcrd.visits(config, 10, t) for t in (3, 4))
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second
+    assert qcrd.visits(tiny_config(batch=4, seed=1), 10, 3) != first
+    config.iteration_steps = 3  # 12 questions an iteration: passes go on across iterations
+    stream = [i for t in range(1, 6) for i in qcrd.visits(config, 10, t)]
+    assert [sorted(stream[i : i + 10]) for i in range(0, 60, 10)] == [list(range(10))] * 6
+
+
+def said(*texts: object, usage: object = None) -> tuple:
+    """A good answer: status, content, headers."""
+    choices = [{"message": {"content": text}, "finish_reason": "stop"} for text in texts]
+    return 200, {"choices": choices, "usage": usage}, {}
+
+
+def sums(body: dict, number: int = 0) -> tuple:
+    """What a good teacher says to "What is 3 plus 3?": slot 4 of five is wrong."""
+    i = int(body["messages"][-1]["content"].split()[2])
+    texts = [f"<Explanation>: Way {k}, {i} and {i}. <Answer>: {2 * i + k // 4}" for k in range(5)]
+    return said(*texts[: body["n"]])
+
+
+@contextlib.contextmanager
+def stub_api(answer=sums):
+    """A server -> its URL, what it was sent. answer(body, number) -> status, content (None: hang
+    up), headers (a Content-Length is a false one)."""
+    asked = []
+
+    class Stub(fetch_data.Handler):
+        def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with lock:
-                asked.append((dict(self.headers), body))
-                number = len(asked)
-            got = answer(body, number)
-            if got is None:
-                self.close_connection = True
+            asked.append((dict(self.headers), body))
+            status, content, headers = answer(body, len(asked))
+            self.close_connection = content is None or "Content-Length" in headers
+            if content is None:
                 return
-            status, content, headers = got if isinstance(got, tuple) else (200, got, {})
-            self.send(content, status, headers)
-
-        def send(self, content: object, status: int = 200, headers: dict | None = None) -> None:
             raw = content if isinstance(content, bytes) else json.dumps(content).encode()
             self.send_response(status)
-            for name, value in {"Content-Length": str(len(raw)), **(headers or {})}.items():
-                self.send_header(name, value)
+            for name, value in ({"Content-Length": len(raw)} | headers).items():
+                self.send_header(name, str(value))
             self.end_headers()
             self.wfile.write(raw)
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", asked
-    finally:
-        server.shutdown()
-        server.server_close()
+    with patch.object(fetch_data, "Handler", Stub):
+        url, server = fetch_data.demo_teacher()
+    yield url, asked
+    server.shutdown()
+    server.server_close()
 
 
-def collected(url: str, questions: int = 4, **changes) -> tuple[list[list], str]:
-    """All slots of a small folder task, asked from `url` with quick retries -> slots, what was printed."""
-    rows = [(f"What is {i} plus {i}?", str(2 * i)) for i in range(questions)]
-    folder, out = task_folder(Path("sums"), train=rows, valid=rows[:1], test=[("1?", "1")]), io.StringIO()
-    config = qcrd.Config(task=str(folder), answer="number", teacher=url, concurrency=3, **changes)
-    wait = threading.Event.wait
-    with contextlib.redirect_stdout(out), unittest.mock.patch.object(threading.Event, "wait", lambda self, s=None: wait(self, s and min(s, 0.01))):
-        train, valid = qcrd.collect(qcrd.load_task(config), config)
-    assert valid == train[:1]                                                          # the same question is asked once
-    return train, out.getvalue()
+@contextlib.contextmanager
+def empty_home(**environment: str):
+    """A temporary working folder for data/ and runs/, and the waits, which are not waited."""
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ), contextlib.chdir(folder):
+        for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "QCRD_MIRROR"):
+            os.environ.pop(name, None)
+        os.environ.update({"QCRD_HOME": folder} | environment)
+        waits = []
+        with patch.object(time, "sleep", waits.append):
+            yield Path(folder), waits
+
+
+def samples_of(url: str, count: int = 4, **changes) -> tuple[list, int, str]:
+    """Asks `count` questions -> slots, how many are filled, what was printed."""
+    config = tiny_config(**{"concurrency": 2, "teacher": url, "task": "sums"} | changes)
+    examples = [Example(f"What is {i} plus {i}?", str(2 * i)) for i in range(count)]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        teacher = qcrd.connect_teacher(config, ask=True)
+        slots = qcrd.teacher_samples(teacher, NUMBERS, examples, ask=True)
+    return slots, sum(slot is not None for row in slots for slot in row), printed.getvalue()
 
 
 def test_teacher_survives_what_servers_do():
-    trouble = [b"<html>bad gateway</html>", (500, {"error": "down"}, {}), (429, {"error": {"message": "slow"}}, {"Retry-After": "0.01"}), None, {"choices": []},
-               said(None), said(""), {}, [], b"", b"[" * 100000, (503, b"", {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}), {"choices": [None, {"message": 3}]},
-               {"choices": "none"}, (200, b'{"choices": [{"mess', {}), (408, {}, {"Retry-After": "nonsense"}), {"choices": {"a": 1}}, (429, {}, {"Retry-After": "nan"})]
-    with elsewhere(), stub_teacher(lambda body, n: trouble[n // 2 % len(trouble)] if n % 2 else said(*[f"The answer is {n}."] * body["n"])) as (url, asked):
-        slots, printed = collected(url, questions=30)
-        assert all(slot and slot[1] == "stop" for row in slots for slot in row) and "failures" in printed
-        assert all(len({slot[0] for slot in row}) == 1 for row in slots)
-        assert {(b["temperature"], b["max_tokens"], b["n"], b["model"]) for _, b in asked} == {(0.7, 512, 5, "stub/model")}
-        before = len(asked)
-        assert collected(url, questions=30)[0] == slots and len(asked) == before       # filled slots are not asked for again
-        more, _ = collected(url, questions=30, samples=7)
-        assert [row[:5] for row in more] == slots and all(b["n"] == 2 for _, b in asked[before:])
-        for changed in ({"teacher_temperature": 0.5}, {"teacher_tokens": 99}, {"teacher_model": "other"}):
-            before = len(asked)
-            assert collected(url, questions=1, **changed)[0] and len(asked) > before   # what decides a sample is part of its key
-    letters = b"".join(b"1\r\n%c\r\n" % letter for letter in json.dumps(said("The answer is 1.")).encode()) + b"0\r\n\r\n"
-    for headers in ({"Connection": "close"}, {"Transfer-Encoding": "chunked"}):        # as proxies and small servers do; a chunk is a letter here
-        body = letters if "Transfer-Encoding" in headers else said("The answer is 1.") | {"usage": {"prompt_tokens": math.inf, "completion_tokens": 1}}
-        with elsewhere(), stub_teacher(lambda _, n, body=body, headers=headers: (200, body, headers)) as (url, asked):
-            slots, printed = collected(url)
-            assert all(slot for row in slots for slot in row) and ", 0 failures" in printed and len(asked) == 20, printed
+    once, huge = set(), json.dumps(said("")) * 1000 + '{"a":' * 5000 + "9**9**9 " * 100_000
+    usages = [{"prompt_tokens": x, "completion_tokens": 1} for x in (math.nan, 1e999, "many", 9)]
+    goods = [said(*["<Answer>: 1"] * 4, huge, usage=usage) for usage in (*usages, None, {})]
+    trouble = [b"<html>bad gateway</html>", b"", b"[" * 100_000, {}, [], None, {"choices": []}]
+    trouble += [{"choices": "none"}, {"choices": {"a": 1}}, {"choices": [None]}]
+    trouble = [(200, content, {}) for content in trouble] + [said(None), said("")]
+    trouble += [(408, {}, {}), (500, {"error": "down"}, {}), (503, b"<html>", {"Retry-After": "7"})]
+    trouble += [(429, {}, {"Retry-After": "11"}), (200, goods[0][1], {"Content-Length": 9_999_999})]
+    count = len(trouble)
+
+    def flaky(body: dict, number: int) -> tuple:
+        i = int(body["messages"][-1]["content"].split()[2])
+        return goods[i % 6] if i in once else once.add(i) or trouble[i]
+
+    with empty_home() as (_, waits), stub_api(flaky) as (url, asked):
+        slots, filled, _ = samples_of(url, count)
+        assert filled == 5 * count and all(row[0] == ("<Answer>: 1", "stop") for row in slots)
+        assert 7 in waits and 11 in waits and len(asked) == 2 * count  # Retry-After is kept to
+        sent = {(b["model"], b["n"], b["temperature"], b["max_tokens"]) for _, b in asked}
+        assert sent == {("demo-teacher", 5, 0.7, 512)}
+        assert qcrd.vote_on(NUMBERS, "How many?", slots[0]).positives == [0, 1, 2, 3]
+        assert samples_of(url, count)[0] == slots and len(asked) == 2 * count  # kept samples
+        more, _, _ = samples_of(url, count, samples=7)
+        assert [row[:5] for row in more] == slots and len(asked) == 3 * count
+        assert {b["n"] for _, b in asked[2 * count :]} == {2}
+        samples_of(url, 1, teacher_temperature=0.5)  # other samples than those
+        assert len(asked) == 3 * count + 1
 
 
-def test_teacher_meets_servers_that_know_fewer_fields():
-    def refuse(name: str, message: str, limit: int = 5, status: int = 400):
-        def answer(body: dict, n: int) -> object:
-            if name in body and (name != "n" or body["n"] > 1):
-                return status, {"error": {"message": message}}, {}
-            return said(*[f"The answer is {body.get('seed')}."] * min(limit, body.get("n", 1)))
-        return answer
-    for name, message, status in [("n", "Only one completion choice is allowed", 400), ("seed", "Extra inputs are not permitted: seed", 422),
-                                  ("temperature", "Unsupported value: 'temperature' does not support 0.7", 400),
-                                  ("max_tokens", "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.", 400)]:
-        with elsewhere(), stub_teacher(refuse(name, message, status=status)) as (url, asked):
-            slots, printed = collected(url)
-            assert all(slot for row in slots for slot in row) and f"without {name}, which this server refuses" in printed
-            assert sum(name in b and (name != "n" or b["n"] > 1) for _, b in asked) <= 3           # once for each thread, then remembered
-            assert name != "max_tokens" or asked[-1][1]["max_completion_tokens"] == 512
-    with elsewhere(), stub_teacher(refuse("nothing", "", limit=1)) as (url, asked):                # n is ignored
-        slots, _ = collected(url)
-        assert len(asked) == 20 and all(len({slot[0] for slot in row}) == 5 for row in slots)      # each slot has its own seed
+def test_teacher_meets_servers_that_know_less():
+    def knows(body: dict, refused: str, limit: int) -> tuple:
+        if refused in body and (refused != "n" or body["n"] > 1):
+            return 422, {"error": {"message": f"unknown: {refused}"}}, {}
+        return said(*[f"<Answer>: {body.get('seed')}"] * min(limit, body["n"]))
+
+    # n ignored; two at most; refused, which is noticed once
+    for refused, limit, expected in (("", 1, 20), ("", 2, 12), ("n", 5, 21)):
+        with empty_home(), stub_api(lambda body, _: knows(body, refused, limit)) as (url, asked):
+            slots, filled, _ = samples_of(url, concurrency=1)
+            assert (filled, len(asked)) == (20, expected)
+            assert len({slot[0] for slot in slots[0]}) >= 3  # a seed a request
+    with empty_home(), stub_api(lambda body, _: knows(body, "seed", 5)) as (url, asked):
+        text = outcome(samples_of, url, concurrency=1)
+        assert "--teacher-fields" in text and "unknown: seed" in text and len(asked) <= 4
+        assert samples_of(url, teacher_fields='{"seed": null, "top_p": 0.9}')[1] == 20
+        assert asked[-1][1]["top_p"] == 0.9
+    censor = stub_api(lambda body, _: sums(body) if "3 p" not in str(body) else (400, "policy", {}))
+    with empty_home(), censor as (url, asked):
+        slots, filled, printed = samples_of(url, 8, concurrency=1)
+        assert filled == 35 and slots[3] == [None] * 5 and "1 questions left out" in printed
 
 
 def test_teacher_stops_where_no_retry_helps():
     key = "sk-Secret/0123+456"
-    echo = {"error": {"message": f"Incorrect API key provided: {key}, see https://example.org/keys?key=sk-Secret%2F0123%2B456"}}
-    environment = unittest.mock.patch.dict(os.environ, OPENAI_API_KEY=key)
-    for status, words in [(401, "the key in OPENAI_API_KEY is not accepted"), (403, "not accepted"), (404, "is --teacher-model stub/model right"),
-                          (400, "status 400: Incorrect API key provided: ***, see https://example.org/keys?key=***"), (301, "status 301")]:
-        with elsewhere() as home, environment, stub_teacher(lambda body, n, status=status: (status, echo, {})) as (url, asked):
-            folder = task_folder(home / "sums", train=[(f"{i}?", "1") for i in range(50)], test=[("a?", "1")])
-            flags = ["--task", folder, "--stage", "teacher", "--teacher", url, "--model", HERE / "weights" / "demo", "--concurrency", 4]
-            printed = command(*flags, code=2)
-            assert words in printed.strip().splitlines()[-1] and printed.count("error:") == 1 and "Traceback" not in printed, printed
-            assert len(asked) <= 4 * (2 if status == 400 else 1) and asked[0][0]["Authorization"] == f"Bearer {key}"
-            files = [path.read_bytes() for path in home.rglob("*") if path.is_file()]
-            assert not any(secret in text for secret in ("Secret", "0123") for text in [printed, *map(repr, files)])
-    with elsewhere(), unittest.mock.patch.dict(os.environ, OPENAI_API_KEY=key + "\ncut"):
-        for url in (f"http://me:{key}@127.0.0.1:9/v1", f"http://127.0.0.1:9/v1?key={key}", "gpt-4", "http://127.0.0.1:9/v1"):
-            message = refused_collect(url)
-            assert "OPENAI_API_KEY" in message and "Secret" not in message
-    with elsewhere():
-        assert "no connection (ConnectionError); is the server running" in refused_collect("http://127.0.0.1:9/v1")
-        with stub_teacher(lambda body, n: said("")) as (url, asked):
-            assert "--teacher-tokens" in refused_collect(url)
-            assert len(asked) <= 10 * 3                                                            # the bound, for each thread
+    echo = {"error": {"message": f"Incorrect API key provided: {key}."}}
+    hints = {401: "OPENAI_API_KEY", 403: "OPENAI_API_KEY", 404: "--teacher-model", 301: "301"}
+    for status, hint in hints.items():
+        home, server = empty_home(OPENAI_API_KEY=key), stub_api(lambda *_: (status, echo, {}))
+        with home as (folder, _), server as (url, asked):
+            text = outcome(samples_of, url, 50, concurrency=1)
+            assert f"status {status}" in text and "provided: ***." in text and hint in text
+            assert len(asked) < 5 and asked[0][0]["Authorization"] == f"Bearer {key}"
+            texts = [path.read_text() for path in folder.rglob("*") if path.is_file()]
+            assert not any("Secret" in part for part in [text, *texts])
+    with empty_home(), stub_api(lambda *_: said("")) as (url, asked):
+        assert "--teacher-tokens" in outcome(samples_of, url, 50) and len(asked) < 40
+    with empty_home(OPENAI_API_KEY=key):
+        for url in ("gpt-4", "ftp://a", f"http://me:{key}@127.0.0.1:9", f"http://a/v1?key={key}"):
+            text = outcome(samples_of, url)
+            assert "error: --teacher" in text and "Secret" not in text
+        assert "is the server running" in outcome(samples_of, "http://127.0.0.1:9/v1")
+    with empty_home(OPENAI_API_KEY="sk-1\ncut"):
+        assert "error: OPENAI_API_KEY" in outcome(samples_of, "http://127.0.0.1:9/v1")
 
 
-def refused_collect(url: str) -> str:
-    try:
-        collected(url)
-    except t5.InputError as e:
-        return str(e)
-    raise AssertionError(f"{url} was accepted")
+def test_teacher_budget_and_cache():
+    """A retry is a request. What is under way when the first of three finds it spent is kept."""
+    with (
+        empty_home(),
+        stub_api(lambda _, n: (503, b"", {}) if n % 2 else said("1")) as (url, asked),
+    ):
+        _, filled, printed = samples_of(url, teacher_budget=7)
+        assert (len(asked), filled) == (7, 3) and "3 samples, 7 requests" in printed
+        assert "--teacher-budget is spent" in printed
+    late = threading.Event()
+    slow = stub_api(lambda body, number: (late.wait(1.5 * (number < 3)), sums(body))[1])
+    with empty_home(), slow as (url, asked):
+        assert samples_of(url, 9, concurrency=3, teacher_budget=3)[1] == 15 and len(asked) == 3
+        late.set()
+    with empty_home(), stub_api() as (url, asked):
+        samples_of(url)
+        (cache,) = Path("data/sums").glob("*")
+        lines = cache.read_bytes().strip().splitlines(True)
+        assert cache.name == "teacher-demo-teacher.jsonl" and len(asked) == 4 and len(lines) == 20
+        assert {"key", "slot"} <= set(json.loads(lines[0]))
+        cache.write_bytes(b"".join(lines)[:-20])  # a kill in the middle of a line
+        assert samples_of(url)[1] == 20 and len(asked) == 5 and asked[-1][1]["n"] == 1
 
 
-def test_teacher_budget_refusals_and_torn_cache():
-    with elsewhere(), stub_teacher(lambda body, n: said("The answer is 1.", finish="length")) as (url, asked):
-        slots, printed = collected(url, teacher_budget=7)
-        assert len(asked) == 7 and sum(slot is not None for row in slots for slot in row) == 7 and "samples are missing (over --teacher-budget" in printed
-        assert all(slot[1] == "length" for row in slots for slot in row if slot)                   # cut ones are kept
-        cache = next(Path("data/sums").glob("teacher-*.jsonl"))
-        assert cache.name == "teacher-stub_model.jsonl"
-        cache.write_bytes(cache.read_bytes()[:-20])                                                # a kill in the middle of a line
-        slots, printed = collected(url)
-        assert all(slot for row in slots for slot in row) and len(asked) == 7 + 14 and "1 line cut off by a crash" in printed
-        lines = list(filter(None, cache.read_bytes().splitlines()))
-        assert len(lines) == 21 and sum(line.endswith(b"}") for line in lines) == 20
-    with elsewhere(), stub_teacher(lambda body, n: (400, {"error": {"message": "content policy"}}, {}) if "3 plus" in body["messages"][0]["content"] and n > 9
-                                   else said(*["The answer is 1."] * body.get("n", 1))) as (url, asked):
-        slots, printed = collected(url, questions=12)                                              # one question is refused, the others go on
-        assert sum(row.count(None) for row in slots) in (0, 5) and all(None not in row for i, row in enumerate(slots) if i != 3)
+TINY = "--iterations 3 --iteration-steps 2 --lag 1 --batch 4 --rationale-tokens 8 --label-tokens 8"
+
+
+TINY += " --discriminator-pretrain 2 --discriminator-steps 1 --discriminator-questions 2"
+
+
+TINY = [*TINY.split(), "--lr", "1e-3", "--concurrency", "2"]
+
+
+def qcrd_main(*words: object, code: int = 0) -> str:
+    """The command line in this process -> stdout, or stderr's last line for another code than 0."""
+    out, err, argv = io.StringIO(), io.StringIO(), ["qcrd.py", *map(str, words)]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with patch.object(sys, "argv", argv):
+            try:
+                got = qcrd.main()
+            except SystemExit as stop:  # argparse's own
+                got = stop.code
+    text = out.getvalue() + err.getvalue()
+    assert got == code and text.count("error: ") == bool(code), f"{argv}: {got}\n{text}"
+    return err.getvalue().splitlines()[-1] if code else out.getvalue()
+
+
+def qcrd_child(words: list, environment: dict, event: int, sign: int) -> None:
+    """The command line; it gets a signal before its event-th optimizer step or renaming."""
+    os.chdir(environment["QCRD_HOME"])
+    os.environ.update(environment)
+    sys.stdout = sys.stderr = open("log", "a", buffering=1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    importlib.reload(qcrd)  # reads torchrun's variables
+    events = itertools.count(1)
+
+    def before(call, *args):
+        if next(events) == event:
+            os.kill(os.getpid(), sign)
+        return call(*args)
+
+    qcrd.descend = functools.partial(before, qcrd.descend)
+    os.replace = functools.partial(before, os.replace)
+    sys.argv = ["qcrd.py", *words]
+    sys.exit(qcrd.main())
+
+
+def started(words: list, event: int = 0, sign: int = 0, **environment: str):
+    """qcrd_child in a new process, which need not import torch; its output is the file `log`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", "qcrd"])
+    args = (words, environment | {"QCRD_HOME": os.getcwd()}, event, sign)
+    child = context.Process(target=qcrd_child, args=args)
+    child.start()
+    return child
+
+
+@contextlib.contextmanager
+def sums_home(dropout: float = 0.0):
+    """An empty home with a folder task, a tiny student and a teacher -> flags, requests so far."""
+    with empty_home() as (home, _), stub_api() as (url, asked):
+        rows = [{"input": f"What is {i} plus {i}?", "label": str(2 * i)} for i in range(22)]
+        for name, part in (("train", rows[:12]), ("valid", rows[12:16]), ("test", rows[16:])):
+            fetch_data.write_lines(home / f"sums/{name}.jsonl", part)
+        tiny_folder(home / "tiny", dropout=dropout)
+        flags = ["--task", "sums", "--answer", "number", "--teacher", url, "--model", "tiny"]
+        yield [*flags, *TINY, "--run"], asked
+
+
+def test_kill_and_resume_ends_in_the_same_bytes():
+    """The run has 11 steps, the discriminator's included, and more than 20 renamings."""
+    weights, rng = "student/model.safetensors", random.Random(0)
+    with sums_home(dropout=0.1) as (flags, asked):
+        qcrd_main(*flags, "whole")
+        count, expected = len(asked), Path("whole", weights).read_bytes()
+        for name, first in (("early", 4), ("late", 16)):
+            child = started([*flags, name], rng.randrange(first, first + 12), signal.SIGKILL)
+            child.join()
+            assert child.exitcode == -signal.SIGKILL and not Path(name, "result.json").exists()
+            assert f"run folder: {name}" in qcrd_main("--resume", name)
+            assert Path(name, weights).read_bytes() == expected, name
+            assert len(lines_in(f"{name}/metrics.jsonl")) == 3
+        child = started([*flags, "stopped"], 16, signal.SIGINT)
+        child.join()
+        log = Path("log").read_text()
+        assert child.exitcode == 130 and "--resume stopped goes on after iteration" in log
+        assert "Traceback" not in log
+        qcrd_main(*flags, "other", "--seed", 1)
+        assert Path("other", weights).read_bytes() != expected and len(asked) == count
+        Path("stopped/checkpoint.pt").write_bytes(Path("whole/checkpoint.pt").read_bytes()[:5000])
+        assert "checkpoint.pt" in qcrd_main("--resume", "stopped", code=2)
+
+
+def test_two_ranks_compute_what_one_does():
+    with sums_home() as (flags, _), socket.socket() as free:
+        qcrd_main(*flags, "one")
+        free.bind(("127.0.0.1", 0))
+        torchrun = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        free.close()
+        words = [*flags, "two"]
+        ranks = [started(words, RANK=i, LOCAL_RANK=i, WORLD_SIZE="2", **torchrun) for i in "01"]
+        for rank in ranks:
+            rank.join()
+        log = Path("log").read_text()
+        assert [rank.exitcode for rank in ranks] == [0, 0], log
+        assert log.count("run folder: two") == 2  # rank 0 alone speaks
+        folders = ("tiny", "one/student", "two/student")
+        start, one, two = (t5.T5.load(folder).state_dict() for folder in folders)
+        moved = max((one[name] - start[name]).abs().max() for name in one)
+        apart = max((one[name] - two[name]).abs().max() for name in one)
+        assert moved > 1e-3 and apart < 1e-5, (moved, apart)
+        for a, b in zip(lines_in("one/metrics.jsonl"), lines_in("two/metrics.jsonl")):
+            assert all(np.isclose(a[key], b[key]) for key in ("L_pred", "L_cl", "L_D", "past"))
 
 
 def test_a_folder_goes_from_teacher_to_student():
-    """40 date problems, made here; a teacher that solves four of five; nothing but flags."""
-    day = __import__("datetime").date
-    dates = [(day.fromordinal(737000 + 37 * i), 3 + i % 9) for i in range(40)]
-    texts = [f"Today is {d:%d.%m.%Y}. What day of the month is it {n} days later?" for d, n in dates]
-    numbers = [day.fromordinal(d.toordinal() + n).day for d, n in dates]
+    days = [np.datetime64("2020-01-30") + 37 * i for i in range(26)]
+    labels = {f"It is {day}. What is 30 days later?": f"{day + 30}" for day in days}
+    rows = [{"input": text, "label": label} for text, label in labels.items()]
 
-    def answer(body: dict, count: int) -> dict:
-        i = max(range(40), key=lambda i: body["messages"][-1]["content"].rfind(texts[i]))
-        return said(*[f"Day by day, {dates[i][1]} days on it is day {numbers[i] + (k == 4)}. The answer is {numbers[i] + (k == 4)}." for k in range(body["n"])])
-    with elsewhere() as home, stub_teacher(answer) as (url, asked):
-        rows = list(zip(texts, map(str, numbers)))
-        folder, student = task_folder(home / "dates", train=rows[:26], valid=rows[26:32], test=rows[32:]), tiny_student(qcrd.Config())
-        student.model.save(home / "tiny", vocab=student.vocab)
-        for kind in ("number", "text"):
-            printed = command("--task", folder, "--answer", kind, "--teacher", url, "--model", home / "tiny", "--iterations", 2, "--iteration-steps", 2, "--batch", 8,
-                              "--lag", 1, "--rationale-tokens", 24, "--discriminator-pretrain", 2, "--discriminator-steps", 1, "--run", home / kind)
-            assert "vote, training questions: 4.00 positives and 1.00 negatives a question" in printed and "majority right on 100.0% of 26" in printed, printed
-            assert len((home / kind / "predictions.jsonl").read_text().splitlines()) == 8 and (home / kind / "student" / "model.pt").exists()
-        assert len(asked) == 32                                                                    # the second run asked for nothing
+    def answer(body: dict, number: int) -> tuple:
+        label = labels[body["messages"][-1]["content"]]
+        right = [f"<Explanation>: Way {k}. <Answer>: {label}" for k in range(4)]
+        return said(*right, "<Explanation>: A guess. <Answer>: 1970-01-01")
 
-
-def test_real_answers_of_language_models():
-    if not (SHARED / "teacher").is_dir():
-        raise Skip("no ../shared with the published answers")
-    with elsewhere(), unittest.mock.patch.dict(os.environ, QCRD_MIRROR=str(SHARED / "mirror")):
-        rows = [json.loads(line) for line in (SHARED / "teacher" / "svamp_train.jsonl").read_text("utf-8").splitlines()]
-        task = qcrd.load_task(qcrd.Config(task="svamp"))
-        labels = {fetch_data.fold(x): y for split in (task.train, task.valid) for x, y in zip(*split)}
-        positives = right = 0
-        turbo = [row for row in rows if row["source"] == "gpt-3.5-turbo"]
-        for row in turbo:                                                                          # two votes of five samples drawn from its ten
-            keys = [qcrd.answer_key(qcrd.read_sample(s, row["input"], "number")[1], "number") for s in row["samples"]]
-            assert keys.count(None) <= 8
-            random.Random(row["input"]).shuffle(keys)
-            for five in (keys[:5], keys[5:]):
-                best, same_answer, _ = qcrd.majority(five)
-                positives, right = positives + len(same_answer), right + (best == qcrd.answer_key(labels[fetch_data.fold(row["input"])], "number"))
-        assert len(turbo) == 564 and abs(positives / 1128 - 3.87) < 0.05 and abs(right / 1128 - 0.83) < 0.02, (positives / 1128, right / 1128)
-    with elsewhere():
-        config = qcrd.Config(task="svamp", archive=str(SHARED / "upstream" / "datasets.zip"), teacher="palm")
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()) as printed:
-            task = qcrd.load_task(config)
-            slots = sum(qcrd.collect(task, config), [])
-        answers = [qcrd.read_sample(row[0][0], x, "number")[1] for row, x in zip(slots, task.train.inputs + task.valid.inputs)]
-        right = sum(qcrd.is_right(a or "", y, "number") for a, y in zip(answers, task.train.labels + task.valid.labels))
-        assert len(answers) == 800 and abs(right / 800 - 0.735) < 0.0101 and "ONE a question" in printed.getvalue(), right
+    with empty_home() as (home, _), stub_api(answer) as (url, asked):
+        for name, part in (("train", rows[:18]), ("valid", rows[18:20]), ("test", rows[20:])):
+            fetch_data.write_lines(home / f"dates/{name}.jsonl", part)
+        flags, teacher = (
+            ["--task", "dates", "--model", tiny_folder(home / "tiny")],
+            ["--teacher", url],
+        )
+        text = qcrd_main(*flags, *teacher, "--stage", "teacher")
+        assert "vote: 4.00 positives and 1.00 negatives" in text, text
+        assert "majority right on 100.0%" in text and not Path("runs").exists()
+        for words in (["qcrd", *teacher], ["dss", "--labels", "teacher", *teacher], ["finetune"]):
+            qcrd_main(*flags, *TINY, "--method", *words)
+            run = Path(f"runs/dates-{words[0]}-0")
+            result = json.loads((run / "result.json").read_text())
+            assert (result["rationale_accuracy"] is None) == (words == ["finetune"])
+            (item,) = json.loads(qcrd_main("--audit", run, 1, "--json"))
+            assert labels[item["question"]] == item["label"] and item["L_total"] > 0
+        assert len(asked) == 20 and Path("runs/dates-qcrd-0/student/discriminator.pt").exists()
 
 
-# ---------------------------------------------------------------- benchmark
+WRONG = """--samples 0; --fraction 2; --lr nan; --micro-batch -1; --discriminator-questions 0
+--teacher-fields {no; --teacher-fields [1]; --teacher http://127.0.0.1:9/v1; --run tiny; --unknown
+--task nowhere; --model missing; --prompt no-such-file; --student-temperature hot
+--negative-source fixed --negative-model nowhere-to-be-found""".replace("\n", "; ").split("; ")
 
 
-def bench_step(questions: str) -> None:
-    """One QCRD step (five positives, two negatives a question) in t5-small's shape, float32, on the CPU: seconds, tokens, memory, arithmetic.
+def test_wrong_use_gets_one_line():
+    """It names the longest word of the mistake."""
+    with sums_home() as (flags, asked):
+        for words in map(str.split, WRONG):
+            line = qcrd_main(*flags, "new", *words, code=2)
+            assert max(words, key=len) in line and not asked, line  # nothing was paid for
+        Path("broken").mkdir()
+        Path("broken/config.json").write_text("[1]")
+        assert "none: no run" in qcrd_main("--resume", "none", code=2)
+        assert "broken: no run" in qcrd_main("--resume", "broken", code=2)
+        assert "one at a time" in qcrd_main("--resume", "none", "--ask", "none", code=2)
 
-    On real rationales of a language model where ../shared has them, else on the demo's."""
-    n, vocab = int(questions), HERE / "weights" / "demo" / "spiece.model"
-    if SHARED.exists():
-        sys.path.insert(0, str(SHARED / "bench"))
-        import plain_step
-        vocab = next((SHARED / "mirror/huggingface.co/google-t5/t5-small/resolve").glob("*/spiece.model"))
-        items = plain_step.batch(n)
-    else:
-        problems = fetch_data.demo_problems("train")[:n]
-        said = [[fetch_data.teacher_answer(p, k, 0.7).rpartition("The answer")[0].strip() for k in range(7)] for p in problems]
-        items = [(p.text, p.label, texts[:5], texts[5:]) for p, texts in zip(problems, said)]
+
+def test_a_loss_that_is_no_number_stops_the_run():
+    with sums_home() as (flags, _):
+        for method in ("qcrd", "dss", "finetune"):
+            last = qcrd_main(*flags, method, "--method", method, "--lr", "1e30", code=2)
+            assert last.startswith("error: a loss became infinite or NaN; try a lower --lr"), last
+
+
+def test_help_names_every_flag_with_mark_and_default():
+    text = " ".join(qcrd_main("--help").split())
+    for setting in qcrd.dataclasses.fields(qcrd.Config):
+        mark, words = setting.metadata["mark"], " ".join(setting.metadata["help"].split())
+        shown = f"({mark})" if setting.default == "" else f"({setting.default}, {mark})"
+        assert qcrd.flag(setting.name) in text and f"{words} {shown}" in text, setting.name
+        assert re.fullmatch("ours|DSS|review|abstract|table|figure|eq. 4, 5", mark), setting.name
+
+
+DEMO = {}  # the finished run's temporary folder, which goes with the process, and its output
+
+
+@contextlib.contextmanager
+def demo_run():
+    """`python qcrd.py` with few steps, once -> the run, as seen from the working folder."""
+    if not DEMO:
+        folder = tempfile.TemporaryDirectory()
+        command = [sys.executable, HERE / "qcrd.py", *TINY, "--samples", "3", "--fraction", "0.2"]
+        how = {"cwd": folder.name, "env": os.environ | {"QCRD_HOME": folder.name}, "text": True}
+        done = subprocess.run(command, capture_output=True, **how)
+        assert done.returncode == 0, done.stderr
+        DEMO.update(folder=folder, text=done.stdout)
+    with empty_home(QCRD_HOME=DEMO["folder"].name), contextlib.chdir(DEMO["folder"].name):
+        yield Path("runs/demo-qcrd-0")
+
+
+def test_demo_from_end_to_end():
+    with demo_run() as run:
+        text, start = DEMO["text"], DEMO["text"].index("iteration      L L_pred")
+        assert max(map(len, text[start:].splitlines())) <= 110 and "95 % interval" in text[start:]
+        assert all(part in text for part in ("to ask for: ", "vote: 2.", "majority right on"))
+        assert text.count(f"run folder: {run}\n") == 2 and not list(run.rglob("*.tmp"))
+        assert {"config.json", "checkpoint.pt", "snapshots", "student"} <= set(os.listdir(run))
+        lines, rows = lines_in(run / "metrics.jsonl"), lines_in(run / "predictions.jsonl")
+        assert [line["iteration"] for line in lines] == [1, 2, 3]
+        assert all(isinstance(line[key], float) for line in lines for key in ("L", "L_D", "valid"))
+        keys = "input gold answer right rationale rationale_right quality".split()
+        assert len(rows) == 1000 and all([*row] == keys and 0 < row["quality"] < 1 for row in rows)
+        result = json.loads((run / "result.json").read_text())
+        assert result["questions"] == 1000 and 0 <= result["rationale_accuracy_last"] <= 1
+        assert result["test_accuracy"] == sum(row["right"] for row in rows) / 1000
+        assert result["rationale_accuracy"] == sum(row["rationale_right"] for row in rows) / 1000
+        best = max((line["valid"], line["iteration"]) for line in lines)
+        assert best == (result["valid_accuracy"], result["best_iteration"])
+        model, ids = t5.T5.load(run / "student"), torch.tensor([[5, 6, 7, 1]])
+        try:
+            import transformers
+        except ImportError:
+            raise Skip("transformers is not installed") from None
+        peer = transformers.T5ForConditionalGeneration.from_pretrained(run / "student").eval()
+        logits = peer(input_ids=ids, decoder_input_ids=ids).logits
+        assert (model(ids, ids > 0, ids) - logits).abs().max() < 1e-4 * logits.abs().max()
+
+
+def test_demo_audit_adds_up():
+    """Schema, and every sum redone from the JSON alone."""
+    keys = """question label iteration alphas beta delta scheme majority samples candidates L_pred
+        L_cl L_D L_total; slot answer vote rationale; set source loss score weight share picked
+        rationale""".split(";")
+    with demo_run() as run:
+        items = json.loads(qcrd_main("--audit", run, 8, "--json"))
+        for item in items:
+            parts = [item, item["samples"][2], item["candidates"][0]]
+            assert [[*part] for part in parts] == [*map(str.split, keys)] and item["iteration"] == 4
+            assert np.allclose(item["alphas"], [0.5, 0.5, 0.5 * 0.9**3])
+            L_cl, logs = 0.0, []
+            for name, choose in (("positive", min), ("negative", max)):
+                members = [c for c in item["candidates"] if c["set"] == name]
+                best = choose(members, key=lambda c: c["loss"], default=None)
+                for c in members:
+                    weight = c["score"] if name == "positive" else 1 - c["score"]
+                    assert abs(c["weight"] - weight) < 1e-6 and c["share"] == c["picked"] == (
+                        c is best
+                    )
+                    margin = -item["beta"] * min(c["loss"] - item["delta"], 0)
+                    L_cl += c["share"] * weight * (c["loss"] if name == "positive" else margin)
+                logs += [math.log(sum(math.exp(c["score"]) for c in members))] if members else []
+            L_D = logs[1] - logs[0] if len(logs) == 2 else 0
+            total = np.dot(item["alphas"], [item["L_pred"], L_cl, L_D])
+            assert abs(L_cl - item["L_cl"]) < 1e-5 and abs(L_D - item["L_D"]) < 1e-5
+            assert abs(total - item["L_total"]) < 1e-5
+        assert len(items) == 8 and any(item["L_D"] for item in items)
+        assert "student" in {c["source"] for item in items for c in item["candidates"]}
+        text = qcrd_main("--audit", run, 8)
+        assert all(f"= {item['L_total']:.4f}\n" in text for item in items)
+        assert "fillers" in text
+
+
+def test_demo_run_can_be_used():
+    with demo_run() as run:
+        first = lines_in(run / "predictions.jsonl")[0]
+        text = qcrd_main("--ask", run, first["input"])
+        assert f"label:     {first['answer']}\nrationale: {first['rationale']}\n" in text
+        assert abs(float(text.rpartition("quality:")[2]) - first["quality"]) < 1e-5
+        fetch_data.write_lines(Path("two.jsonl"), [{"input": first["input"], "label": "1"}] * 2)
+        rows = [json.loads(line) for line in qcrd_main("--eval", run, "two.jsonl").splitlines()]
+        assert len(rows) == 2 and rows[0]["gold"] == "1" and rows[1]["answer"] == first["answer"]
+        before = (run / "checkpoint.pt").stat().st_mtime_ns
+        assert "test, 1000 questions" in qcrd_main("--resume", run, "--device", "cpu")
+        assert (run / "checkpoint.pt").stat().st_mtime_ns == before
+        assert "<Explanation>" in qcrd_main("--show-prompt")
+        assert "not --seed" in qcrd_main("--resume", run, "--seed", 1, code=2)
+        assert "'x', not a number" in qcrd_main("--audit", run, "x", code=2)
+        assert "the question is missing" in qcrd_main("--ask", run, code=2)
+        assert "gone.jsonl" in qcrd_main("--eval", run, "gone.jsonl", code=2)
+
+
+def test_half_a_million_questions_fit():
+    """e-SNLI's 549,367 fit in 8 GiB where one of 25 words with five rationales takes 14 KB."""
+    words, rng = fetch_data.demo_problems("valid")[0].text.split(), random.Random(0)
+    texts = [" ".join(rng.choices(words, k=25)) for _ in range(6000)]
+
+    def fill(teacher: qcrd.Teacher, jobs: list) -> None:
+        keys = [teacher.key_of(messages) for messages, _ in jobs]
+        slots = [{"key": key, "slot": k, "text": texts.pop()} for key in keys for k in range(5)]
+        rows = [row | {"text": f"{row['text']} <Answer>: {row['slot'] // 4}"} for row in slots]
+        fetch_data.write_lines(teacher.cache, rows)
+
+    with empty_home() as (home, _), stub_api() as (url, _):
+        rows = [{"input": texts.pop(), "label": str(i % 2)} for i in range(1000)]
+        for name, part in (("train", rows), ("valid", rows[:9]), ("test", rows[:9])):
+            fetch_data.write_lines(home / f"large/{name}.jsonl", part)
+        config = tiny_config(task="large", teacher=url, model=str(tiny_folder(home / "tiny")))
+        with patch.object(qcrd, "ask_teacher", fill), contextlib.redirect_stdout(io.StringIO()):
+            tracemalloc.start()
+            run = qcrd.prepare(config, home / "run", ask=True)
+        size = tracemalloc.get_traced_memory()[1] / 1000
+        tracemalloc.stop()
+        assert sum(len(q.S_pos + q.S_neg) for q in run.train) == 5000 and 1000 < size < 14_000, size
+
+
+# ---------------------------------------------------------------------------------------- results/
+
+
+sys.path.append(str(Path(qcrd.__file__).resolve().parent / "results"))
+
+
+tables, plot, judge = map(importlib.import_module, ("run", "plot", "judge"))
+
+
+def script(module, *words):
+    """Exit code and output of a script of results/, in this process."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        with patch.object(sys, "argv", ["script", *map(str, words)]):
+            return module.main(), out.getvalue()
+
+
+def write_jsonl(path, records):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_tables_use_flags_that_the_program_knows():
+    for table, (seeds, reference, cells) in tables.TABLES.items():
+        assert reference in cells and seeds > 0 and set(tables.PAPER.get(table, {})) <= set(cells)
+        for flags in cells.values():
+            qcrd.Config(**vars(qcrd.parser().parse_args(flags.split())))
+
+
+def test_table_of_made_up_runs_and_p_by_hand():
+    for differences, p in (([1, 1, 1], 0.25), ([1, -1], 1), ([3, 1], 0.5), ([1, 2, -1], 0.75)):
+        assert tables.exact_p(differences) == p
+    with tempfile.TemporaryDirectory() as folder, patch.object(tables, "HERE", Path(folder)):
+        runs = []
+        for cell, accuracy in (("DSS", 0.5), ("DSS", 0.52), ("QCRD", 0.6), ("QCRD", 0.62)):
+            command = tables.command_of(tables.TABLES["main"][2][cell], len(runs) % 2, [])
+            runs.append({"command": command} | dict.fromkeys(tables.SCORES, accuracy))
+        write_jsonl(Path(folder) / "main.jsonl", runs)
+        _, text = script(tables, "--print", "main")
+    cell = "61.0 ± 1.4 | +10.0, 0.500"
+    assert f"| QCRD | {cell} | {cell} | 61.0 ± 1.4 | 2 | *69.0* |" in text, text
+
+
+def test_judge_is_blind_to_the_order():
+    prompts, answers = [], {}  # answers: whether the fine explanation stands first -> text
+
+    def complete(request, _):
+        prompts.append(request["messages"][-1]["content"])
+        text = answers[prompts[-1].index("fine") < prompts[-1].index("poor")]
+        return {"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), fetch_data.Handler)
+    server.problems, url = {}, f"http://127.0.0.1:{server.server_port}/v1"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for first, second, outcome in (
+        ("Verdict: 1", "Verdict: 1", "dss better 0 / both good 4 / qcrd better 0"),
+        ("1", "Both have merits.\n**Verdict:** 2.", "dss better 0 / both good 0 / qcrd better 4"),
+        ("__import__('os').abort()", "Verdict: 1", "alone: 0; unreadable: 4"),
+    ):
+        answers.update({True: first, False: second})
+        prompts.clear()
+        with tempfile.TemporaryDirectory() as home, patch("fetch_data.complete", complete):
+            for name, text in (("dss", "poor"), ("qcrd", "fine")):
+                rows = [{"input": f"q{i}", "gold": "1", "rationale": text} for i in range(6)]
+                write_jsonl(Path(home) / name / "predictions.jsonl", rows)
+                write_jsonl(Path(home) / name / "config.json", [{"task": "svamp"}])
+            words = [Path(home) / "dss", Path(home) / "qcrd", "--judge", url, "--questions", 4]
+            with patch.dict(os.environ, {"QCRD_HOME": home, "OPENAI_API_KEY": "sk-hidden"}):
+                code, text = script(judge, *words)
+                assert code == 0 and outcome in text and "21 / 0 / 29" in text, text
+                assert script(judge, *words)[0] == 0
+            assert len(prompts) == len(set(prompts)) == 8  # both orders, and each answer is kept
+            assert not any("qcrd" in prompt or "dss" in prompt for prompt in prompts)
+            kept = [path.read_text() for path in Path(home).rglob("*") if path.is_file()]
+            assert len(kept) == 5 and "sk-hidden" not in "".join([*kept, text])
+    server.shutdown()
+    server.server_close()
+
+
+def test_audit_page_escapes_and_holds_all():
+    bad = "<script>alert(1)</script>\"'&<img src=x onerror=y>"
+    item = dict.fromkeys(("question", "label", "majority", "scheme"), bad)
+    item |= {"alphas": [0.5, 0.5, 0.4], "beta": 0.2, "delta": 3.0, "iteration": 3}
+    item |= {"L_pred": 1.0, "L_cl": 0.5, "L_D": 0.5, "L_total": 0.95}
+    item |= {"samples": [], "candidates": []}
+    for slot, vote in enumerate(("positive", "negative", "none")):
+        sample = {"slot": slot, "answer": None if slot else bad, "vote": vote}
+        item["samples"].append(sample | {"rationale": f"sample {slot} {bad}"})
+    for i, loss in enumerate((1.0, 2.0, 2.5, 4.0)):
+        c = {"set": "positive" if i < 2 else "negative", "source": "student", "loss": loss}
+        c |= {"score": 0.5, "weight": 0.5, "share": float(i % 3 == 0), "picked": i % 3 == 0}
+        item["candidates"].append(c | {"rationale": f"r{i} {bad}"})
+    tags, words, reader = set(), [], html.parser.HTMLParser()
+    reader.handle_starttag = lambda tag, attrs: tags.update([tag], dict(attrs))
+    reader.handle_data = words.append
+    page = plot.audit_page([item], bad)
+    reader.feed(page)
+    text = " ".join("".join(words).split())
+    assert not tags & {"script", "img", "link", "a", "src", "href", "onerror"}, tags
+    assert not any(word in page for word in ("http:", "https:", "url("))
+    assert all(f"{name} {bad}" in text for name in "sample 0|sample 2|r0|r1|r2|r3".split("|"))
+    assert text.count("→ picked") == 2 and page.count('class="delta"') == 2
+    assert "share 1 · weight 0.5 · ℓ(r⁺) 1 = 0.5000" in text and "0.9500" in text
+
+
+def test_pictures_and_mistakes_of_the_user():
+    with tempfile.TemporaryDirectory() as folder:
+        for words in (["curves", folder], ["fractions", f"{folder}/none"], ["scores", folder]):
+            code, text = script(plot, *words)
+            assert code == 2 and text.startswith("error: ") and text.count("\n") == 1, text
+        if importlib.util.find_spec("matplotlib") is None:
+            raise Skip("matplotlib is not installed")
+        lines = [{"iteration": 1, "L": 1.0, "l_neg": None}, {"iteration": 2, "s": {"student": 0.2}}]
+        run = {"cell": "QCRD, 25 %", "command": "--delta 4", "iterations": lines, "seed": 0}
+        write_jsonl(Path(folder) / "a.jsonl", [run | dict.fromkeys(tables.SCORES, 0.5)])
+        for what in ("curves", "fractions"):
+            out = Path(folder) / f"{what}.png"
+            assert script(plot, what, Path(folder) / "a.jsonl", "--out", out)[0] == 0
+            assert out.read_bytes().startswith(b"\x89PNG")
+
+
+# ------------------------------------------------------------------- Speed, and the proof on a GPU
+
+
+SHAPES = {
+    "tiny": dict(vocab_size=1300, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_decoder_layers=2),
+    "t5-small": {},
+    "t5-base": dict(d_model=768, d_ff=3072, num_layers=12, num_decoder_layers=12, num_heads=12),
+}
+
+
+class Checks(list):
+    """Prints values beside their bounds and lists those that miss them."""
+
+    def __call__(self, what: str, value: float, bound: float = 0) -> None:
+        line = f"{what}: {value:.2g} (bound {bound:g})"
+        good = value <= bound  # NaN is not
+        self.extend([] if good else [line])
+        print(f"  {'ok' if good else 'MISSED':6s} {line}", flush=True)
+
+
+def random_run(shape: str, device: str, precision: str = "", dropout: float = 0.0) -> qcrd.Run:
+    """Random weights, alike on every device, scaled so that the next token is neither the last one
+    again nor any of 32,128 alike: else tokens compare nothing. precision "": bf16 on CUDA."""
+    precision = precision or ("bfloat16" if device == "cuda" else "float32")
+    config = qcrd.Config(model="demo", device=device, precision=precision)
+    student = qcrd.Student(HERE / "weights/demo", config)
     torch.manual_seed(0)
-    config = qcrd.Config(iterations=1, batch=n)
-    student = qcrd.Student(t5.T5(t5.Config()), vocab, config, torch.device("cpu"))
-    voted = [qcrd.Voted(label, [*map(qcrd.to_student, pos)], [*map(qcrd.to_student, neg)]) for _, label, pos, neg in items]
-    data = qcrd.Data(student, qcrd.Split([x for x, *_ in items], [label for _, label, *_ in items]), voted)
-    trainer = qcrd.Trainer(config, student, Path(), None, data, data)
-    step, seconds = functools.partial(trainer.step, list(range(n)), {}, (0.5, 0.5, 0.5), 0, torch.zeros(0)), []
-    step()
-    trainer.state.tokens = 0
-    for _ in range(3):
-        start = time.perf_counter()
-        step().tolist()
-        seconds.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
-        step()
-    a, start = torch.randn(2048, 2048), time.perf_counter()
-    for _ in range(5):
-        a @ a
-    rate, second = 5 * 2 * 2048**3 / (time.perf_counter() - start), sorted(seconds)[1]
-    print(f"one QCRD step, {n} questions: {second:.2f} s, {trainer.state.tokens / 3 / second:,.0f} target tokens scored or trained on a second, peak memory "
-          f"{peak:.2f} GiB, {counter.get_total_flops() / second / 1e9:.0f} GFLOP/s of the {rate / 1e9:.0f} that a matrix product alone reaches "
-          f"({counter.get_total_flops() / second / rate:.0%})", flush=True)
+    model = t5.T5(t5.T5Config(dropout_rate=dropout, **SHAPES[shape]))
+    with torch.no_grad():
+        model.shared.weight *= 0.1
+        model.decoder.final_layer_norm.weight *= 40
+        for stack in (model.encoder, model.decoder):
+            stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight.normal_()
+    student.model = model.to(device)
+    return qcrd.Run(config, None, student, Path())
 
 
-def bench_t5() -> None:
-    """t5.py in t5-small's shape, float32; beside it, where transformers is installed, the same weights and batches there."""
-    print(f"t5.py, t5-small's shape, random weights, {torch.get_num_threads()} threads; ratio: transformers' time / ours")
-    shape = {"vocab_size": 32128, "d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8}
+def svamp_like(n: int, longest: int = 256, vocab: int = 32000) -> list[qcrd.Question]:
+    """Random ids, as long as SVAMP's questions and gpt-3.5-turbo's rationales are in T5's ids:
+    42 tokens (22 to 65), and 88 in the median, a tenth above 190."""
+    rng, questions = np.random.default_rng(0), []
+    for i in range(n):
+        lengths = [*np.clip(rng.normal(42, 9, 1), 22, 65), rng.integers(8, 14)]
+        lengths += [*np.clip(np.exp(rng.normal(4.45, 0.65, 7)), 2, longest)]
+        ids = [array("i", [*rng.integers(3, vocab, int(k) - 1), t5.EOS]) for k in lengths]
+        example = fetch_data.Example(f"question {i}", "")
+        questions.append(qcrd.Question(example, ids[0], ids[1], ids[2:7], ids[7:]))
+    return questions
+
+
+def peers_of(run: qcrd.Run) -> list:
+    """transformers' T5 with the student's weights, its encoder with the discriminator's; [] where
+    it is not installed."""
     try:
-        peer = hf_model(shape, v11=False)
-        ours = through_disk(peer)
-    except Skip as why:
-        peer, ours = None, t5.T5(t5.Config())
-        print(f"no ratios: {why}")
+        import transformers as hf
+    except ImportError:
+        return []
+    hf.logging.set_verbosity_error()
+    ours = run.student.model, run.discriminator.encoder
+    shape = dataclasses.asdict(ours[0].config) | {"decoder_start_token_id": 0}
+    kinds = hf.T5ForConditionalGeneration, hf.T5EncoderModel  # the latter changes its config
+    peers = [kind(hf.T5Config(**shape)) for kind in kinds]
+    for peer, model in zip(peers, ours):
+        missing, unexpected = peer.load_state_dict(model.state_dict(), strict=False)
+        assert not unexpected and all("embed" in name or "head" in name for name in missing)
+    return [peer.to(run.student.device) for peer in peers]
 
-    def line(what: str, mine, theirs, note: str = "") -> None:
-        """Median of three turns each, taken alternately, so that a drift of the machine falls on both."""
-        seconds = {f: [] for f in ([mine] if peer is None else [mine, theirs])}
-        for turn in range(4):
-            for f, taken in seconds.items():
-                start = time.perf_counter()
-                f()
-                taken += [time.perf_counter() - start] if turn else []        # the first turn warms up
-        medians = [sorted(taken)[1] for taken in seconds.values()]
-        ratio = f"{medians[1]:9.3f} {medians[1] / medians[0]:7.2f}" if peer is not None else ""
-        print(f"{what:34s} {medians[0]:9.3f} {ratio}   {note}", flush=True)
 
-    def backward(model, loss) -> None:
-        model.train().zero_grad(set_to_none=True)
-        loss().backward()
+def plainly(run: qcrd.Run, questions: list, n: int, peers: list) -> torch.Tensor:
+    """What `qcrd.step_loss` computes, done plainly: a row and an encoding of its question for each
+    rationale, all with gradient and score, whole logits; on `peers`, or on our T5 used that way."""
+    student, D, config = run.student, run.discriminator, run.config
+    network, encoder = peers or (student.model, D.encoder)
+    network.train(), encoder.eval()
 
-    print(f"{'work':34s} {'ours s':>9s}" + (f" {'peer s':>9s} {'ratio':>7s}" if peer is not None else ""))
-    for name, least in (("full", 64), ("padded", 19)):
-        (x, x_mask), (y, y_mask) = (random_batch(32000, 16, 64, seed, least) for seed in (0, 1))
-        note = ""
-        if peer is not None:
-            with torch.no_grad():
-                a = peer.eval()(input_ids=x, attention_mask=x_mask.long(), decoder_input_ids=shifted(y)).logits
-                b = ours.eval()(x, x_mask, shifted(y))
-            note = f"largest logit difference {(a - b)[y_mask].abs().max() / a.abs().max():.0e} of the largest logit"
-        labels = y.masked_fill(~y_mask, -100)
-        line(f"16 x 64 forward+backward, {name}", lambda: backward(ours, lambda: ours.loss(x, x_mask, y, y_mask).mean()),
-             lambda: backward(peer, lambda: peer(input_ids=x, attention_mask=x_mask.long(), labels=labels).loss), note)
-    x, x_mask = random_batch(32000, 64, 64, 0, 19)
-    if peer is not None:
-        peer.eval()
-    for name, temperature, how in (("greedy", 0.0, {"do_sample": False}),
-                                   ("sample at 1.5", 1.5, {"do_sample": True, "temperature": 1.5, "top_k": 0})):
-        line(f"64 rows, 64 tokens, {name}", lambda: ours.generate(x, x_mask, 64, temperature=temperature),
-             lambda: peer.generate(input_ids=x, attention_mask=x_mask.long(), max_new_tokens=64, **how))
+    def padded(rows: list) -> list[torch.Tensor]:
+        return [x.to(student.device) for x in t5.pad(rows)]
+
+    def losses(prefix: list[int], pairs: list) -> torch.Tensor:
+        x, x_mask = padded([prefix + q.x.tolist() for q, _ in pairs])
+        y, y_mask = padded([target for _, target in pairs])
+        start = {"decoder_input_ids" if peers else "target_in": F.pad(y[:, :-1], (1, 0))}
+        with student.autocast():
+            logits = network(x, x_mask, **start)
+        logits = (logits[0] if peers else logits).float().transpose(1, 2)
+        return (F.cross_entropy(logits, y, reduction="none") * y_mask).sum(1) / y_mask.sum(1)
+
+    pairs = [(q, r) for q in questions for r in q.S_pos + q.S_neg]
+    with torch.no_grad(), student.autocast():
+        x, mask = padded([q.x + r for q, r in pairs])
+        memory = encoder(x, mask)[0] if peers else encoder.encode(x, mask)
+        pooled = memory.masked_fill(~mask[..., None], -torch.inf).amax(1)
+        s_pos, s_neg = D.head(pooled).float().sigmoid().view(-1, 7).split([5, 2], 1)
+    l_pos, l_neg = losses(student.explain, pairs).view(-1, 7).split([5, 2], 1)
+    (l_pos, i), (l_neg, j) = l_pos.min(1, keepdim=True), l_neg.max(1, keepdim=True)
+    negative = (1 - s_neg.gather(1, j)) * (l_neg - config.delta).clamp(max=0)
+    L_cl = (s_pos.gather(1, i) * l_pos - config.beta * negative).sum() / n
+    L_pred = losses(student.predict, [(q, q.label) for q in questions]).sum() / n
+    return config.alpha_pred * L_pred + config.alpha_cl * L_cl
+
+
+def seconds(calls: list, device: str, runs: int = 3) -> list[float]:
+    """The median seconds of each call, in turns, so that a drift of the machine falls on all."""
+    times: list[list[float]] = [[] for _ in calls]
+    for call, own in [*zip(calls, times)] * (runs + 1):
+        start = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        own.append(time.perf_counter() - start)
+    return [float(np.median(own[1:])) for own in times]  # the first one warms up
+
+
+def step_figures(kind: str, shape: str, device: str, n: int, size: int) -> None:
+    """Prints JSON of a step's seconds, peak memory in GiB, and on CUDA operations. kind: qcrd, or
+    plain, on transformers where it is installed. size: questions at once, 0: the default."""
+    run, questions = random_run(shape, device, dropout=0.1), svamp_like(n)
+    run.config.micro_batch, size = size, size or n
+    name, peers, model = "qcrd.py", [], run.student.model
+    if kind == "plain":
+        peers = peers_of(run)
+        name = f"plain on {'transformers' if peers else 't5.py'}, {size} questions at once"
+    if peers:
+        model = peers[0]
+        run.parts = run.optimizer = run.d_optimizer = None  # gives our weights' memory back
+        run.student.model = run.discriminator.encoder = None
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=5e-5, weight_decay=0.0, fused=True)
+
+    def step() -> None:
+        if kind == "qcrd":
+            return qcrd.train_step(run, questions, 1, 10_000)
+        optimizer.zero_grad()
+        for i in range(0, n, size):
+            plainly(run, questions[i : i + size], n, peers).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+    figures = {"name": name, "seconds": seconds([step], device)[0]}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+        with FlopCounterMode(display=False) as counter:
+            step()
+        figures["operations"] = counter.get_total_flops()
+    print(json.dumps(figures | {"memory": peak / 2**30}))
+
+
+def python(*words: object, home: str = "") -> str:
+    """stdout of a Python process. Raises RuntimeError with the end of its stderr."""
+    path = f"{HERE}{os.pathsep}{Path(__file__).resolve().parent}"
+    how = dict(env=os.environ | {"PYTHONPATH": path, "QCRD_HOME": home}, capture_output=True)
+    done = subprocess.run([sys.executable, *map(str, words)], **how, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
+    return done.stdout
+
+
+def step_beside_plain(shape: str, device: str, n: int) -> dict:
+    """Prints what a step of n questions takes, ours and plain, each in a process; returns ours."""
+    found, size = [], 0  # questions at once
+    while len(found) < 2:
+        call = f"own.step_figures{(('qcrd', 'plain')[len(found)], shape, device, n, size)}"
+        try:
+            found.append(json.loads(python("-c", f"import {Path(__file__).stem} as own; {call}")))
+            print("  {name}: {seconds:.3f} s, {memory:.2f} GiB".format(**found[-1]), flush=True)
+        except RuntimeError as error:
+            if "OutOfMemoryError" not in str(error) or size == 1:
+                raise
+            size = (size or n) // 2
+    ours, plain = found
+    ratio, part = plain["seconds"] / ours["seconds"], ours["memory"] / plain["memory"]
+    print(f"  {ratio:.2f} times as fast, in {part:.0%} of the memory", flush=True)
+    return ours
+
+
+def beside_transformers(shape: str, device: str, rows: int, width: int) -> None:
+    """t5.py and transformers' T5 on the same weights and batches, taken in turns."""
+    run, rng = random_run(shape, device, dropout=0.1), np.random.default_rng(1)
+    model, peers = run.student.model, peers_of(run)
+    if not peers:
+        return print("  transformers is not installed: nothing to compare t5.py with")
+
+    def batch(rows: int, least: int) -> tuple[torch.Tensor, torch.Tensor]:
+        lengths = [width, *rng.integers(least, width + 1, rows - 1).tolist()]
+        return t5.pad([[*rng.integers(3, 1000, k - 1).tolist(), t5.EOS] for k in lengths])
+
+    def compare(name: str, theirs, ours) -> None:
+        with run.student.autocast():
+            a, b = seconds([theirs, ours], device)
+        print(f"  {name:20s} peer {a:.3f} s, t5.py {b:.3f} s, ratio {a / b:.2f}", flush=True)
+
+    peer = peers[0].train()
+    model.train()
+    for name, least in (("full", width), ("padded", width // 4)):
+        (x, x_mask), (y, y_mask) = batch(rows, least), batch(rows, least)
+        hf = dict(input_ids=x, attention_mask=x_mask, labels=y.masked_fill(~y_mask, -100))
+        hf = {key: value.to(device) for key, value in hf.items()}
+        ours = [x, x_mask, y, y_mask]
+        pair = lambda: peer(**hf)[0].backward(), lambda: model.loss(*ours).mean().backward()
+        compare(f"training, {name}", *pair)
+    peer.eval(), model.eval()
+    x, mask = batch(4 * rows, width // 4)
+    hf = dict(input_ids=x.to(device), attention_mask=mask.to(device), max_new_tokens=width, top_k=0)
+    for tau in (0.0, 1.5):
+        how = hf | dict(do_sample=tau > 0, temperature=tau or 1.0)
+        pair = lambda: peer.generate(**how), lambda: model.generate(x, mask, width, tau)
+        compare(f"generation, τ {tau}", *pair)
 
 
 def bench() -> None:
-    for questions in ("4", "16"):                    # a process each for its peak memory, and first: a child starts with its parent's peak
-        subprocess.run([sys.executable, __file__, "bench_step", questions], check=True)
-    bench_t5()
+    """`bench`: what a step and its T5 take on this machine. Nothing is asserted of seconds."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"{device}, {torch.get_num_threads()} threads, t5-small's shape: a step of 4 questions")
+    step_beside_plain("t5-small", device, 4)  # first: a child's peak begins at its parent's size
+    print("t5.py, 16 rows of 64 tokens, 64 rows in generation")
+    beside_transformers("t5-small", device, 16, 64)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.cpu() - b.cpu()).abs() / b.cpu().abs()).max().item()
+
+
+def differing_rows(model, batch, a, b, tau: float, uniforms) -> list[int]:
+    """Rows whose tokens differ -> how many do so for a reason, how many by less than 1e-4: the two
+    best probabilities, or the number drawn and a boundary. a: the tokens of `model`, on the CPU."""
+    width = max(a.shape[1], b.shape[1])
+    a, b = (F.pad(rows.cpu(), (0, width - rows.shape[1])) for rows in (a, b))
+    counts = [0, 0]
+    for row in (a != b).any(1).nonzero()[:, 0].tolist():
+        first = int((a[row] != b[row]).nonzero()[0])
+        ids, mask = (x[row : row + 1] for x in batch)
+        p = model(ids, mask, F.pad(a[row, :first], (1, 0))[None])[0, -1].double() / (tau or 1)
+        p = p.softmax(0)
+        gap = (p.cumsum(0) - uniforms[row, first]).abs().min() if tau else p.topk(2).values.diff()
+        counts[gap.abs().item() <= 1e-4] += 1
+    return counts
+
+
+@torch.no_grad()
+def parity(shape: str, device: str, check: Checks, *lengths: int) -> None:
+    """Losses, scores, gradients, probabilities, tokens on `device` beside the CPU's float32."""
+    runs = there, here = [random_run(shape, where, "float32") for where in (device, "cpu")]
+    questions = svamp_like(4, *lengths)
+    pairs = [(row, r) for row, q in enumerate(questions) for r in q.S_pos + q.S_neg]
+    rows, targets = zip(*pairs)
+
+    def figures(run: qcrd.Run, dtype: torch.dtype) -> list[torch.Tensor]:
+        run.student.model.eval()
+        run.student.dtype = dtype
+        losses = run.student.loss(run.student.explain, questions, targets, rows)
+        return [losses, run.score([(questions[row].x, r) for row, r in pairs])]
+
+    expected = figures(here, torch.float32)
+    for dtype, bound in ((torch.bfloat16, 0.02), (torch.float16, 0.02), (torch.float32, 1e-4)):
+        for name, value, right in zip(("ℓ", "s"), figures(there, dtype), expected):
+            check(f"{shape}, {dtype}: {name}, relative", relative(value, right), bound)
+    with torch.enable_grad():
+        losses = [qcrd.step_loss(run, questions, len(questions), t=1) for run in runs]
+        for loss in losses:
+            loss.backward()
+    check(f"{shape}: a step's loss, relative", relative(*losses), 1e-4)
+    models = theirs, ours = [run.student.model.eval() for run in runs]
+    a, b = (torch.cat([p.grad.flatten().cpu() for p in model.parameters()]) for model in models)
+    check(f"{shape}: its gradient, relative", ((a - b).norm() / b.norm()).item(), 1e-3)
+    batch = here.student.inputs(here.student.explain, questions * 4)
+    for tau in (0.0, 0.7, 1.5):
+        draws = [torch.Generator().manual_seed(1) for _ in range(3)]
+        a, b = (m.generate(*batch, 24, tau, draw) for m, draw in zip((ours, theirs), draws))
+        uniforms = torch.rand(16, 24, generator=draws[2])
+        wrong, close = differing_rows(ours, batch, a, b, tau, uniforms)
+        check(f"{shape}, τ {tau}: rows of 16 that differ, {close} more narrowly", wrong)
+        p, q = (m(*batch, F.pad(a, (1, 0))).softmax(-1).cpu() for m in models)
+        check(f"{shape}, τ {tau}: next-token probabilities", (p - q).abs().max().item(), 1e-4)
+
+
+def overflow(shape: str, device: str, check: Checks, *lengths: int) -> None:
+    """float16: a scale that overflows falls, its steps change nothing, then one is made."""
+    run, moved = random_run(shape, device, "float16"), []
+    run.scaler = torch.amp.GradScaler(device, init_scale=2.0**60, backoff_factor=2.0**-12)
+    weight = run.student.model.shared.weight
+    while len(moved) < 8 and True not in moved:
+        before, scale = weight.detach().clone(), run.scaler.get_scale()
+        qcrd.train_step(run, svamp_like(4, *lengths), 1, 100)
+        moved.append(not torch.equal(weight, before))
+        skipped = run.scaler.get_scale() < scale
+        check(f"{shape}, scale {scale:.0e}: skipped and moved", skipped == moved[-1])
+    check(f"{shape}, float16: no overflow, or never a step", moved[0] or not moved[-1])
+    check(f"{shape}, float16: weights not finite", not weight.isfinite().all().item())
+
+
+def demo_on(device: str, check: Checks, *flags: str) -> None:
+    """The demo in four small iterations: every stage, a kill, a resume, an audit."""
+    with tempfile.TemporaryDirectory() as home:
+        script, run = HERE / "qcrd.py", Path(home, "run")
+        small = "--iterations 4 --iteration-steps 5 --lag 1 --discriminator-pretrain 10"
+        words = f"{script} {small} --discriminator-steps 2 --device {device} --run {run}".split()
+        how = dict(env=os.environ | {"QCRD_HOME": home}, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen([sys.executable, *words, *flags], **how)
+        log = run / "metrics.jsonl"
+        while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < 2):
+            time.sleep(0.05)
+        process.kill()
+        check("the demo's process ended before it was killed", process.wait() >= 0)
+        python(script, "--resume", run, home=home)
+        check("iterations that are missing", 4 - log.read_text("utf-8").count("\n"))
+        items = json.loads(python(script, "--audit", run, 4, "--json", home=home))
+        sources = [candidate["source"] for item in items for candidate in item["candidates"]]
+        check("an audit without negatives of the past", "student" not in sources)
+        print(f"  {json.loads((run / 'result.json').read_text('utf-8'))}")
+
+
+def two_ranks(device: str, check: Checks) -> None:
+    """torchrun with two ranks computes what one process does: a student without dropout, float32;
+    negatives of the fixed student, so that both read the same ones."""
+    with tempfile.TemporaryDirectory() as home:
+        model = t5.T5.load(HERE / "weights/demo")
+        model.config = dataclasses.replace(model.config, dropout_rate=0.0)
+        model.save(Path(home, "student"), HERE / "weights/demo/spiece.model")
+        flags = "--iterations 2 --iteration-steps 4 --batch 8 --precision float32 --lr 1e-4"
+        flags += " --negative-source fixed --discriminator-pretrain 4 --discriminator-steps 2"
+        flags += f" --device {device} --model {home}/student --run {home}/"
+        torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2 --".split()
+        lines = []
+        for name, launcher in (("one", []), ("two", torchrun)):
+            python(*launcher, HERE / "qcrd.py", *(flags + name).split(), home=home)
+            lines.append([json.loads(line) for line in open(Path(home, name, "metrics.jsonl"))])
+        for name in "L_pred L_cl L_D l_pos l_neg s_pos s_neg".split():
+            gaps = [abs(a[name] - b[name]) / abs(a[name]) for a, b in zip(*lines)]
+            check(f"two ranks: {name}, relative", max(gaps), 1e-3)
+
+
+def speed(shape: str, device: str, n: int, rate: float) -> None:
+    """Prints what a step of n questions takes, sampling, and what the paper's run would."""
+    ours = step_beside_plain(shape, device, n)
+    used = ours.get("operations", 0) / ours["seconds"] / rate
+    print(f"  {n / ours['seconds']:.1f} questions a second, {used:.0%} of the rate of products")
+    run, rows = random_run(shape, device), []
+    batch = run.student.inputs(run.student.explain, svamp_like(2 * n))
+    with run.student.autocast():
+        spent = seconds([lambda: rows.append(run.student.model.generate(*batch, 96, 1.5))], device)
+    tokens = int((rows[-1] != t5.PAD).sum()) / spent[0]
+    print(f"  {tokens:,.0f} tokens a second sampled, {2 * n} rows at once")
+    # svamp: 100 iterations of 100 steps, each sampling some 105 tokens for 720 questions
+    hours, sampling = 10_000 * ours["seconds"] / 3600, 100 * 720 * 105 / tokens / 3600
+    print(f"  the paper's 10,000 steps on svamp: {hours:.1f} h, and {sampling:.1f} h of sampling")
+
+
+def cuda() -> int:
+    """`cuda`: whether all of it works on a GPU, how fast, and what fits. -> exit code."""
+    if not torch.cuda.is_available():
+        print("cuda: skipped, torch sees no GPU here")
+        return 0
+    check, device, shapes = Checks(), "cuda", ("t5-small", "t5-base")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    for shape in shapes:
+        parity(shape, device, check)
+        overflow(shape, device, check)
+    demo_on(device, check)
+    if torch.cuda.device_count() > 1:
+        two_ranks(device, check)
+    a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    rate = 2 * len(a) ** 3 * 20 / seconds([lambda: [a @ a for _ in range(20)]], device)[0]
+    for shape in shapes:
+        print(f"{shape}'s shape, bf16; products of matrices run at {rate / 1e12:.0f} TFLOP/s")
+        torch.cuda.empty_cache()
+        speed(shape, device, 64, rate)
+        beside_transformers(shape, device, 64, 64)
+    print("\n".join(["missed:", *check]) if check else "every bound is kept")
+    return int(bool(check))
+
+
+def test_comparisons_of_the_gpu_proof_on_the_cpu():
+    check = Checks()
+    parity("tiny", "cpu", check, 30, 1000)
+    overflow("tiny", "cpu", check, 15, 1000)
+    assert not check, check
+    check("a bound that is missed", float("nan"), 1.0)
+    assert len(check) == 1
+    model, batch = random_run("tiny", "cpu").student.model, t5.pad([[5, 6, 7, 1]])
+    tokens = model.generate(*batch, 6)
+    assert differing_rows(model, batch, tokens, tokens + 1, 0.0, None) == [1, 0]
+
+
+def test_plain_mathematics_equal_a_step():
+    """What the bench measures against computes what step_loss does."""
+    questions = svamp_like(3, 30, 1000)
+    for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 0.02)):
+        run = random_run("tiny", "cpu")
+        run.student.dtype = dtype
+        loss = qcrd.step_loss(run, questions, 3, t=1)
+        for peers in ([], peers_of(run)):
+            plain = plainly(run, questions, 3, peers)
+            assert relative(plain, loss) <= bound, (dtype, plain, loss)
+
+
+# ---------------------------------------------------------------------------------- The runner
 
 
 def main() -> int:
+    """Runs what the command line names -> 1 where something failed."""
     words = sys.argv[1:]
-    if words[:1] == ["two_ranks"]:                 # a rank of test_two_ranks_compute_what_one_does
-        two_ranks(*words[1:])
-        return 0
-    if words == ["bench"]:
-        bench()
-        return 0
-    if words[:1] == ["bench_step"]:
-        bench_step(*words[1:])
-        return 0
-    tests = [(name, f) for name, f in globals().items() if name.startswith("test_") and callable(f)]
-    tests = [(name, f) for name, f in tests if not words or any(w in name for w in words)]
-    passed = failed = skipped = 0
-    for name, f in tests:
+    if words in (["bench"], ["cuda"]):
+        return (bench if words == ["bench"] else cuda)() or 0
+    passed, failed = 0, 0
+    for name, test in list(globals().items()):
+        if not name.startswith("test_") or (words and not any(word in name for word in words)):
+            continue
         start = time.perf_counter()
         try:
-            f()
-            passed, verdict = passed + 1, "ok"
+            test()
         except Skip as why:
-            skipped, verdict = skipped + 1, f"skipped: {why}"
+            print(f"skip {name}: {why}", flush=True)
+            continue
         except Exception:
-            failed, verdict = failed + 1, "FAILED\n" + traceback.format_exc()
-        print(f"{time.perf_counter() - start:6.1f} s  {name}  {verdict}", flush=True)
-    print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
-    return 1 if failed or not tests else 0
+            failed += 1
+            print(f"FAIL {name}\n{traceback.format_exc()}", flush=True)
+            continue
+        passed += 1
+        print(f"ok   {name} ({time.perf_counter() - start:.1f} s)", flush=True)
+    print(f"{passed} passed, {failed} failed")
+    return 1 if failed or not passed else 0
 
 
 if __name__ == "__main__":

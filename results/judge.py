@@ -1,15 +1,19 @@
-"""Let any teacher compare the rationales of two runs blind: each pair is judged in both orders, without saying whose is whose.
+"""The paper's comparison of rationales: a judge model says which of two runs explains better.
 
-    python results/judge.py runs/svamp-qcrd-0 runs/svamp-dss-0 --teacher http://localhost:8000/v1 --questions 100
+    python results/judge.py DSS_RUN QCRD_RUN                        # greedy rationales, τ = 0
+    python results/judge.py DSS_RUN QCRD_RUN --temperature 0.7      # sampled anew
 
-It reads the runs' predictions.jsonl (the test questions). A run wins a question when it is preferred in both orders; when the orders
-disagree, or both say tie, the question is a tie. The share of disagreement says how much the judge goes by position. Verdicts are kept
-in data/judge/ as a teacher's samples are (same client, same flags): nothing is asked twice. The key comes from OPENAI_API_KEY.
+50 test questions are drawn by seed. The judge, any server with OpenAI's API, sees a question, its
+right answer and two explanations, but not whose they are. Each pair is judged in both orders: a run
+that is preferred in both is better, else both count as good. Answers are kept in data/judge/. The
+key comes from OPENAI_API_KEY. The paper's prompt is not known; this one is ours.
 """
+
 import argparse
 import json
+import random
+import re
 import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -18,67 +22,122 @@ import fetch_data  # noqa: E402
 import qcrd  # noqa: E402
 from t5 import InputError, require  # noqa: E402
 
-PROMPT = """Two explanations of how to answer one question are given. Decide which is better: its steps are right and follow from the \
-question, lead to the right answer, and say neither too little nor anything beside the point. Their length and order must not matter. \
-Compare them in one or two sentences, then end with 'The answer is 1.', 'The answer is 2.' or 'The answer is tie.'"""
-VERDICTS = ["1", "2", "tie"]
+PROMPT = """Compare two explanations of the answer to a question. The better one has right steps
+that follow from the question and lead to the right answer, whatever its length, style or place.
+Reason in a sentence or two, then end with "Verdict: 1", "Verdict: 2" or "Verdict: both"."""
+VERDICT = re.compile(r"verdict\W*(1|2|both)\W*$|\A\W*(1|2|both)\W*\Z", re.IGNORECASE | re.MULTILINE)
+# Of the verdicts of both orders; by order: the same place was preferred twice, both are good.
+OUTCOMES = {"12": "first", "21": "second", "11": "by order", "22": "by order"}
+# What the paper prints, judged by GPT-3.5 on 50 questions: DSS better, both good, QCRD better.
+PAPER = {
+    0.0: {"svamp": (21, 0, 29), "cqa": (19, 6, 25), "anli1": (26, 1, 23), "esnli": (17, 11, 22)},
+    0.7: {"svamp": (22, 0, 28), "cqa": (20, 6, 24), "anli1": (25, 1, 24), "esnli": (14, 3, 33)},
+}
 
 
-def read_predictions(run: Path) -> dict[str, dict]:
-    """question -> its line of a run's predictions.jsonl. Raises InputError."""
+def read_lines(path: Path) -> list[dict]:
+    """The records of a JSONL file, at least one. Raises InputError."""
     try:
-        rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text("utf-8").splitlines()]
-        require(any(row["rationale"] for row in rows), f"{run}/predictions.jsonl: holds no rationales; a finetune run writes none")
-        return {row["input"]: row for row in rows}
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise InputError(f"{run}/predictions.jsonl: cannot be read ({type(e).__name__}); is it the folder of a finished run?") from None
+        records = [json.loads(line) for line in open(path, encoding="utf-8")]
+    except (OSError, ValueError):
+        records = []
+    require(records, f"{path}: not there, empty or damaged")
+    return records
 
 
-def pair_text(row: dict, first: str, second: str) -> str:
-    return f"{row['input']}\nRight answer: {row['gold']}\n\nExplanation 1: {first}\n\nExplanation 2: {second}"
+def load_run(folder: Path) -> qcrd.Run:
+    """A run's task, selected student and discriminator. Raises InputError."""
+    try:
+        saved = json.loads((folder / "config.json").read_text("utf-8"))
+        config = qcrd.resolve(qcrd.Config(**saved))
+    except (OSError, ValueError, TypeError):
+        raise InputError(f"{folder}: no run, which is a folder like runs/demo-qcrd-0") from None
+    task = fetch_data.load_task(config.task, config.answer)
+    return qcrd.load_trained(folder, config, task)
 
 
-def judge(runs: list[Path], count: int, config: qcrd.Config) -> tuple[list[list[str | None]], list[str]]:
-    """-> for each question the verdicts of both orders, in terms of the runs: "0" (first run), "1", "tie" or None (unread); the questions."""
-    a, b = (read_predictions(run) for run in runs)
-    questions = [q for q in a if q in b][:count]
-    require(bool(questions), f"{runs[0]} and {runs[1]} have no question in common: compare runs of one task")
-    texts = [pair_text(a[q], *pair) for q in questions for pair in ((a[q]["rationale"], b[q]["rationale"]), (b[q]["rationale"], a[q]["rationale"]))]
-    split = qcrd.Split(texts, ["tie"] * len(texts))
-    with tempfile.NamedTemporaryFile("w", suffix=".txt") as prompt:
-        prompt.write(PROMPT)
-        prompt.flush()
-        config.prompt = prompt.name
-        slots, _ = qcrd.collect(qcrd.Task("judge", "text", fetch_data.root() / "data" / "judge", split, split, split, VERDICTS), config)
-    said = [qcrd.read_sample(row[0][0], text, "text", VERDICTS)[1] if row[0] else None for text, row in zip(texts, slots)]
-    whose = [{"1": "0", "2": "1"}, {"1": "1", "2": "0"}]                       # explanation 1 or 2 -> which run, by order
-    return [[whose[order].get(v, v) for order, v in enumerate(said[2 * i:2 * i + 2])] for i in range(len(questions))], questions
+def sample_rationales(folder: Path, rows: list[dict], temperature: float, seed: int) -> list[str]:
+    """What a run's student writes at a temperature for the questions of `rows`."""
+    run = load_run(folder)
+    student, longest = run.student, run.config.rationale_tokens
+    questions = [student.question(fetch_data.Example(row["input"], "")) for row in rows]
+    written = student.write(student.explain, questions, longest, temperature, ("judge", seed))
+    return [student.tokenizer.decode(ids) for ids in written]
+
+
+def messages(row: dict, first: str, second: str) -> list[dict]:
+    """A judge's prompt for one order of a pair."""
+    text = f"Question: {row['input']}\nRight answer: {row['gold']}\n\nExplanation 1: {first}\n\n"
+    user = {"role": "user", "content": f"{text}Explanation 2: {second}"}
+    return [{"role": "system", "content": PROMPT}, user]
+
+
+def ask(judge: qcrd.Teacher, prompts: list[list[dict]]) -> list[str]:
+    """The judge's answer to each prompt, from the file of answers or asked for now; "": none."""
+    judge.cache = fetch_data.root() / "data/judge/answers.jsonl"
+    keys = [judge.key_of(prompt) for prompt in prompts]
+    have = qcrd.read_cache(judge.cache)
+    judge.answered = any(key in have for key in keys)
+    jobs = {key: (prompt, [0]) for key, prompt in zip(keys, prompts) if key not in have}
+    if jobs:
+        qcrd.ask_teacher(judge, list(jobs.values()))
+        have = qcrd.read_cache(judge.cache)
+    return [have[key][0][0] if key in have else "" for key in keys]
+
+
+def verdict(answer: str) -> str | None:
+    """ "1", "2" or "both": an answer's last verdict, or all that it says; None: unreadable."""
+    found = VERDICT.findall(answer[-2000:])
+    return "".join(found[-1]).lower() if found else None
+
+
+def compare(folders: list[Path], judge: qcrd.Teacher, count: int, tau: float, seed: int) -> Counter:
+    """How many questions have which outcome; "by order" are both good too."""
+    a, b = ({row["input"]: row for row in read_lines(f / "predictions.jsonl")} for f in folders)
+    common = sorted(q for q in a.keys() & b.keys() if "rationale" in a[q] and "rationale" in b[q])
+    require(common, f"{folders[0]} and {folders[1]}: no question that both explain")
+    rows = random.Random(seed).sample([a[q] for q in common], min(count, len(common)))
+    texts = [[of[row["input"]]["rationale"] for row in rows] for of in (a, b)]
+    if tau:
+        texts = [sample_rationales(folder, rows, tau, seed) for folder in folders]
+    orders = (texts, texts[::-1])
+    prompts = [messages(row, *pair) for order in orders for row, *pair in zip(rows, *order)]
+    said = [verdict(answer) for answer in ask(judge, prompts)]
+    pairs = zip(said[: len(rows)], said[len(rows) :])
+    return Counter("unreadable" if None in p else OUTCOMES.get("".join(p), "both") for p in pairs)
 
 
 def main() -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("runs", nargs=2, type=Path, metavar="RUN")
-    p.add_argument("--teacher", default="", help="URL of a server with OpenAI's API, or openai (default: as for qcrd.py)")
-    p.add_argument("--teacher-model", default="", help="default: gpt-3.5-turbo at OpenAI, else the first model that the server lists")
-    p.add_argument("--questions", type=int, default=100, help="test questions to compare, two requests each (default: 100)")
-    p.add_argument("--concurrency", type=int, default=8)
-    args = p.parse_args()
-    # method dss: samples for these questions and for no others
-    config = qcrd.Config(task="judge", method="dss", samples=1, teacher_temperature=0.0, teacher=args.teacher, teacher_model=args.teacher_model,
-                         concurrency=args.concurrency)
+    """-> exit code: 0; 2 after one line for a user's mistake."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    add = parser.add_argument
+    add("runs", nargs=2, type=Path, metavar="RUN", help="DSS's, then QCRD's")
+    add("--judge", default="", help="URL (default: OPENAI_BASE_URL, or OpenAI where a key is set)")
+    add("--judge-model", default="", help="gpt-3.5-turbo at OpenAI, else the first one listed")
+    add("--questions", type=int, default=50, help="two requests each (default: 50)")
+    add("--temperature", type=float, default=0.0, help="the students'; 0: predictions.jsonl")
+    add("--seed", type=int, default=0, help="which questions, and the students' samples")
+    args = parser.parse_args()
+    tau, (first, second) = args.temperature, args.runs
     try:
-        require(args.questions > 0, f"--questions {args.questions}: must be above 0")
-        verdicts, _ = judge(args.runs, args.questions, qcrd.check(config))
-    except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
+        require(args.questions > 0 and tau >= 0, "--questions, --temperature: too small")
+        task = json.loads((second / "config.json").read_text("utf-8"))["task"]
+        given = {"teacher": args.judge, "teacher_model": args.judge_model, "samples": 1}
+        judge = qcrd.connect_teacher(qcrd.Config("judge", teacher_temperature=0.0, **given), True)
+        require(
+            judge and judge.url != "palm",
+            "no judge: name one with --judge URL, or set OPENAI_API_KEY",
+        )
+        counts = compare(args.runs, judge, args.questions, tau, args.seed)
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
-    read = [pair for pair in verdicts if None not in pair]
-    c = Counter(pair[0] if pair[0] == pair[1] else "tie" for pair in read)
-    flipped = sum(set(pair) == {"0", "1"} for pair in read)
-    n = max(1, len(read))
-    print(f"{args.runs[0]}: {c['0']} wins ({c['0'] / n:.0%}), {c['tie']} ties ({c['tie'] / n:.0%}), {c['1']} losses ({c['1'] / n:.0%}) "
-          f"against {args.runs[1]}, on {len(read)} questions\n"
-          f"the two orders contradict each other on {flipped} ({flipped / n:.0%}); {len(verdicts) - len(read)} questions without a verdict that can be read")
+    good = counts["both"] + counts["by order"]
+    print(f"{task}, τ = {tau:g}, {judge.model}: {first.name} better {counts['first']} / ", end="")
+    print(f"both good {good} / {second.name} better {counts['second']}")
+    print(f"  both good by order alone: {counts['by order']}; unreadable: {counts['unreadable']}")
+    if paper := PAPER.get(tau, {}).get(task):
+        print("  the paper, 50 questions, GPT-3.5: {} / {} / {}".format(*paper))
     return 0
 
 

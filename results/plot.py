@@ -1,99 +1,326 @@
-"""Pictures of training from metrics.jsonl. Needs matplotlib (pip install matplotlib), which nothing else in the project does.
+"""Pictures of runs and tables, and the audit as a page to look at.
 
-    python results/plot.py demo                  # results/demo.png from results/metrics/, the main table's runs
-    python results/plot.py svamp                 # results/svamp.png, the svamp table's
-    python results/plot.py runs/demo-qcrd-0      # training.png in that folder; several folders are drawn as seeds of one method
+    python results/plot.py scores RUN                densities of s(x, r) -> results/scores.png
+    python results/plot.py fractions [FILE]          parts of the training set -> fractions.png
+    python results/plot.py curves RUN [RUN ...]      training curves -> results/curves.png
+    python results/plot.py audit RUN N               N questions of --audit -> RUN/audit.html
+
+`scores` needs a run with a discriminator and lets its student write. `fractions` reads run.py's
+table. `curves` also takes such a table: runs that differ in the seed alone are drawn as their mean,
+with a band from lowest to highest. Pictures need matplotlib (pip install matplotlib).
 """
+
+import argparse
 import io
 import json
+import math
+import re
+import subprocess
 import sys
+from html import escape
 from pathlib import Path
+from typing import Any
 
-import matplotlib
+import numpy as np
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-from PIL import Image  # noqa: E402  (comes with matplotlib)
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 import run as tables  # noqa: E402
+from judge import load_run, read_lines  # noqa: E402
 
-COLOURS = {"finetune": "#888888", "dss": "#0072B2", "qcrd": "#D55E00", "positives": "#009E73", "teacher": "#E69F00", "student": "#CC79A7"}
-NAMES = {"positives": "positives", "teacher": "teacher's negatives", "student": "student's negatives"}
+import qcrd  # noqa: E402
+from t5 import InputError, require  # noqa: E402
 
-
-def series(runs: list[list[dict]], value) -> tuple[np.ndarray, np.ndarray]:
-    """-> (iterations, values): (seeds, iterations), NaN where an iteration has none."""
-    count = min(map(len, runs))
-    rows = [[np.nan if (v := value(m)) is None else v for m in lines[:count]] for lines in runs]
-    return np.arange(1, count + 1), np.array(rows, dtype=float)
+BLUE, ORANGE, GREEN, PINK, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#666666"
 
 
-def line(axis, runs: list[list[dict]], value, label: str, colour: str, style: str = "-") -> None:
-    """Mean over seeds, a band from the lowest to the highest seed."""
-    x, y = series(runs, value)
-    seen = ~np.isnan(y).all(0)
-    if seen.any():
-        x, y = x[seen], y[:, seen]
-        axis.fill_between(x, np.nanmin(y, 0), np.nanmax(y, 0), color=colour, alpha=0.15, linewidth=0)
-        axis.plot(x, np.nanmean(y, 0), style, color=colour, label=label, linewidth=1.6)
+def figure(rows: int, columns: int, height: float) -> tuple[Any, np.ndarray]:
+    """Panels on a picture 9 inches, 900 pixels, wide. Raises InputError without matplotlib."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise InputError("pictures need matplotlib: pip install matplotlib") from None
+    plt.switch_backend("Agg")
+    style = {"font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8, "legend.frameon": False}
+    style |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
+    plt.rcParams.update(style | {"grid.alpha": 0.25, "lines.markersize": 3})
+    return plt.subplots(rows, columns, figsize=(9, height), squeeze=False, layout="constrained")
 
 
-def draw(title: str, methods: dict[str, list[list[dict]]], path: Path) -> None:
-    """methods: name -> a list of metrics lines for each seed. Panels: accuracy, loss terms, mean scores, the last iteration's scores."""
-    shown = "qcrd" if "qcrd" in methods else next(iter(methods))
-    main = methods[shown]
-    figure, (accuracy, loss, mean, last) = plt.subplots(1, 4, figsize=(17, 3.9), constrained_layout=True)
-    for name, runs in methods.items():
-        line(accuracy, runs, lambda m: 100 * m["valid_accuracy"], name, COLOURS.get(name, "#000000"))
-    accuracy.set(title="accuracy on the validation questions, %", xlabel="iteration")
-    terms = {"L_predict": ("L_predict", "#0072B2", "-"), "ℓ_pos": ("l_pos", "#009E73", "-"), "ℓ_neg (0: beyond δ)": ("l_neg", "#CC79A7", "-"),
-             "L_D": ("L_D", "#D55E00", "-"), "share of negative terms at 0": ("zero_neg", "#555555", "--")}
-    for label, (term, colour, style) in terms.items():
-        line(loss, main, lambda m, term=term: m[term], label, colour, style)
-    loss.set(title=f"{shown}: loss terms", xlabel="iteration")
-    for name, label in NAMES.items():
-        line(mean, main, lambda m, name=name: m["scores"].get(name, {}).get("mean"), label, COLOURS[name])
-        counts = sum(np.array(lines[-1]["scores"].get(name, {}).get("histogram", [0] * 10)) for lines in main)
-        if counts.sum():
-            last.stairs(100 * counts / counts.sum(), np.linspace(0, 1, 11), color=COLOURS[name], label=label, linewidth=1.8)
-    mean.set(title=f"{shown}: mean score s(x, r) of each set", xlabel="iteration", ylim=(0, 1))
-    last.set(title=f"{shown}: scores in the last iteration, % of the set", xlabel="s(x, r)", xlim=(0, 1))
-    for axis in (accuracy, loss, mean, last):
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", alpha=0.25)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False, fontsize=8)
-    figure.suptitle(title, fontsize=11)
+def save(picture: Any, path: Path, caption: str) -> None:
+    """Writes a PNG of 256 colours, half of the bytes, with a caption below the panels."""
+    from PIL import Image  # comes with matplotlib
+
+    picture.supxlabel(caption, fontsize=8, color="#444444")
     raw = io.BytesIO()
-    figure.savefig(raw, dpi=66)
-    Image.open(raw).quantize(64).save(path, optimize=True)       # a third of the bytes
-    plt.close(figure)
+    picture.savefig(raw, dpi=100)
+    Image.open(raw).convert("RGB").quantize(256).save(path, "PNG", optimize=True)
     print(path)
 
 
+def band(axis: Any, x: Any, y: np.ndarray, name: str, colour: str, style: str = "-") -> None:
+    """The mean over the runs of y, (runs, points), and a band from the lowest to the highest."""
+    seen = ~np.isnan(y).all(0)
+    if seen.any():
+        x, y = np.asarray(x)[seen], y[:, seen]
+        label = None if name in axis.get_legend_handles_labels()[1] else name
+        axis.plot(x, np.nanmean(y, 0), style, color=colour, label=label, marker="o")
+        axis.fill_between(x, np.nanmin(y, 0), np.nanmax(y, 0), color=colour, alpha=0.15, lw=0)
+
+
+def density(scores: list[float], grid: np.ndarray, width: float = 0.025) -> np.ndarray:
+    """Kernel density of scores in [0, 1] at the points of `grid`, reflected at 0 and 1."""
+    s = np.array(scores)
+    points = np.concatenate([s, -s, 2 - s])
+    kernels = np.exp(-0.5 * ((grid[:, None] - points) / width) ** 2)
+    return kernels.sum(1) / (len(s) * width * math.sqrt(2 * math.pi))
+
+
+def score_sets(run: qcrd.Run) -> dict[str, list[float]]:
+    """s of the teacher's rationales and of the student's samples for the validation questions."""
+    config, task, student = run.config, run.task, run.student
+    require(run.discriminator, f"{run.folder}: has no discriminator, so that there is no s to show")
+    teacher = qcrd.connect_teacher(config, ask=False)
+    slots = qcrd.teacher_samples(teacher, task, task.valid, ask=False)
+    votes = [qcrd.vote_on(task, e.input, row) for e, row in zip(task.valid, slots)]
+    sets = [qcrd.sets_of(vote, config)[:2] for vote in votes]
+    questions = [student.question(e, *both) for e, both in zip(task.valid, sets)]
+    pairs = {"teacher's positives": [(q.x, r) for q in questions for r in q.S_pos]}
+    pairs["teacher's negatives"] = [(q.x, r) for q in questions for r in q.S_neg]
+    for tau in (1.5, 2.0):
+        seed = (config.seed, "score figure", tau)
+        written = student.write(student.explain, questions, config.rationale_tokens, tau, seed)
+        pairs[f"student's samples, τ = {tau}"] = [(q.x, r) for q, r in zip(questions, written)]
+    return {name: run.score(of).tolist() for name, of in pairs.items()}
+
+
+def draw_scores(names: list[str], path: Path) -> None:
+    run = load_run(Path(names[0]))
+    scores = score_sets(run)
+    picture, ((axis,),) = figure(1, 1, 3.6)
+    grid = np.linspace(0, 1, 401)
+    for (name, s), colour in zip(scores.items(), (GREEN, ORANGE, BLUE, PINK)):
+        if s:
+            label = f"{name} ({len(s)}, mean {np.mean(s):.2f})"
+            axis.plot(grid, density(s, grid), color=colour, label=label)
+            axis.fill_between(grid, density(s, grid), color=colour, alpha=0.08, linewidth=0)
+    axis.set(xlim=(0, 1), ylim=(0, None), xlabel="s(x, r)", ylabel="density")
+    axis.legend()
+    where = f"{run.folder.name}: validation questions of {Path(run.config.task).name}"
+    save(picture, path, f"{where}. The paper's figure: SVAMP's test set, T5-base")
+
+
+def draw_fractions(names: list[str], path: Path) -> None:
+    """DSS and QCRD over parts of the training set; the paper's numbers in a panel of their own."""
+    table = Path(*names or [HERE / "fractions.jsonl"])
+    runs = read_lines(table)
+    seeds, parts = 1 + max(run["seed"] for run in runs), (25, 50, 75, 100)
+    picture, ((label, rationale, paper),) = figure(1, 3, 3.0)
+    for method, colour in (("DSS", BLUE), ("QCRD", ORANGE)):
+        cells = [f"{method}, {part} %" for part in parts]
+        for axis, key in ((label, "test_accuracy"), (rationale, "rationale_accuracy")):
+            y = np.full((seeds, len(parts)), np.nan)
+            for run in runs:
+                if run["cell"] in cells:
+                    y[run["seed"], cells.index(run["cell"])] = 100 * run[key]
+            band(axis, parts, y, method, colour)
+        printed = [tables.PAPER["fractions"][cell] for cell in cells]
+        paper.plot(parts, printed, "o--", color=colour, alpha=0.5, label=f"{method}, printed")
+    titles = ("label accuracy, %", "rationale accuracy, %", "the paper's: label, SVAMP, T5-base, %")
+    for axis, title in zip((label, rationale, paper), titles):
+        axis.set(title=title, xticks=parts, xlabel="% of the training set")
+        axis.legend()
+    paper.set_facecolor("#f2f2f2")
+    task = table.stem.removeprefix("fractions").strip("-") or "demo"
+    save(picture, path, f"White: {task}, {seeds} seeds, mean and range. Grey: the paper's numbers")
+
+
+# title -> {key of metrics.jsonl: (name, colour)}
+PANELS = {
+    "loss terms": {"L": ("L_total", GREY), "L_pred": ("L_pred", BLUE)}
+    | {"L_cl": ("L_cl", GREEN), "L_D": ("L_D", ORANGE)},
+    "ℓ of the picks": {"l_pos": ("ℓ of r⁺", GREEN), "l_neg": ("ℓ of r⁻", ORANGE)},
+    "negatives, %": {"zero": ("terms at 0", ORANGE), "right": ("student's, right answer", PINK)},
+    "s of the picks": {"s_pos": ("s of r⁺", GREEN), "s_neg": ("s of r⁻", ORANGE)},
+    "mean s, validation questions": {"s.positives": ("teacher's positives", GREEN)}
+    | {"s.teacher": ("teacher's negatives", ORANGE), "s.student": ("student's samples", PINK)},
+    "validation questions, %": {
+        "valid": ("label", BLUE),
+        "pair": ("positive above negative", GREY),
+    },
+}
+STYLES = {"solid": "-", "dashed": "--", "dotted": ":"}
+
+
+def read_runs(names: list[str]) -> list[tuple[str, float, list[list[dict]]]]:
+    """Title, δ and the runs' iterations for each setting in folders and tables."""
+    settings: dict[str, tuple[str, float, list]] = {}
+    for path in map(Path, names):
+        if path.suffix == ".jsonl":
+            for run in read_lines(path):
+                given = re.search(r"--delta (\S+)", run["command"])
+                delta = float(given[1]) if given else qcrd.Config.delta
+                setting = (run["cell"], delta, [])
+                settings.setdefault(run["cell"], setting)[2].append(run["iterations"])
+        else:
+            lines = read_lines(path / "metrics.jsonl")
+            config = json.loads((path / "config.json").read_text("utf-8"))
+            setting = (path.resolve().name, config["delta"], [])
+            same = json.dumps(config | {"seed": 0, "run": ""}, sort_keys=True)
+            settings.setdefault(same, setting)[2].append(lines)
+    return list(settings.values())
+
+
+def series(runs: list[list[dict]], key: str) -> np.ndarray:
+    """(runs, iterations) of the values of a key; NaN where a line has none."""
+    outer, _, inner = key.rpartition(".")
+    count = min(map(len, runs))
+    rows = [[(line.get(outer) or {}) if outer else line for line in run[:count]] for run in runs]
+    return np.array([[line.get(inner) for line in row] for row in rows], dtype=float)
+
+
+def draw_curves(names: list[str], path: Path) -> None:
+    settings = read_runs(names)
+    require(len(settings) <= 3, f"{len(settings)} settings; a picture shows 3 at most")
+    picture, axes = figure(2, 3, 5.2)
+    parts = []
+    for (title, delta, runs), (style, dashes) in zip(settings, STYLES.items()):
+        parts.append(f"{style}: {title}" + (f", {len(runs)} seeds" if len(runs) > 1 else ""))
+        for axis, (panel, keys) in zip(axes.flat, PANELS.items()):
+            for key, (name, colour) in keys.items():
+                y = series(runs, key) * (100 if "%" in panel else 1)
+                band(axis, range(1, 1 + y.shape[1]), y, name, colour, dashes)
+            axis.set_title(panel)
+            if "%" in panel:
+                axis.set_ylim(-4, 104)
+            axis.locator_params(axis="x", integer=True)
+        axes[0, 1].axhline(delta, color="black", linestyle="-.", linewidth=1)
+        axes[0, 1].annotate(f"δ = {delta:g}", (1, delta), va="bottom")
+    for axis in axes.flat:
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend()
+    save(picture, path, f"iteration      ({'; '.join(parts)})")
+
+
+STYLE = """
+body { font: 16px/1.45 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem;
+  color: #222; overflow-wrap: anywhere }
+h2 { margin-top: 2.5rem; border-top: 2px solid } h3 { margin: 1.2rem 0 .3rem; font-size: 1rem }
+.question { white-space: pre-line; font-size: 1.1rem }
+.row { display: grid; grid-template-columns: 13rem 1fr 20rem; gap: .2rem 1rem; margin: .3rem 0;
+  padding: .45rem .6rem; border-left: 4px solid #ccc; background: #f7f7f7 }
+.positive { border-color: #009e73 } .negative { border-color: #d55e00 }
+.sample { grid-template-columns: 13rem 1fr } .picked { background: #fff3bf }
+.bar { display: grid; grid-template-columns: 1.2rem 1fr 4.2rem; gap: .5rem; align-items: center }
+.track { position: relative; height: .8rem; background: #ddd }
+.fill { position: absolute; inset: 0 auto 0 0; background: #0072b2 } .grey { background: #888 }
+.delta { position: absolute; top: -.2rem; bottom: -.2rem; border-left: 2px solid #b00 }
+.number { text-align: right; font-variant-numeric: tabular-nums }
+@media (max-width: 45rem) { .row { grid-template-columns: 1fr } }
+"""
+HEAD = """<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+"""
+LEGEND = """The run's last checkpoint, without dropout. ℓ: mean token cross-entropy; s: the score of
+the discriminator. Yellow: the picks, which alone count in the loss. Red mark: δ; a negative with ℓ
+beyond it adds 0 (grey bar). L_D is eq. (2) on what is shown, without the fillers of training."""
+VOTES = {"positive": "majority, S_pos", "negative": "minority, S_neg", "none": "without a vote"}
+
+
+def bar(name: str, value: float, full: float, delta: float | None = None) -> str:
+    """A value from 0 to `full` as a bar; with a mark at delta, and grey where it is beyond."""
+    kind = "fill grey" if delta is not None and value >= delta else "fill"
+    track = f'<span class="{kind}" style="width:{100 * min(max(value / full, 0), 1):.2f}%"></span>'
+    if delta is not None:
+        track += f'<span class="delta" style="left:{100 * delta / full:.2f}%"></span>'
+    number = f'<span class="number">{value:.4f}</span>'
+    return f'<div class="bar"><i>{name}</i><span class="track">{track}</span>{number}</div>'
+
+
+def sample_row(sample: dict) -> str:
+    answer = "cannot be read" if sample["answer"] is None else str(sample["answer"])
+    head = f"<div>slot {sample['slot']}<br>answer: <b>{escape(answer)}</b></div>"
+    text = f"<div>{escape(sample['rationale'] or '')}</div>"
+    return f'<div class="row sample {escape(sample["vote"])}">{head}{text}</div>'
+
+
+def candidate_row(c: dict, delta: float, full: float) -> str:
+    head = f"{'S_pos' if c['set'] == 'positive' else 'S_neg'}, {escape(c['source'])}'s"
+    head += "<br><b>→ picked</b>" if c["picked"] else ""
+    kind = escape(c["set"]) + (" picked" if c["picked"] else "")
+    bars = bar("ℓ", c["loss"], full, delta if c["set"] == "negative" else None)
+    bars += bar("s", c["score"], 1.0)
+    cells = (head, escape(c["rationale"]), bars)
+    return f'<div class="row {kind}">' + "".join(f"<div>{x}</div>" for x in cells) + "</div>"
+
+
+def sum_lines(item: dict) -> list[str]:
+    """L_cl from the picks, and L_total, each product written out."""
+    lines = []
+    for c in item["candidates"]:
+        factors = {"share": c["share"], "weight": c["weight"], "ℓ(r⁺)": c["loss"]}
+        if c["set"] == "negative":
+            margin = min(factors.pop("ℓ(r⁺)") - item["delta"], 0.0)
+            factors = {"−β": -item["beta"], **factors, "min(ℓ(r⁻) − δ, 0)": margin}
+        product = " · ".join(f"{name} {value:.5g}" for name, value in factors.items())
+        if c["picked"]:
+            lines.append(f"{c['set']}: {product} = {math.prod(factors.values()) + 0.0:.4f}")
+    lines.append(f"L_cl, the sum of these = {item['L_cl']:.4f}")
+    terms = zip(item["alphas"], ("L_pred", "L_cl", "L_D"))
+    total = " + ".join(f"{alpha:.5g} · {name} {item[name]:.4f}" for alpha, name in terms)
+    return [*lines, f"L_total = {total} = <b>{item['L_total']:.4f}</b>"]
+
+
+def audit_page(items: list[dict], title: str) -> str:
+    """qcrd.py --audit's data as one HTML page that needs nothing from elsewhere."""
+    parts = [f"{HEAD}<title>{escape(title)}</title><style>{STYLE}</style>"]
+    parts.append(f"<h1>{escape(title)}</h1><p>{LEGEND}</p>")
+    for number, item in enumerate(items, 1):
+        parts.append(f"<h2>Question {number}</h2><p class=question>{escape(item['question'])}</p>")
+        label, best, scheme = (escape(str(item[key])) for key in ("label", "majority", "scheme"))
+        facts = f"label: <b>{label}</b> · majority: <b>{best}</b> · iteration {item['iteration']}"
+        parts.append(f"<p>{facts}, {scheme}, δ = {item['delta']:g}, β = {item['beta']:g}</p>")
+        for vote, name in VOTES.items():
+            rows = [sample_row(sample) for sample in item["samples"] if sample["vote"] == vote]
+            parts += [f"<h3>Teacher's samples: {name} ({len(rows)})</h3>", *rows] if rows else []
+        parts.append(f"<h3>Candidates ({len(item['candidates'])})</h3>")
+        full = 1.05 * max([item["delta"], *(c["loss"] for c in item["candidates"])])
+        parts += [candidate_row(c, item["delta"], full) for c in item["candidates"]]
+        parts.append(f'<h3>Sum</h3><div class="sum">{"<br>".join(sum_lines(item))}</div>')
+    return "\n".join(parts) + "\n</html>\n"
+
+
+def write_audit(names: list[str], path: Path) -> None:
+    command = [sys.executable, "-X", "utf8", HERE.parent / "qcrd.py", "--json", "--audit", *names]
+    done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8")
+    if done.returncode:
+        sys.exit(done.returncode)  # the error is on stderr
+    page = audit_page(json.loads(done.stdout), f"QCRD audit: {names[0]}")
+    path.write_text(page, encoding="utf-8")
+    print(path)
+
+
+COMMANDS = {"scores": (draw_scores, 1), "fractions": (draw_fractions, "*")}
+COMMANDS |= {"curves": (draw_curves, "+"), "audit": (write_audit, 2)}
+
+
 def main() -> int:
-    names = sys.argv[1:]
-    if not names or "-h" in names or "--help" in names:
-        print(__doc__)
-        return 0 if names else 2
-    if names[0] in ("demo", "svamp"):
-        table, title = {"demo": ("main", "The demo"), "svamp": ("svamp", "SVAMP, the student of svamp_student.py")}[names[0]]
-        methods = {cell: [r["lines"] for r in results.values()] for cell, results in tables.finished(table).items() if cell in COLOURS}
-        if not methods:
-            print(f"error: nothing of the table {table} has been run; python results/run.py --run {table}", file=sys.stderr)
-            return 2
-        draw(f"{title}: mean of {min(map(len, methods.values()))} seeds, band from the lowest to the highest", methods, tables.HERE / f"{names[0]}.png")
-        return 0
+    """-> exit code: 0; 2 after one line for a user's mistake."""
+    how: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(description=__doc__, **how)
+    commands = parser.add_subparsers(dest="what", required=True)
+    for what, (_, count) in COMMANDS.items():
+        command = commands.add_parser(what)
+        command.add_argument("names", nargs=count, help="RUN or FILE; for audit RUN and N")
+        command.add_argument("--out", type=Path, help="the file to write")
+    args = parser.parse_args()
+    folder = Path(*args.names[:1]) if args.what == "audit" else HERE
+    suffix = "html" if args.what == "audit" else "png"
     try:
-        runs = [[json.loads(text) for text in (Path(name) / "metrics.jsonl").read_text("utf-8").splitlines()] for name in names]
-        draw(", ".join(names), {"qcrd" if runs[0][0]["scores"] else "run": runs}, Path(names[0]) / "training.png")
-    except OSError as e:
-        print(f"error: {e.filename}: {e.strerror}; name a run's folder, demo or svamp", file=sys.stderr)
-        return 2
-    except (ValueError, IndexError, KeyError):
-        print(f"error: {', '.join(names)}: metrics.jsonl holds no finished iteration yet, or is damaged", file=sys.stderr)
+        COMMANDS[args.what][0](args.names, args.out or folder / f"{args.what}.{suffix}")
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -1,253 +1,234 @@
-"""The tables' cells, run one after the other: each is qcrd.py with some flags and a seed, on one thread. Stop and start it at will.
+"""The paper's tables, and the studies of what it leaves open: each cell is qcrd.py with some flags.
 
-    python results/run.py --list                          # the tables, their cells and commands
-    python results/run.py --run main                      # run what is missing of a table, then print it
-    python results/run.py --run svamp --teacher URL       # ask this teacher
-    python results/run.py --table main                    # print what is there; --table all prints every table of results/README.md
+    python results/run.py                            # the tables and their cells
+    python results/run.py main ablation              # run what is missing of them, print them
+    python results/run.py --print main               # print what is there
+    python results/run.py ablation --task svamp --teacher URL      # the paper's setting, on a GPU
 
-What the tables need of a finished cell (metrics.jsonl, result.json) is kept in results/metrics/<flags>-<seed>/, and a cell that has it is
-skipped; its run is runs/results-<flags>-<seed>/. To run one again, delete both. A cell that was stopped is resumed. One thread a cell: two
-processes may run side by side, also on one table, and the numbers do not depend on how many cores there are.
+A finished cell is a line of results/<table>.jsonl (with --task T: results/<table>-T.jsonl) and is
+skipped; one that was interrupted is resumed. A cell runs on one thread, so that its numbers do not
+depend on how many cores there are and two processes can work side by side, also on one table.
+Accuracies are percentages: mean ± standard deviation over seeds, the paired difference from the
+table's reference, and p of an exact sign-flip test. p covers the student's randomness: the
+teacher's samples are the same for all seeds.
 """
+
 import argparse
 import fcntl
+import itertools
 import json
 import os
-import re
-import resource
-import shutil
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import NoReturn
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-import qcrd  # noqa: E402
+ED = "--negative-source none --no-discriminator"  # extended and denoised positives
 
-METHODS = {"finetune": "--method finetune", "dss": "--method dss", "qcrd": ""}
-# What all cells of a table share, by the name that it has in results/metrics/.
-SHARED = {
-    # 12.8 passes over the 720 questions, by the student that results/svamp_student.py makes
-    "svamp": "--task svamp --model weights/svamp-student --lr 1e-3 --discriminator-lr 1e-3 --rationale-tokens 128 --iterations 12 --iteration-steps 12 "
-             "--discriminator-pretrain 100 --discriminator-steps 10",
-    "svamp-demo": "--task svamp --model demo --iterations 8 --iteration-steps 12",      # 8.5 passes, by the demo's student
-    "short": "--iterations 8 --iteration-steps 10",                                     # of the studies: 80 steps; the demo's default are 285
+# table -> (seeds, the reference cell, {cell: flags})
+TABLES: dict[str, tuple[int, str, dict[str, str]]] = {
+    "main": (
+        10,
+        "DSS",
+        {"finetuning": "--method finetune", "DSS": "--method dss", "QCRD": ""},
+    ),
+    "ablation": (
+        10,
+        "none",
+        {"none": "--method dss", "ED": ED, "ED + NK": "--no-discriminator", "ED + NK + QJ": ""},
+    ),
+    "schemes": (
+        5,
+        "MinMax",
+        {"MinMax": "", "MaxMin": "--scheme maxmin", "Sampling": "--scheme sampling"}
+        | {"Mean": "--scheme mean", "W-mean": "--scheme wmean", "MinMin": "--scheme minmin"},
+    ),
+    "negatives": (
+        5,
+        "j = 5",
+        {"j = 3": "--lag 3", "j = 5": "", "j = 10": "--lag 10"}
+        | {"Fixed": "--negative-source fixed", "SC": "--negative-source sc"},
+    ),
+    "vote": (5, "ED", {"ED": ED, "ED, all samples positive": f"{ED} --vote all"}),
+    "llm-labels": (
+        3,
+        "DSS",
+        {"single task": "--labels teacher --method finetune"}
+        | {"DSS": "--labels teacher --method dss", "QCRD": "--labels teacher"},
+    ),
+    "fractions": (
+        3,
+        "DSS, 100 %",
+        {f"DSS, {f} %": f"--method dss --fraction {f / 100}" for f in (25, 50, 75)}
+        | {"DSS, 100 %": "--method dss"}
+        | {f"QCRD, {f} %": f"--fraction {f / 100}" for f in (25, 50, 75)}
+        | {"QCRD, 100 %": ""},
+    ),
+    "temperature": (
+        3,
+        "τ = 1.5",
+        {"τ = 0.7": "--student-temperature 0.7", "τ = 1.0": "--student-temperature 1.0"}
+        | {"τ = 1.5": "", "τ = 2.0": "--student-temperature 2.0"}
+        | {"2.0 to 0.7": "--student-temperature 2.0 --student-temperature-end 0.7"},
+    ),
+    "samples": (
+        3,
+        "K = 5",
+        {f"K = {k}": f"--samples {k}" for k in (1, 3)}
+        | {"K = 5": "", "K = 10": "--samples 10"}
+        | {"one greedy": "--samples 1 --teacher-temperature 0"},
+    ),
+    "discriminator": (
+        3,
+        "each iteration",
+        {"each iteration": "", "each fifth": "--discriminator-every 5"}
+        | {"never": "--discriminator-every 0"}
+        | {f"{p} % swapped": f"--discriminator-noise {p / 100}" for p in (10, 30, 50)},
+    ),
+    "student-samples": (3, "one", {"one": "", "three": "--student-samples 3"}),
 }
-SHORT = SHARED["short"]
 
-# table -> (flags of all its cells, seeds, the cell that the others are compared with, {cell: flags})
-TABLES = {
-    "main": ("", 5, "dss", METHODS | {"no vote": "--no-vote", "no negatives": "--no-negatives", "no discriminator": "--no-discriminator"}),
-    "ten": ("", 10, "dss", {"dss": METHODS["dss"], "qcrd": ""}),     # the main table's question again, with more seeds
-    "svamp": (SHARED["svamp"], 3, "dss", METHODS | {"qcrd, negative min": "--negative min"}),
-    "svamp-demo": (SHARED["svamp-demo"], 3, "dss", METHODS | {"qcrd": "--discriminator-pretrain 100 --discriminator-steps 10"}),
-    "temperature": (SHORT, 3, "1.5", {"0.7": "--student-temperature 0.7", "1.0": "--student-temperature 1.0", "1.5": "",
-                                      "2.0": "--student-temperature 2.0"}),
-    "lag": (SHORT, 3, "lag 5", {"lag 1": "--lag 1", "lag 3": "--lag 3", "lag 5": "", "lag 7": "--lag 7",
-                                "a fixed student's, trained with dss": "--negative-source fixed --negative-model runs/results-method-dss-{seed}/student"}),
-    "schedules": (SHORT, 3, "1.5", {"1.5": "", "2.0 falling to 0.7": "--student-temperature 2.0:0.7", "0.7 rising to 2.0": "--student-temperature 0.7:2.0"}),
-    "schemes": (SHORT, 3, "min-max", {"min-max": "", "min-min": "--negative min", "min-mean": "--negative mean", "mean-mean": "--positive mean --negative mean",
-                                      "max-min": "--positive max --negative min"}),
-    "samples": (SHORT, 3, "5", {"1": "--samples 1", "3": "--samples 3", "5": "", "10": "--samples 10",
-                                    "1, greedy": "--samples 1 --teacher-temperature 0"}),
-    "discriminator": (SHORT, 3, "each iteration", {"each iteration": "", "each fifth": "--discriminator-every 5", "never": "--discriminator-every 0",
-                                                   **{f"{p:.0%} of its labels flipped": f"--discriminator-noise {p}" for p in (0.1, 0.3, 0.5)},
-                                                   "on the student's encoder": "--discriminator shared"}),
-    "labels": ("--labels teacher", 3, "dss", METHODS),
-    "data": (SHORT, 3, "100% of the questions", {f"{f:.0%} of the questions": f"--fraction {f}" for f in (0.25, 0.5, 0.75)} | {"100% of the questions": ""}),
-    "student samples": (SHORT, 3, "1", {"1": "", "3": "--student-samples 3"}),
+# What the paper prints for T5-base on SVAMP, in percent.
+PAPER = {
+    "main": {"finetuning": 63.0, "DSS": 65.5, "QCRD": 69.0},
+    "ablation": {"none": 65.5, "ED": 67.0, "ED + NK": 68.5, "ED + NK + QJ": 69.0},
+    "schemes": {"MinMax": 69.0, "MaxMin": 67.0, "Sampling": 66.5, "Mean": 65.0, "W-mean": 66.0},
+    "negatives": {"j = 3": 68.0, "j = 5": 69.0, "j = 10": 68.5, "Fixed": 66.5, "SC": 64.5},
+    "fractions": {"DSS, 25 %": 34.0, "DSS, 50 %": 47.0, "DSS, 75 %": 61.0, "DSS, 100 %": 65.5}
+    | {"QCRD, 25 %": 35.5, "QCRD, 50 %": 49.0, "QCRD, 75 %": 62.0, "QCRD, 100 %": 69.0},
 }
+# Kept of each iteration's line of metrics.jsonl: what plots and tables need.
+KEPT = "iteration L L_pred L_cl L_D l_pos l_neg zero s_pos s_neg pair past right valid s".split()
+SCORES = ("test_accuracy", "rationale_accuracy", "rationale_accuracy_last", "test_accuracy_last")
 
 
-def keep(flags: str, seed: int) -> Path:
-    """Where a cell's results are kept: its flags as a name, those that a table shares under the name of SHARED."""
-    name = flags.replace(f"-{seed}/student", "")                     # of --negative-model: the seed stands at the end
-    for short, text in SHARED.items():
-        name = name.replace(text, short)
-    return HERE / "metrics" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', name).strip('-') or 'qcrd'}-{seed}"
+def path_of(table: str, task: str) -> Path:
+    return HERE / (f"{table}.jsonl" if task == "demo" else f"{table}-{Path(task).name}.jsonl")
 
 
-def command_of(flags: str, seed: int) -> str:
-    return " ".join(["qcrd.py", *flags.split(), "--seed", str(seed)])
-
-
-def stop(text: str) -> NoReturn:
-    print(f"error: {text}", file=sys.stderr)
-    sys.exit(2)
-
-
-def read_result(flags: str, seed: int) -> dict | None:
-    """What is kept of a cell, None where it has not been run. Errors: one line where another command made it or the file is damaged."""
-    path = keep(flags, seed) / "result.json"
-    try:
-        result = json.loads(path.read_text("utf-8"))
-        if result["command"] != command_of(flags, seed):
-            stop(f"{path}: is of another command ({result['command']}); move its folder away")
-        return result
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError):
-        stop(f"{path}: cannot be read; delete its folder, and --run brings it back")
-
-
-def cells(table: str, most: int = 99):
-    """(cell, flags with the seed filled in, seed) of a table, seed by seed, so that an early stop leaves whole seeds; at most `most` seeds."""
-    common, seeds, _, named = TABLES[table]
-    for seed in range(min(seeds, most)):
-        for cell, flags in named.items():
-            yield cell, f"{common} {flags}".strip().format(seed=seed), seed
-
-
-def train(flags: str, seed: int, teacher: list[str], wait: bool = False) -> Path | None:
-    """The finished run of a cell: as it is there, resumed, or new; None while another process is at it, unless told to wait."""
-    command, folder = command_of(flags, seed), Path("runs", f"results-{keep(flags, seed).name}")
-    folder.parent.mkdir(exist_ok=True)
-    with open(f"{folder}.lock", "a+", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            return None
-        lock.seek(0)
-        if lock.read() != command or not (folder / "config.json").exists():                    # left by other flags, or before it began
-            shutil.rmtree(folder, ignore_errors=True)
-            lock.truncate(0)
-            print(command, end="", file=lock, flush=True)
-        if not (folder / "result.json").exists():
-            how = ["--resume", str(folder)] if folder.exists() else [*command.split()[1:], *teacher, "--run", folder.name]
-            before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-            # The child holds the lock too: should this process be killed, nobody else begins while the child goes on.
-            child = subprocess.Popen([sys.executable, qcrd.__file__, *how], stdout=subprocess.DEVNULL, pass_fds=[lock.fileno()],
-                                     env=os.environ | {"OMP_NUM_THREADS": "1"})
-            try:
-                code = child.wait()
-            except KeyboardInterrupt:                                # it has the signal too: it finishes its step and writes
-                code = child.wait() or 130
-            if code:
-                sys.exit(code)                                       # it has said why
-            if "--resume" not in how:                                # the processor's minutes: what else the machine does is not in them
-                result = json.loads((folder / "result.json").read_text("utf-8"))
-                minutes = (resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before) / 60
-                qcrd.write_json(folder / "result.json", result | {"cpu_minutes": round(minutes, 2)})
-        return folder
-
-
-def run(table: str, seeds: int, teacher: list[str]) -> None:
-    for cell, flags, seed in cells(table, seeds):
-        if read_result(flags, seed):
-            continue
-        if "--negative-source fixed" in flags:
-            train(METHODS["dss"], seed, [], wait=True)               # whose student it is
-        start, target = time.time(), keep(flags, seed)
-        if not (folder := train(flags, seed, teacher)):
-            print(f"{table}, {cell}, seed {seed}: left to another process that is at it", flush=True)
-            continue
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
-        result = json.loads((folder / "result.json").read_text("utf-8")) | {
-            "command": command_of(flags, seed), "rationales_right": rationales_right(folder)}
-        target.mkdir(parents=True, exist_ok=True)
-        qcrd.write_text(target / "metrics.jsonl", kept_lines(lines, SHORT in flags))
-        qcrd.write_text(target / "result.json", json.dumps(result) + "\n")
-        shutil.rmtree(folder / "snapshots", ignore_errors=True)      # the student stays: other cells and results/judge.py use it
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
-        print(f"{table}, {cell}, seed {seed}: {result['test_accuracy']:.1%}, {(time.time() - start) / 60:.1f} min", flush=True)
-
-
-def shorter(x):
-    """Numbers to four digits, whole ones without a point: all runs together stay below a megabyte."""
-    if isinstance(x, float):
-        return int(x) if x == int(x) else float(f"{x:.4g}")
-    return {k: shorter(v) for k, v in x.items()} if isinstance(x, dict) else [shorter(v) for v in x] if isinstance(x, list) else x
-
-
-def kept_lines(lines: list[dict], study: bool) -> str:
-    """metrics.jsonl as it is kept: shorter, without counts of negatives where there were none; a study's histograms of its last iteration."""
-    for m in lines:
-        if not m["negatives"]["sampled"]:
-            del m["negatives"]
-    for m in lines[:-1] if study else []:
-        for scores in m["scores"].values():
-            scores.pop("histogram", None)
-    return "".join(json.dumps(shorter(m), separators=(",", ":")) + "\n" for m in lines)
-
-
-def rationales_right(folder: Path) -> float:
-    """The part of the test questions whose rationale, read as a teacher's sample is, ends in the right number."""
-    rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text("utf-8").splitlines()]
-    return sum(qcrd.is_right(qcrd.read_sample(row["rationale"], row["input"], "number")[1] or "", row["gold"], "number") for row in rows) / len(rows)
-
-
-def p_value(differences: list[float]) -> float:
-    """Two-sided p of a mean of 0, by all sign flips of the paired differences: exact, no normality assumed; never below 2 / 2^n."""
-    mean, n = abs(sum(differences)), len(differences)
-    flips = [abs(sum(d if mask >> i & 1 else -d for i, d in enumerate(differences))) for mask in range(2**n)]
-    return sum(f >= mean - 1e-12 for f in flips) / 2**n
-
-
-def finished(table: str, seeds: int = 99) -> dict[str, dict[int, dict]]:
-    """cell -> seed -> its result, with `lines`, those of metrics.jsonl."""
-    found: dict[str, dict[int, dict]] = {}
-    for cell, flags, seed in cells(table, seeds):
-        if result := read_result(flags, seed):
-            lines = (keep(flags, seed) / "metrics.jsonl").read_text("utf-8").splitlines()
-            found.setdefault(cell, {})[seed] = result | {"lines": [json.loads(x) for x in lines]}
+def finished(task: str) -> dict[str, dict]:
+    """Every recorded run of the task by its command: tables share cells."""
+    found = {}
+    for table in TABLES:
+        path = path_of(table, task)
+        for line in path.read_text("utf-8").splitlines() if path.exists() else []:
+            run = json.loads(line)
+            found[run["command"]] = run
     return found
 
 
-def show(table: str, seeds: int) -> None:
-    """A Markdown table: mean ± standard deviation over seeds, the paired difference from the table's reference, and what the loss saw:
-    rationales that end in the right number, and negative terms that were 0 in the last three iterations."""
-    found, reference = finished(table, seeds), TABLES[table][2]
-    print(f"| {table} | test accuracy | seeds | against {reference}, paired by seed | rationales right | negative terms at 0 | minutes of one core |\n"
-          "|---|---|---|---|---|---|---|" if found else f"{table}: not run yet")
-
-    def mean(values: list[float], form: str) -> str:
-        return format(statistics.mean(values), form) if values else ""
-
-    for cell, results in found.items():
-        accuracy = [100 * r["test_accuracy"] for r in results.values()]
-        paired = [100 * (r["test_accuracy"] - found[reference][s]["test_accuracy"]) for s, r in results.items() if s in found.get(reference, {})]
-        against = f"{statistics.mean(paired):+.1f} (p {p_value(paired):.2f})" if paired and cell != reference else ""
-        spread = f" ± {statistics.stdev(accuracy):.1f}" if len(accuracy) > 1 else ""
-        right = [r["rationales_right"] for r in results.values() if "finetune" not in cell and "rationales_right" in r]
-        zero = [m["zero_neg"] for r in results.values() for m in r["lines"][-3:] if m["l_neg"] or m["zero_neg"]]
-        minutes = [r["cpu_minutes"] for r in results.values() if "cpu_minutes" in r]
-        print(f"| {cell} | {mean(accuracy, '.1f')}{spread} % | {len(accuracy)} | {against} | {mean(right, '.1%')} | {mean(zero, '.0%')} | {mean(minutes, '.1f')} |")
+def command_of(flags: str, seed: int, passed: list[str]) -> str:
+    return " ".join(["qcrd.py", *passed, *flags.split(), "--seed", str(seed)])
 
 
-def show_cost() -> None:
-    """Seconds of an iteration by stage in the main table's qcrd runs, before and after the student's own negatives begin."""
-    lines = [m for r in finished("main").get("qcrd", {}).values() for m in r["lines"]]
-    print("| stage | iterations 1 to 5 | iterations 6 to 15 |\n|---|---|---|")
-    for stage in ("negatives", "discriminator", "steps", "rest", "all"):
-        parts = [[m["seconds"][stage] for m in lines if (m["iteration"] > 5) == late] for late in (False, True)]
-        print(f"| {stage} | " + " | ".join(f"{statistics.median(x):.1f} s" if x else "" for x in parts) + " |")
+def run_cell(command: str, folder: Path) -> dict | None:
+    """Runs or resumes a cell -> its line; None where another process has it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return None
+        words = [sys.executable, *command.split(), "--run", str(folder)]
+        if (folder / "config.json").exists():
+            words = [sys.executable, "qcrd.py", "--resume", str(folder)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(words, cwd=HERE.parent, env=environment, pass_fds=[lock.fileno()])
+        if done.returncode:
+            sys.exit(done.returncode)
+        result = json.loads((folder / "result.json").read_text("utf-8"))
+        lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+        kept = [{key: json.loads(line).get(key) for key in KEPT} for line in lines]
+        seconds = sum(json.loads(line)["seconds"] for line in lines)
+        short = json.loads(json.dumps(kept), parse_float=lambda text: float(f"{float(text):.4g}"))
+        return {"command": command, "seconds": round(seconds), **result, "iterations": short}
+
+
+def run_table(table: str, task: str, passed: list[str], seeds: int) -> None:
+    """Runs what is missing, seed by seed, and records it."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True)
+    for seed, (cell, flags) in itertools.product(range(seeds), TABLES[table][2].items()):
+        command = command_of(flags, seed, passed)
+        path = path_of(table, task)
+        known = [json.loads(line)["command"] for line in path.open()] if path.exists() else []
+        if command in known:
+            continue
+        name = "-".join(command.replace("--", "").replace("/", "_").split()[1:])
+        print(f"== {table}, {cell}, seed {seed}: {command}", flush=True)
+        line = finished(task).get(command) or run_cell(command, HERE.parent / "runs/tables" / name)
+        if line is not None:
+            line = {"cell": cell, "seed": seed, "commit": commit.stdout.decode().strip()} | line
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line | {"cell": cell}) + "\n")
+
+
+def exact_p(differences: list[float]) -> float:
+    """Two-sided p of the mean of paired differences, over all 2^n flips of their signs."""
+    observed = abs(sum(differences)) - 1e-9
+    flips = itertools.product((1, -1), repeat=len(differences))
+    sums = [abs(sum(s * d for s, d in zip(signs, differences))) for signs in flips]
+    return sum(total >= observed for total in sums) / len(sums)
+
+
+def spread(values: list[float]) -> str:
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
+
+
+def print_table(table: str, task: str, passed: list[str]) -> None:
+    """Markdown: label and rationale accuracy of the selected and the last student."""
+    seeds, reference, cells = TABLES[table]
+    runs = finished(task)
+    columns = "label | difference, p | rationale | difference, p | rationale, last student | seeds"
+    paper = PAPER.get(table, {})
+    print(f"\n| {table} | {columns} |" + (" *paper: SVAMP, T5-base* |" if paper else ""))
+    print("|---" * (8 if paper else 7) + "|")
+    of = {}
+    for cell, flags in cells.items():
+        every = [runs.get(command_of(flags, seed, passed)) for seed in range(seeds)]
+        of[cell] = {seed: run for seed, run in enumerate(every) if run}
+    for cell, found in of.items():
+        row = [cell]
+        for key in SCORES[:2]:
+            values = {s: 100 * run[key] for s, run in found.items() if run[key] is not None}
+            base = {s: run[key] for s, run in of[reference].items() if run[key] is not None}
+            row.append(spread(list(values.values())) if values else "")
+            pairs = [values[s] - 100 * base[s] for s in values if s in base]
+            compared = cell != reference and pairs
+            row.append(f"{statistics.mean(pairs):+.1f}, {exact_p(pairs):.3f}" if compared else "")
+        last = [run[SCORES[2]] for run in found.values() if run[SCORES[2]] is not None]
+        row.append(spread([100 * value for value in last]) if last else "")
+        row.append(str(len(found)))
+        if paper:
+            row.append(f"*{paper[cell]}*" if cell in paper else "")
+        print("| " + " | ".join(row) + " |")
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument("--list", action="store_true", help="print every cell and its command")
-    what.add_argument("--run", choices=TABLES, metavar="TABLE", help=", ".join(TABLES))
-    what.add_argument("--table", choices=[*TABLES, "cost", "all"], metavar="TABLE", help="one of those, cost, or all")
-    p.add_argument("--seeds", type=int, default=99, help="at most so many (default: as many as the table has)")
-    p.add_argument("--teacher", help="with --run: qcrd.py's --teacher")
-    args = p.parse_args()
-    os.chdir(HERE.parent)                                            # qcrd.py's runs/ and weights/ are named from there
-    if args.list:
-        for table in TABLES:
-            for cell, flags, seed in cells(table, 1):
-                print(f"{table:16s} {cell:36s} python {command_of(flags, seed)}")
-    if args.run:
-        run(args.run, args.seeds, ["--teacher", args.teacher] if args.teacher else [])
-    for table in [*TABLES, "cost"] if args.table == "all" else filter(None, [args.run or args.table]):
-        if table == "cost":
-            show_cost()
-        else:
-            show(table, args.seeds)
-        print(end="\n" * (args.table == "all"))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=", ".join(TABLES))
+    parser.add_argument("--print", action="store_true", help="run nothing")
+    parser.add_argument("--seeds", type=int, help="instead of the table's own number")
+    for name in ("task", "teacher", "model"):
+        parser.add_argument(f"--{name}", default="", help="passed on to qcrd.py")
+    args = parser.parse_args()
+    passed = [
+        w for n in ("task", "teacher", "model") if (v := getattr(args, n)) for w in (f"--{n}", v)
+    ]
+    for table in args.tables:
+        if table not in TABLES:
+            parser.error(f"{table}: no table; there are {', '.join(TABLES)}")
+    for table in args.tables:
+        if not args.print:
+            run_table(table, args.task or "demo", passed, args.seeds or TABLES[table][0])
+        print_table(table, args.task or "demo", passed)
+    for table, (seeds, reference, cells) in TABLES.items() if not args.tables else ():
+        print(f"{table}: {seeds} seeds, differences from {reference}")
+        for cell, flags in cells.items():
+            print(f"  {cell}: python qcrd.py {flags}")
 
 
 if __name__ == "__main__":

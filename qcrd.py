@@ -337,7 +337,7 @@ def connect_teacher(config: Config, ask: bool) -> Teacher | None:
     ask = ask and RANK == 0
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     default = "https://api.openai.com/v1" if key else "palm"
-    url = config.teacher or os.environ.get("OPENAI_BASE_URL", default)
+    url = config.teacher or os.environ.get("OPENAI_BASE_URL") or default
     if config.task == "demo" and not config.teacher:
         url, key = fetch_data.demo_teacher()[0] if ask else "http://127.0.0.1", ""
     else:

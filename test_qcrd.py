@@ -1167,10 +1167,9 @@ def tiny_config(**changes) -> qcrd.Config:
 
 @contextlib.contextmanager
 def toy_run(seed: int = 0, **changes):
-    """Questions with 5, 2, 0, 0, 1 positives and 3, 0, 1, 1, 1 negatives, two of the student's."""
-    first = ["one and one", "two are 2 in all", "5 + 3 = 8 so 8", "take 4 from 9", "a"]
-    sets = [(first, ["3 apples", "no"]), (["seven pears", "4 times 3 is 12"], []), ([], ["wrong"])]
-    sets += [([], []), (["10 - 4 = 6"], ["10 + 4 = 14"])]
+    """Questions with 3, 2, 0, 0, 1 positives and 3, 0, 1, 1, 1 negatives, two of the student's."""
+    sets = [(["one and one", "2 in all", "5 + 3"], ["3 apples", "no"]), (["7", "4 times 3"], [])]
+    sets += [([], ["wrong"]), ([], []), (["10 - 4 = 6"], ["10 + 4 = 14"])]
     with tempfile.TemporaryDirectory() as folder:
         model = tiny_folder(Path(folder, "tiny"), seed)
         student = qcrd.Student(model, tiny_config(model=str(model), **changes))
@@ -1205,12 +1204,7 @@ def lines_in(path: Path | str) -> list[dict]:
 
 def test_eq_2_and_its_gradient():
     """The gradient by an s is exp(s) over its set's sum over two questions: -2 / 3.5 / 2 = -2/7."""
-    powers = [
-        [2, 1.5],
-        [2.5, 2.5, 2],
-        [1, 2, 2.5],
-        [1, 1.5],
-    ]  # exp(s): positives of A, B; negatives
+    powers = [[2, 1.5], [2.5, 2.5, 2], [1, 2, 2.5], [1, 1.5]]  # of A's, B's positives; negatives
     scores = [torch.tensor(row).log().requires_grad_() for row in powers]
     L_D = qcrd.discriminator_loss(scores[:2], scores[2:])
     assert abs(L_D.item() - (math.log(5.5 / 3.5) + math.log(2.5 / 7)) / 2) < 1e-6
@@ -1230,10 +1224,7 @@ def test_eq_3_to_8_by_hand():
         "maxmin": ([0, 4, 5, 7], (0.8 * 0.9 + 0.2 * 0.4 * 2.0) + (1.5 + 0.2 * 0.1 * 2.5)),
         "minmin": ([1, 4, 5, 7], (0.5 * 0.4 + 0.2 * 0.4 * 2.0) + (1.5 + 0.2 * 0.1 * 2.5)),
         "mean": ([*range(8)], 1.3 / 2 + 0.2 * (1 + 0.5 + 2) / 3 + 1.5 + 0.2 * (0 + 2.5) / 2),
-        "wmean": (
-            [*range(8)],
-            0.92 / 2 + 0.2 * (0.7 + 0.45 + 0.8) / 3 + 1.5 + 0.2 * (0 + 0.25) / 2,
-        ),
+        "wmean": ([*range(8)], 0.92 / 2 + 0.2 * (0.7 + 0.45 + 0.8) / 3 + 1.5 + 0.2 * 0.25 / 2),
     }
     questions = [qcrd.Question(Example(text, "1"), *[array("i")] * 2, [], []) for text in "AB"]
     for scheme, (picked, expected) in by_hand.items():
@@ -1347,16 +1338,14 @@ def test_step_in_half_precision():
             skipped += 1
             assert skipped < 40 and run.scaler.get_scale() == 2.0 ** (40 - skipped)
             qcrd.train_step(run, run.train, 1, 100)
-        assert skipped > 5 and gradients(run.student.model).norm() < 1.001  # unscaled and clipped
+        norm = gradients(run.student.model).norm() / full.norm().clamp(max=1)  # unscaled, clipped
+        assert skipped > 5 and 0.98 < norm < 1.02, (skipped, norm)
 
 
-VOTES = [("One and one.", "2"), ("One and one.", "( 1 + 1 )"), ("So two.", "2.00001")]
+VOTES = "One and one.= 2; One and one.= ( 1 + 1 ); So two.= 2.00001; Three.= 3; So two.= 5"
 
 
-VOTES += [("Three.", "3"), ("So two.", "5")]
-
-
-VOTES = [f"<Explanation>: {rationale} <Answer>: {answer}" for rationale, answer in VOTES]
+VOTES = ["<Explanation>: " + text.replace("=", " <Answer>:") for text in VOTES.split("; ")]
 
 
 def voted(*texts: str | None, finish: str = "stop", **changes) -> tuple[qcrd.Vote, tuple]:
@@ -1631,7 +1620,11 @@ def test_teacher_stops_where_no_retry_helps():
     echo = {"error": {"message": f"Incorrect API key provided: {key}."}}
     hints = {401: "OPENAI_API_KEY", 403: "OPENAI_API_KEY", 404: "--teacher-model", 301: "301"}
     for status, hint in hints.items():
-        home, server = empty_home(OPENAI_API_KEY=key), stub_api(lambda *_: (status, echo, {}))
+        elsewhere = {"Location": "/v1/models"}
+        home, server = (
+            empty_home(OPENAI_API_KEY=key),
+            stub_api(lambda *_: (status, echo, elsewhere)),
+        )
         with home as (folder, _), server as (url, asked):
             text = outcome(samples_of, url, 50, concurrency=1)
             assert f"status {status}" in text and "provided: ***." in text and hint in text
@@ -1651,10 +1644,8 @@ def test_teacher_stops_where_no_retry_helps():
 
 def test_teacher_budget_and_cache():
     """A retry is a request. What is under way when the first of three finds it spent is kept."""
-    with (
-        empty_home(),
-        stub_api(lambda _, n: (503, b"", {}) if n % 2 else said("1")) as (url, asked),
-    ):
+    busy = stub_api(lambda _, n: (503, b"", {}) if n % 2 else said("1"))
+    with empty_home(), busy as (url, asked):
         _, filled, printed = samples_of(url, teacher_budget=7)
         assert (len(asked), filled) == (7, 3) and "3 samples, 7 requests" in printed
         assert "--teacher-budget is spent" in printed
@@ -1937,9 +1928,7 @@ def test_demo_run_can_be_used():
         fetch_data.write_lines(Path("two.jsonl"), [{"input": first["input"], "label": "1"}] * 2)
         rows = [json.loads(line) for line in qcrd_main("--eval", run, "two.jsonl").splitlines()]
         assert len(rows) == 2 and rows[0]["gold"] == "1" and rows[1]["answer"] == first["answer"]
-        before = (run / "checkpoint.pt").stat().st_mtime_ns
         assert "test, 1000 questions" in qcrd_main("--resume", run, "--device", "cpu")
-        assert (run / "checkpoint.pt").stat().st_mtime_ns == before
         assert "<Explanation>" in qcrd_main("--show-prompt")
         assert "not --seed" in qcrd_main("--resume", run, "--seed", 1, code=2)
         assert "'x', not a number" in qcrd_main("--audit", run, "x", code=2)
@@ -1950,25 +1939,26 @@ def test_demo_run_can_be_used():
 def test_half_a_million_questions_fit():
     """e-SNLI's 549,367 fit in 8 GiB where one of 25 words with five rationales takes 14 KB."""
     words, rng = fetch_data.demo_problems("valid")[0].text.split(), random.Random(0)
-    texts = [" ".join(rng.choices(words, k=25)) for _ in range(6000)]
+    texts = [" ".join(rng.choices(words, k=25)) for _ in range(3000)]
 
     def fill(teacher: qcrd.Teacher, jobs: list) -> None:
-        keys = [teacher.key_of(messages) for messages, _ in jobs]
-        slots = [{"key": key, "slot": k, "text": texts.pop()} for key in keys for k in range(5)]
-        rows = [row | {"text": f"{row['text']} <Answer>: {row['slot'] // 4}"} for row in slots]
+        rows = []
+        for (messages, _), slot in itertools.product(jobs, range(5)):
+            text = f"<Explanation>: {texts.pop()} <Answer>: {slot // 4}"
+            rows.append({"key": teacher.key_of(messages), "slot": slot, "text": text})
         fetch_data.write_lines(teacher.cache, rows)
 
     with empty_home() as (home, _), stub_api() as (url, _):
-        rows = [{"input": texts.pop(), "label": str(i % 2)} for i in range(1000)]
+        rows = [{"input": texts.pop(), "label": str(i % 2)} for i in range(500)]
         for name, part in (("train", rows), ("valid", rows[:9]), ("test", rows[:9])):
             fetch_data.write_lines(home / f"large/{name}.jsonl", part)
         config = tiny_config(task="large", teacher=url, model=str(tiny_folder(home / "tiny")))
         with patch.object(qcrd, "ask_teacher", fill), contextlib.redirect_stdout(io.StringIO()):
             tracemalloc.start()
             run = qcrd.prepare(config, home / "run", ask=True)
-        size = tracemalloc.get_traced_memory()[1] / 1000
+        size = tracemalloc.get_traced_memory()[1] / 500
         tracemalloc.stop()
-        assert sum(len(q.S_pos + q.S_neg) for q in run.train) == 5000 and 1000 < size < 14_000, size
+        assert sum(len(q.S_pos + q.S_neg) for q in run.train) == 2500 and 1000 < size < 14_000, size
 
 
 # ---------------------------------------------------------------------------------------- results/

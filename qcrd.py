@@ -516,9 +516,8 @@ class Student:
         self.model = T5.load(folder).to(self.device)
         self.vocab = folder / "spiece.model"
         self.tokenizer = Tokenizer(self.vocab)
-        self.predict = self.tokenizer.encode("predict:")[
-            :-1
-        ]  # [DSS; the review: <Predict>, <Explain>]
+        # the prefixes of the two tasks [DSS; the review: <Predict>, <Explain>]
+        self.predict = self.tokenizer.encode("predict:")[:-1]
         self.explain = self.tokenizer.encode("explain:")[:-1]
         self.dtype = getattr(torch, config.precision)
 

@@ -40,7 +40,6 @@ import sys
 import threading
 import time
 from array import array
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -52,7 +51,6 @@ import torch
 import torch.distributed as dist
 from requests.adapters import HTTPAdapter
 from torch import Tensor, nn
-from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
 import fetch_data
@@ -90,7 +88,9 @@ class Config:
     samples: int = option(5, "review", "K, samples a question")
     teacher_temperature: float = option(0.7, "review", "the teacher's sampling temperature")
     teacher_tokens: int = option(512, "ours", "longest sample, in the teacher's tokens")
-    teacher_budget: int = option(0, "ours", "send at most this many requests (0: no limit)")
+    teacher_budget: int = option(
+        0, "ours", "at most this many requests (0: no limit), retries apart"
+    )
     teacher_fields: str = option("", "ours", "JSON merged into each request; null removes a field")
     concurrency: int = option(8, "ours", "requests under way at once")
     prompt: str = option("", "ours", "a file with a system message of yours")
@@ -179,6 +179,11 @@ def mean(values: list[float]) -> float | None:
 
 Slot = tuple[str, str] | None  # a sample's text and finish_reason; None: there is none
 ATTEMPTS = 10  # at one question, with answers that hold no text
+UNREADABLE = (  # answers cut off, with a Retry-After like "0.2", nested without end
+    requests.exceptions.ChunkedEncodingError,
+    requests.exceptions.InvalidHeader,
+    RecursionError,
+)
 HINTS = {
     0: "is the server running, and does --teacher end in /v1?",
     200: "its answers hold no text; a model that thinks first needs more --teacher-tokens",
@@ -188,10 +193,6 @@ HINTS = {
 }
 PALM = """teacher: PaLM-540B's published rationales, ONE a question: not the paper's setting. Name
   --teacher http://localhost:11434/v1 (Ollama, vLLM, llama.cpp) or set OPENAI_API_KEY for that."""
-
-
-class OverBudget(Exception):
-    """A request would be one more than --teacher-budget allows, or the server is given up."""
 
 
 class Teacher:
@@ -214,7 +215,10 @@ class Teacher:
         self.requests = self.filled = self.skipped = 0
         self.session = requests.Session()
         self.session.headers["Authorization"] = f"Bearer {key}" if key else None
-        adapter = HTTPAdapter(max_retries=retries(self.spend), pool_maxsize=config.concurrency)
+        how = {"allowed_methods": None, "status_forcelist": (408, 409, 429, 500, 502, 503, 504)}
+        how |= {"backoff_factor": 0.3, "backoff_jitter": 0.3, "backoff_max": 30}  # seconds
+        retry = Retry(total=8, connect=3, raise_on_status=False, **how)
+        adapter = HTTPAdapter(max_retries=retry, pool_maxsize=config.concurrency)
         self.session.mount("http://", adapter)
         self.session.mount("https://", adapter)
 
@@ -224,20 +228,13 @@ class Teacher:
         settings = [self.model, config.teacher_temperature, config.teacher_tokens, self.fields]
         return hashlib.sha256(json.dumps([messages, settings]).encode()).hexdigest()[:32]
 
-    def spend(self) -> None:
-        """Counts a request. Raises OverBudget."""
-        with self.lock:
-            if self.requests >= self.budget:
-                raise OverBudget
-            self.requests += 1
-
     def call(self, path: str, body: dict | None) -> tuple[int, Any]:
         """GET, or POST a body -> status (0: nobody answered) and JSON (None: it was none)."""
         how = {"json": body, "timeout": (10, 180), "allow_redirects": False}
         try:
             reply = self.session.request("POST" if body else "GET", self.url + path, **how)
             return reply.status_code, reply.json()
-        except (requests.exceptions.ChunkedEncodingError, RecursionError):  # cut off, or nested
+        except UNREADABLE:
             return 200, None
         except requests.exceptions.JSONDecodeError:
             return reply.status_code, None
@@ -261,11 +258,11 @@ class Teacher:
             body |= {"temperature": config.teacher_temperature, "max_tokens": config.teacher_tokens}
             body |= {"seed": derive_seed(key) % 2**30 + slots[0]} | self.fields
             body = {name: value for name, value in body.items() if value is not None}
-            try:
-                self.spend()
-                status, answer = self.call("/chat/completions", body)
-            except OverBudget:
-                return
+            with self.lock:
+                if self.requests >= self.budget:
+                    return
+                self.requests += 1
+            status, answer = self.call("/chat/completions", body)
             kept = self.keep(key, slots, answer) if status == 200 else 0
             slots = slots[kept:]
             failures = 0 if kept else failures + 1
@@ -297,25 +294,6 @@ class Teacher:
                 self.filled += len(lines)
                 self.answered = True
         return len(lines)
-
-
-def retries(spend: Callable[[], None]) -> Retry:
-    """urllib3's repetition of what failed on the way; each one is one more request."""
-
-    class Counted(Retry):
-        def increment(self, *args: Any, **kwargs: Any) -> Retry:
-            again = super().increment(*args, **kwargs)  # raises where there were enough
-            spend()
-            return again
-
-        def get_retry_after(self, response: Any) -> float | None:
-            with contextlib.suppress(InvalidHeader):  # "0.2": wait as usual instead
-                return super().get_retry_after(response)
-            return None
-
-    how = {"allowed_methods": None, "status_forcelist": (408, 409, 429, 500, 502, 503, 504)}
-    how |= {"backoff_factor": 0.3, "backoff_jitter": 0.3, "backoff_max": 30}  # seconds
-    return Counted(total=8, connect=3, raise_on_status=False, **how)
 
 
 def read_cache(path: Path, wanted: str = "key") -> dict[str, dict[int, Slot]]:
@@ -680,6 +658,8 @@ def train_discriminator(run: "Run", t: int, questions: list, steps: int, alpha_d
     """
     config, student, D = run.config, run.student, run.discriminator
     questions = [q for q in questions if q.S_pos]
+    if not questions:
+        return
     rng = np.random.default_rng(derive_seed(config.seed, "discriminator", t))
     torch.manual_seed(derive_seed(config.seed, "discriminator's dropout", t))
     D.train()
@@ -1001,7 +981,8 @@ def train_iteration(run: Run) -> None:
     for q in run.train + run.valid:
         q.from_past = []
     add_past_negatives(run, t, visited + run.judged)
-    if run.discriminator and t % (config.discriminator_every or math.inf) == 0:
+    every = config.discriminator_every
+    if run.discriminator and every and t % every == 0:
         train_discriminator(run, t, visited, config.discriminator_steps, alphas_of(config, t)[2])
 
     torch.manual_seed(derive_seed(config.seed, "dropout", t, RANK))

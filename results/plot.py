@@ -124,7 +124,7 @@ def draw_fractions(names: list[str], path: Path) -> None:
                 if run["cell"] in cells:
                     y[run["seed"], cells.index(run["cell"])] = 100 * run[key]
             band(axis, parts, y, method, colour)
-        printed = [tables.PAPER["fractions"][cell] for cell in cells]
+        printed = [tables.PAPER["fractions"][1][cell] for cell in cells]
         paper.plot(parts, printed, "o--", color=colour, alpha=0.5, label=f"{method}, printed")
     titles = ("label accuracy, %", "rationale accuracy, %", "the paper's: label, SVAMP, T5-base, %")
     for axis, title in zip((label, rationale, paper), titles):

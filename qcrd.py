@@ -2,25 +2,27 @@
 # requires-python = ">=3.11"
 # dependencies = ["torch==2.13.0", "sentencepiece==0.2.3", "numpy==2.4.6", "requests==2.34.2"]
 # ///
-"""QCRD, Quality-guided Contrastive Rationale Distillation (Wang et al., EMNLP 2025), in one file.
+"""QCRD, Quality-guided Contrastive Rationale Distillation (Wang et al., EMNLP
+2025), in one file.
 
-A large language model, the teacher, answers each question several times and explains its answers.
-A small T5, the student, learns to answer (`predict: x`) and to explain (`explain: x`). This file
-follows the paper, section by section:
+A large language model, the teacher, answers each question several times and
+explains its answers. A small T5, the student, learns to answer (`predict: x`)
+and to explain (`explain: x`). This file follows the paper, section by section:
 
     1 settings        every flag, its default, and where the default comes from
-    2 teacher         K samples a question from a server with OpenAI's API, each kept on disk
-    3 vote            the majority's rationales are S_pos, the minority's are S_neg
-    4 student         a question as token ids; its losses, and what the student writes
+    2 teacher         K samples per question from a server with OpenAI's API
+    3 vote            the majority's rationales are S_pos, the minority's S_neg
+    4 student         a question as token ids; losses; what the student writes
     5 negatives       what the student of five iterations ago writes joins S_neg
-    6 discriminator   s(x, r) and its loss L_D                              eq. (1), (2)
-    7 loss            picks, margin, weights, and the sum of the losses     eq. (3) to (8)
+    6 discriminator   s(x, r) and its loss L_D                    eq. (1), (2)
+    7 loss            picks, margin, weights, the sum             eq. (3) to (8)
     8 training        iterations, run folder, resume, several GPUs
     9 evaluation      accuracies, --ask, --eval, --audit
 
-Marks say where a choice comes from: [eq. n], [figure], [table] the paper's; [abstract] its
-abstract; [review] a published review that reproduces it; [DSS] Distilling Step-by-Step (Hsieh et
-al., 2023), whose protocol it follows; [ours] where no source that we know says it.
+Marks say where a choice comes from: [eq. n], [figure], [table] the paper's;
+[abstract] its abstract; [review] a published review that reproduces it; [DSS]
+Distilling Step-by-Step (Hsieh et al., 2023), whose protocol it follows; [ours]
+where no source that we know says it.
 """
 
 import argparse
@@ -37,6 +39,7 @@ import os
 import random
 import re
 import sys
+import textwrap
 import threading
 import time
 from array import array
@@ -50,6 +53,12 @@ import requests
 import torch
 import torch.distributed as dist
 from requests.adapters import HTTPAdapter
+from requests.exceptions import (
+    ChunkedEncodingError,
+    InvalidHeader,
+    JSONDecodeError,
+    RequestException,
+)
 from torch import Tensor, nn
 from urllib3.util import Retry
 
@@ -81,7 +90,7 @@ class Config:
     labels: str = option("gold", "table", "the data's, or the vote's answers", ("gold", "teacher"))
     fraction: float = option(1.0, "figure", "part of the training questions used, from the first")
     # Teacher and vote
-    teacher: str = option("", "ours", "URL of a server with OpenAI's API, or palm (see below)")
+    teacher: str = option("", "ours", "URL of a server with OpenAI's API, or palm (see the end)")
     teacher_model: str = option(
         "", "review", "gpt-3.5-turbo at OpenAI; else, ours, the first listed"
     )
@@ -94,7 +103,7 @@ class Config:
     teacher_fields: str = option("", "ours", "JSON merged into each request; null removes a field")
     concurrency: int = option(8, "ours", "requests under way at once")
     prompt: str = option("", "ours", "a file with a system message of yours")
-    vote: str = option("majority", "abstract", "S_pos", ("majority", "first", "all"))
+    vote: str = option("majority", "abstract", "who is in S_pos", ("majority", "first", "all"))
     # Student
     method: str = option("qcrd", "table", "what is trained", ("qcrd", "dss", "finetune"))
     model: str = option("", "ours", "demo, t5-small (CPU), t5-base (GPU), or a Hugging Face T5")
@@ -102,11 +111,15 @@ class Config:
     rationale_tokens: int = option(256, "DSS", "longest rationale")
     label_tokens: int = option(64, "ours", "longest label")
     # Negatives
-    negative_source: str = option("snapshot", "table", "its past, fixed, the vote, none", SOURCES)
+    negative_source: str = option(
+        "snapshot", "table", "beside the vote's minority: see the end", SOURCES
+    )
     negative_model: str = option("", "ours", "folder of the fixed student (default: --model)")
     lag: int = option(5, "review", "j: iteration t samples from the student after t - j")
     student_temperature: float = option(1.5, "review", "the student's sampling temperature")
-    student_temperature_end: float = option(0.0, "ours", "it goes there in a line (0: stays)")
+    student_temperature_end: float = option(
+        0.0, "ours", "its last value, on a straight line (0: same)"
+    )
     student_samples: int = option(1, "review", "the student's samples a question")
     # Discriminator
     discriminator: bool = option(True, "review", "weights s and 1 - s (without: 1)")
@@ -132,7 +145,7 @@ class Config:
     micro_batch: int = option(0, "ours", "questions at once, less memory (0: 16, on CUDA all)")
     lr: float = option(5e-5, "DSS", "AdamW's learning rate, falling linearly to 0")
     seed: int = option(0, "ours", "initialisation, order, dropout, student's samples; never data")
-    precision: str = option("", "ours", "default: float32, on CUDA a half", PRECISIONS)
+    precision: str = option("", "ours", "default: float32; on CUDA bf16, else fp16", PRECISIONS)
     device: str = option("", "ours", "default: cuda where there is one", ("", "cpu", "cuda"))
     run: str = option("", "ours", "the run's folder (default: runs/<task>-<method>-<seed>)")
     stage: str = option("all", "ours", "teacher: only ask the teacher", ("all", "teacher"))
@@ -151,7 +164,9 @@ POSITIVE += ["student_temperature", "discriminator_questions"]
 JUDGED = 100  # validation questions whose rationales D scores after each iteration [ours]
 DEMO_STUDENT = {"lr": 1e-3, "discriminator_lr": 1e-3}  # 1M parameters learn at higher rates
 FREE_ON_RESUME = ("device", "concurrency", "micro_batch")
-GROUPS = ("task", "teacher", "method", "negative_source", "discriminator", "scheme", "steps")
+GROUPS = {"task": "task", "teacher": "teacher and vote", "method": "student"}
+GROUPS |= {"negative_source": "negatives from the student", "discriminator": "discriminator"}
+GROUPS |= {"scheme": "loss", "steps": "training"}
 RANK = int(os.environ.get("RANK", 0))  # torchrun's
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -171,6 +186,14 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def gather(items: list) -> list:
+    """The items of all ranks, in rank order, on every rank; each waits for the others."""
+    parts = [items] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
 def mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
@@ -179,11 +202,7 @@ def mean(values: list[float]) -> float | None:
 
 Slot = tuple[str, str] | None  # a sample's text and finish_reason; None: there is none
 ATTEMPTS = 10  # at one question, with answers that hold no text
-UNREADABLE = (  # answers cut off, with a Retry-After like "0.2", nested without end
-    requests.exceptions.ChunkedEncodingError,
-    requests.exceptions.InvalidHeader,
-    RecursionError,
-)
+UNREADABLE = (ChunkedEncodingError, InvalidHeader, RecursionError)  # cut off; deeply nested
 HINTS = {
     0: "is the server running, and does --teacher end in /v1?",
     200: "its answers hold no text; a model that thinks first needs more --teacher-tokens",
@@ -236,9 +255,9 @@ class Teacher:
             return reply.status_code, reply.json()
         except UNREADABLE:
             return 200, None
-        except requests.exceptions.JSONDecodeError:
+        except JSONDecodeError:
             return reply.status_code, None
-        except requests.RequestException as error:
+        except RequestException as error:
             return 0, type(error).__name__
 
     def failure(self, status: int, body: Any) -> InputError:
@@ -317,7 +336,8 @@ def connect_teacher(config: Config, ask: bool) -> Teacher | None:
     default = "https://api.openai.com/v1" if key else "palm"
     url = config.teacher or os.environ.get("OPENAI_BASE_URL") or default
     if config.task == "demo" and not config.teacher:
-        url, key = fetch_data.demo_teacher()[0] if ask else "http://127.0.0.1", ""
+        url = fetch_data.demo_teacher()[0] if ask else "http://127.0.0.1"
+        key = ""
     else:
         config.teacher = url
     wanted = "must be palm or a URL like http://localhost:11434/v1; a key goes into OPENAI_API_KEY"
@@ -460,7 +480,7 @@ def report_votes(task: Task, examples: list[Example], votes: list[Vote]) -> None
     gold = [fetch_data.answer_key(task.kind, example.label) for example in examples]
     right = sum(vote.best is not None and vote.best == key for vote, key in zip(votes, gold))
     unread = [slot[0] for v in votes for slot, key in zip(v.slots, v.keys) if slot and key is None]
-    say(f"vote: {m / n:.2f} positives and {k / n:.2f} negatives a question, paper: 3.87 positives")
+    say(f"vote: {m / n:.2f} positives per question (paper: 3.87), {k / n:.2f} negatives")
     say(f"  {alone / n:.0%} of {n} questions with positives only (paper: more than half),")
     say(f"  majority right on {right / n:.1%}, {len(unread)} samples cannot be read")
     if len(unread) > (m + k + len(unread)) / 3 or voted <= n / 2:
@@ -481,8 +501,8 @@ class Question:
     x: array  # without a prefix, </s> at the end
     label: array
     S_pos: list[array]
-    S_neg: list[array]  # the vote's minority
-    from_past: list[array] = field(default_factory=list)  # the student's own, this iteration
+    minority: list[array]  # the vote's part of S_neg
+    from_past: list[array] = field(default_factory=list)  # the student's part, this iteration
 
 
 class Student:
@@ -503,7 +523,7 @@ class Student:
         return torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
 
     def question(self, example: Example, *sets: list[str]) -> Question:
-        """A question, its label and the rationales of (S_pos, S_neg) as token ids."""
+        """A question, its label and `sets`, the vote's two sets of rationales, as token ids."""
 
         def ids(text: str, limit: int) -> array:
             return array("i", self.tokenizer.encode(text, limit))
@@ -511,8 +531,8 @@ class Student:
         x = ids(example.input, self.config.input_tokens)
         label = ids(example.label, self.config.label_tokens)
         longest = self.config.rationale_tokens
-        S_pos, S_neg = ([ids(r, longest) for r in part] for part in sets or ((), ()))
-        return Question(example, x, label, S_pos, S_neg)
+        S_pos, minority = ([ids(r, longest) for r in part] for part in sets or ((), ()))
+        return Question(example, x, label, S_pos, minority)
 
     def inputs(self, prefix: list[int], questions: list[Question]) -> tuple[Tensor, Tensor]:
         """Prefix and x, cut to --input-tokens with </s> kept -> ids (B, S), mask (B, S)."""
@@ -640,9 +660,9 @@ def corrupt(words: list[str], others: list[str], rng: np.random.Generator) -> st
 
 def discriminator_sets(student: Student, q: Question, others: list[str], rng) -> list[list[array]]:
     """S_pos and S_neg as L_D sees them: S_neg is filled up to the size of S_pos with corrupted
-    positives [review, of pretraining; in updates too, and so far: ours]; --discriminator-noise
-    swaps the two."""
-    config, S_neg = student.config, q.S_neg + q.from_past
+    positives [review, of pretraining; in updates, and up to that size: ours];
+    --discriminator-noise swaps the two."""
+    config, S_neg = student.config, q.minority + q.from_past
     while len(S_neg) < len(q.S_pos):
         words = student.tokenizer.decode(q.S_pos[rng.integers(len(q.S_pos))]).split() or ["the"]
         text = corrupt(words, others, rng)
@@ -687,8 +707,8 @@ def judge_validation(run: "Run") -> dict[str, Any]:
     scores: dict[str, list] = {"positives": [], "teacher": [], "student": []}
     pairs: dict[str, list] = {"teacher": [], "student": []}
     for q in run.judged:
-        s = run.score([(q.x, r) for r in q.S_pos + q.S_neg + q.from_past]).tolist()
-        m, k = len(q.S_pos), len(q.S_pos) + len(q.S_neg)
+        s = run.score([(q.x, r) for r in q.S_pos + q.minority + q.from_past]).tolist()
+        m, k = len(q.S_pos), len(q.S_pos) + len(q.minority)
         scores["positives"] += s[:m]
         for name, negatives in (("teacher", s[m:k]), ("student", s[k:])):
             scores[name] += negatives
@@ -720,7 +740,7 @@ def candidates_of(questions: list[Question], config: Config) -> list[Candidate]:
     for row, q in enumerate(questions):
         found += [Candidate(row, r, True, "teacher") for r in q.S_pos]
         if config.negative_source != "none":
-            found += [Candidate(row, r, False, "teacher") for r in q.S_neg]
+            found += [Candidate(row, r, False, "teacher") for r in q.minority]
             found += [Candidate(row, r, False, "student") for r in q.from_past]
     return found
 
@@ -774,19 +794,20 @@ def rationale_losses(student: Student, questions: list[Question], picks: list) -
     return losses.index_put((to_device(torch.tensor(again), student.device),), with_gradient)
 
 
-def weights_of(s: Tensor, positive: Tensor, config: Config) -> Tensor:
-    """s(x, r⁺) [eq. 6] and 1 - s(x, r⁻) [eq. 7] of the picked ones, without gradient [ours]; 1
-    without a discriminator, and under `mean`, which the paper tells from W-mean. All (P,)."""
+def weights_of(s: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """What weighs a positive, s(x, r⁺) [eq. 6], and a negative, 1 - s(x, r⁻) [eq. 7], without
+    gradient [ours]; 1 without a discriminator, and under `mean`, as the paper tells from W-mean."""
     if not config.discriminator or config.scheme == "mean":
-        return torch.ones_like(s)
-    return torch.where(positive, s, 1 - s).detach()
+        return torch.ones_like(s), torch.ones_like(s)
+    return s.detach(), 1 - s.detach()
 
 
-def contrastive_terms(losses, weights, positive, share, config: Config) -> Tensor:
+def contrastive_terms(losses, s, positive, share, config: Config) -> Tensor:
     """What each picked rationale adds to its question's part of L_cl [eq. 3]. All (P,)."""
-    l_pos = weights * losses  # [eq. 6]
-    l_neg = weights * (losses - config.delta).clamp(max=0)  # [eq. 7], with the margin of eq. (5)
-    return share * torch.where(positive, l_pos, -config.beta * l_neg)
+    w_pos, w_neg = weights_of(s, config)
+    l_S_pos = w_pos * losses  # [eq. 6]
+    l_S_neg = w_neg * (losses - config.delta).clamp(max=0)  # [eq. 7], with the margin of eq. (5)
+    return share * torch.where(positive, l_S_pos, -config.beta * l_S_neg)
 
 
 def alphas_of(config: Config, t: int) -> tuple[float, float, float]:
@@ -803,8 +824,8 @@ def total_loss(alphas: tuple, L_pred: Any, L_cl: Any, L_D: Any) -> Any:
 
 
 def step_loss(run: "Run", questions: list[Question], n: int, t: int) -> Tensor:
-    """α1 · L_pred + α2 · L_cl of these questions, out of n in the global batch [eq. 3 to 8]. The
-    parameters of L_D are others: see train_discriminator."""
+    """α1 · L_pred + α2 · L_cl of these questions, out of n in the global batch [eq. 3 to 7, and 8
+    without α3 · L_D, which has other parameters: see train_discriminator]."""
     config, student, alphas = run.config, run.student, alphas_of(run.config, t)
     candidates = candidates_of(questions, config) if alphas[1] else []
     if config.method == "qcrd":  # dss has one candidate a question
@@ -820,8 +841,7 @@ def step_loss(run: "Run", questions: list[Question], n: int, t: int) -> Tensor:
     labels, rows = [q.label for q in questions], list(range(len(questions)))
     L_pred = student.loss(student.predict, questions, labels, rows).sum() / n
     losses = rationale_losses(student, questions, picks)
-    weights = weights_of(s, positive, config)
-    L_cl = contrastive_terms(losses, weights, positive, share, config).sum() / n
+    L_cl = contrastive_terms(losses, s, positive, share, config).sum() / n
 
     pos, neg = share * positive, share * ~positive
     run.note("L_pred", L_pred, len(questions) / n)
@@ -836,14 +856,6 @@ def step_loss(run: "Run", questions: list[Question], n: int, t: int) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------ 8. Training
-
-
-def gather(items: list) -> list:
-    """The items of all ranks, in rank order, on every rank; each waits for the others."""
-    parts = [items] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
 
 
 def all_reduce_gradients(parameters: list[nn.Parameter]) -> None:
@@ -962,7 +974,7 @@ def visits(config: Config, n: int, t: int) -> list[int]:
 def train_step(run: Run, batch: list[Question], t: int, total: int) -> None:
     """One of `total` optimizer steps; the gradient adds up over micro-batches of like length."""
     config, student = run.config, run.student
-    mine = sorted(batch[RANK::WORLD], key=lambda q: sum(map(len, q.S_pos + q.S_neg)))
+    mine = sorted(batch[RANK::WORLD], key=lambda q: sum(map(len, q.S_pos + q.minority)))
     size = config.micro_batch or (len(batch) if student.device.type == "cuda" else 16)
     run.optimizer.zero_grad(set_to_none=True)
     for start in range(0, len(mine), size):
@@ -1011,18 +1023,18 @@ def metrics(run: Run, t: int, visited: list[Question]) -> dict[str, Any]:
         line[name] = total / count if count else None
     line["L"] = total_loss(alphas, line["L_pred"], line["L_cl"], run.L_D)
     from_past = [(q, r) for q in visited for r in q.from_past]
-    line["S_neg"] = mean([len(q.S_neg) for q in visited])
+    line["minor"] = mean([len(q.minority) for q in visited])
     line["past"] = len(from_past) / len(visited)
     line["right"] = mean([rationale_right(run, q, r) for q, r in from_past])
     return line | judge_validation(run)
 
 
 COLUMNS = """iteration:9d L:6.3f L_pred:6.3f L_cl:6.3f L_D:6.3f l_pos:5.2f l_neg:5.2f zero:5.0%
-s_pos:5.2f s_neg:5.2f pair:5.0% S_neg:5.2f past:5.2f right:5.0% valid:6.1% seconds:7.1f"""
+s_pos:5.2f s_neg:5.2f pair:5.0% minor:5.2f past:5.2f right:5.0% valid:6.1% seconds:7.1f"""
 LEGEND = """l_pos, l_neg: ℓ of r⁺ and r⁻; zero: part of the negative terms that are 0; s_pos, s_neg:
-their s; pair: how often a positive scores above a negative of its validation question; S_neg, past:
-negatives a question of the teacher and of the student's past; right: part of the latter that end
-in the right answer; *: the best validation so far"""
+their s; pair: how often a positive scores above a negative of its validation question; minor, past:
+negatives per question of the vote's minority and of the student's past; right: part of the latter
+that end in the right answer; *: the best validation so far"""
 
 
 def table_row(line: dict[str, Any] | None = None) -> str:
@@ -1071,14 +1083,16 @@ def prepare(config: Config, folder: Path, ask: bool) -> Run | None:
         votes += [vote_on(task, e.input, []) for e in examples[len(votes) :]]
         if asked and name == "train":
             report_votes(task, examples, votes)
-        for example, vote in zip(examples, votes if run else []):
-            S_pos, S_neg, answer = sets_of(vote, config)
+        if run is None:
+            continue
+        for example, vote in zip(examples, votes):
+            S_pos, minority, answer = sets_of(vote, config)
             if config.labels == "teacher" and name == "train":
                 example = Example(example.input, answer)
             if example.label is not None:  # without an answer of the teacher it is left out
-                q = run.student.question(example, S_pos, S_neg)
+                q = run.student.question(example, S_pos, minority)
                 getattr(run, name).append(q)
-                digest.update(repr([q.x, q.label, q.S_pos, q.S_neg]).encode())
+                digest.update(repr([q.x, q.label, q.S_pos, q.minority]).encode())
     if run is not None:
         run.digest = digest.hexdigest()
         run.judged = run.valid[:JUDGED] if run.discriminator else []
@@ -1239,9 +1253,9 @@ def audit_question(run: Run, q: Question, vote: Vote, t: int) -> dict[str, Any]:
     pick(candidates, [q], config, run.step)
     s = run.score([(q.x, c.r) for c in candidates]).cpu()
     positive = torch.tensor([c.positive for c in candidates], dtype=torch.bool)
-    weights = weights_of(s, positive, config)
+    weights = torch.where(positive, *weights_of(s, config))
     losses, share = (torch.tensor([getattr(c, a) for c in candidates]) for a in ("loss", "share"))
-    L_cl = contrastive_terms(losses, weights, positive, share, config).sum().item()
+    L_cl = contrastive_terms(losses, s, positive, share, config).sum().item()
     L_pred = student.loss(student.predict, [q], [q.label], [0]).item()
     L_D = 0.0
     if run.discriminator and 0 < positive.sum() < len(s):
@@ -1270,27 +1284,33 @@ def audit_text(item: dict[str, Any]) -> None:
     for c in item["candidates"]:
         mark = "->" if c["picked"] else "  "
         print(mark, "{set} of the {source}, ℓ {loss:.4f}, s {score:.4f}: {rationale}".format(**c))
-        term = "{share:g} · {weight:.4f} · {loss:.4f}"
+        term = "+ {weight:.4f} · {loss:.4f}"
         if c["set"] == "negative":
-            term = "-{beta:g} · {share:g} · {weight:.4f} · min({loss:.4f} - {delta:g}, 0)"
+            term = "- {beta:g} · {weight:.4f} · min({loss:.4f} - {delta:g}, 0)"
+        if c["share"] < 1:
+            term += " · {share:.4f}"
         if c["picked"]:
             terms.append(term.format(**c, **item))
-    print(f"L_cl = {' + '.join(terms) or 0} = {item['L_cl']:.4f}")
+    print(f"L_cl = {' '.join(terms) or 0} = {item['L_cl']:.4f}")
     line = "L_total = {:g} · L_pred {L_pred:.4f} + {:g} · L_cl {L_cl:.4f} + {:.4f} · L_D {L_D:.4f}"
     print(line.format(*item["alphas"], **item), f"= {item['L_total']:.4f}")
 
 
 # ---------------------------------------------------------------------------------- Command line
 
-EPILOG = """Teacher by default: OPENAI_BASE_URL and OPENAI_API_KEY, else PaLM's rationales.
-QCRD_MIRROR: a folder or URL instead of https:// for downloads. Defaults that differ by task:"""
+EPILOG = """Teacher by default: OPENAI_BASE_URL and OPENAI_API_KEY, else palm, which is
+PaLM's published rationales. Negatives: snapshot, of the student j iterations
+ago; fixed, of the student at the start; sc, of the vote alone; none at all.
+QCRD_MIRROR: a folder or URL instead of https:// for downloads.
+Defaults that differ by task:"""
 
 
 def parser() -> argparse.ArgumentParser:
     """A flag for each field of Config, and the commands that use a run."""
     lines = [EPILOG]
     for name, defaults in (OTHER_DEFAULTS | {"--model demo": DEMO_STUDENT}).items():
-        lines.append(f"  {name}: " + ", ".join(f"{flag(k)} {v}" for k, v in defaults.items()))
+        shown = ", ".join(f"{flag(k)} {v}" for k, v in defaults.items())
+        lines.append(textwrap.fill(f"{name}: {shown}", 78, initial_indent="  "))
     how: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     how |= {"argument_default": argparse.SUPPRESS, "allow_abbrev": False}
     how |= {"usage": "python qcrd.py [--task TASK] [flags]"}
@@ -1304,13 +1324,14 @@ def parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="with --audit: data instead of text")
     add("--show-prompt", action="store_true", help="what the teacher would be asked")
     for setting in dataclasses.fields(Config):
-        group = p.add_argument_group(setting.name) if setting.name in GROUPS else group
+        group = p.add_argument_group(GROUPS[setting.name]) if setting.name in GROUPS else group
         kind, choices = type(setting.default), setting.metadata["choices"] or None
-        how = {"type": kind, "choices": choices, "metavar": None if choices else kind.__name__}
+        shown = "|".join(filter(None, choices or [])) or kind.__name__
+        how = {"type": kind, "choices": choices, "metavar": shown}
         if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        shown = f"{setting.default}, " if setting.default != "" else ""
-        text = f"{setting.metadata['help']} ({shown}{setting.metadata['mark']})"
+        shown = f"({setting.default}) " if setting.default != "" else ""
+        text = f"{setting.metadata['help']} {shown}[{setting.metadata['mark']}]"
         group.add_argument(flag(setting.name), help=text.replace("%", "%%"), **how)
     return p
 
@@ -1338,6 +1359,7 @@ def resolve(config: Config) -> Config:
     require(config.iterations >= 0 and config.steps > 0, "--iterations, --steps: must be above 0")
     if config.method == "dss":  # L_pred, and ℓ of slot 0's rationale
         config.vote = "first"
+        config.scheme = "mean"  # of one
     if config.method != "qcrd":
         config.negative_source = "none"
     config.discriminator &= config.method == "qcrd"
@@ -1384,7 +1406,8 @@ def reopen(named: list[str], given: dict[str, Any], as_json: bool) -> None:
         require(rest, "--ask RUN QUESTION: the question is missing")
         use(folder, config, rest, "")
     elif named[0] == "eval":
-        use(folder, config, [], "".join(rest[:1]))
+        require(len(rest) < 2, "--eval RUN FILE: one file at a time")
+        use(folder, config, [], "".join(rest))
     elif (folder / "result.json").exists():
         print_result(folder, json.loads((folder / "result.json").read_text("utf-8")))
     else:

@@ -86,7 +86,7 @@ def score_sets(run: qcrd.Run) -> dict[str, list[float]]:
     sets = [qcrd.sets_of(vote, config)[:2] for vote in votes]
     questions = [student.question(e, *both) for e, both in zip(task.valid, sets)]
     pairs = {"teacher's positives": [(q.x, r) for q in questions for r in q.S_pos]}
-    pairs["teacher's negatives"] = [(q.x, r) for q in questions for r in q.S_neg]
+    pairs["teacher's negatives"] = [(q.x, r) for q in questions for r in q.minority]
     for tau in (1.5, 2.0):
         seed = (config.seed, "score figure", tau)
         written = student.write(student.explain, questions, config.rationale_tokens, tau, seed)

@@ -94,6 +94,7 @@ TABLES: dict[str, tuple[int, str, dict[str, str]]] = {
 SVAMP = "SVAMP, T5-base"
 PAPER: dict[str, tuple[str, dict[str, float]]] = {
     "main": (SVAMP, {"finetuning": 63.0, "single task": 59.0, "DSS": 65.5, "QCRD": 69.0}),
+    "main, T5-small": ("SVAMP, T5-small", {"DSS": 48.0, "QCRD": 50.5}),
     "ablation": (SVAMP, {"none": 65.5, "ED": 67.0, "ED + NK": 68.5, "ED + NK + QJ": 69.0}),
     "schemes": (
         SVAMP,
@@ -217,12 +218,37 @@ def print_table(table: str, task: str, passed: list[str]) -> None:
         print("| " + " | ".join(row) + " |")
 
 
+def print_terms(table: str, task: str, passed: list[str]) -> None:
+    """Markdown: share of the negative terms at 0 by iteration, and of the student's negatives that
+    end in the right answer; percent, means over seeds."""
+    seeds, _, cells = TABLES[table]
+    runs = finished(task)
+    found = {
+        cell: [run for seed in range(seeds) if (run := runs.get(command_of(flags, seed, passed)))]
+        for cell, flags in cells.items()
+    }
+    count = max(len(run["iterations"]) for every in found.values() for run in every)
+    numbers = " | ".join(str(t) for t in range(1, count + 1))
+    print(f"\n| {table}: terms at 0, iteration | {numbers} | the student's own that are right |")
+    print("|---" * (count + 2) + "|")
+    for cell, every in found.items():
+        lines = [line for run in every for line in run["iterations"]]
+        row = []
+        for t in range(1, count + 1):
+            row.append([line["zero"] for line in lines if line["iteration"] == t])
+        row.append([line["right"] for line in lines])
+        values = [[100 * value for value in column if value is not None] for column in row]
+        means = [f"{statistics.mean(column):.0f}" if column else "" for column in values]
+        print(f"| {cell} | " + " | ".join(means) + " |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=", ".join(TABLES))
     parser.add_argument("--print", action="store_true", help="run nothing")
+    parser.add_argument("--terms", action="store_true", help="the negative terms too")
     parser.add_argument("--seeds", type=int, help="instead of the table's own number")
     for name in ("task", "teacher", "model"):
         parser.add_argument(f"--{name}", default="", help="passed on to qcrd.py")
@@ -237,6 +263,8 @@ def main() -> None:
         if not args.print:
             run_table(table, args.task or "demo", passed, args.seeds or TABLES[table][0])
         print_table(table, args.task or "demo", passed)
+        if args.terms:
+            print_terms(table, args.task or "demo", passed)
     for table, (seeds, reference, cells) in TABLES.items() if not args.tables else ():
         print(f"{table}: {seeds} seeds, differences from {reference}")
         for cell, flags in cells.items():

@@ -1216,37 +1216,40 @@ def use(folder: Path, config: Config, texts: list[str], file: str) -> None:
     run = load_trained(folder, config, task)
     rows = evaluate(run, [run.student.question(example) for example in examples], rationales=True)
     for row in rows:
-        shown = f"label:     {row['answer']}\nrationale: {row.get('rationale')}"
-        shown += f"\nquality:   {row.get('quality')}"
-        print(shown if texts else json.dumps(row, ensure_ascii=False))
+        if not texts:
+            print(json.dumps(row, ensure_ascii=False))
+            continue
+        for title, name in (("label", "answer"), ("rationale",) * 2, ("quality",) * 2):
+            print(f"{title + ':':10s} {safe(str(row.get(name)))}")
     for name, value in accuracies(rows).items():
         if value is not None and not texts:
             print(f"{name} {interval(value, len(rows))} on {len(rows)} questions", file=sys.stderr)
 
 
 def audit(folder: Path, config: Config, count: int, as_json: bool) -> None:
-    """The first `count` questions of the next iteration with the checkpoint's weights (D's before
-    its next update), without dropout, by the functions that train. Prints text or JSON."""
+    """The first `count` questions of the next iteration with its negatives and the checkpoint's
+    weights (D's before its update), without dropout, by the functions that train: text or JSON."""
     with contextlib.redirect_stdout(sys.stderr):
         run = prepare(config, folder, ask=False)
         run.restore()
         t = run.iteration + 1
-        questions = [run.train[i] for i in visits(config, len(run.train), t)[:count]]
-        add_past_negatives(run, t, questions)
+        order = visits(config, len(run.train), t)
+        questions = [run.train[i] for i in order[:count]]
+        add_past_negatives(run, t, [run.train[i] for i in sorted(set(order))] + run.judged)
         teacher = connect_teacher(config, ask=False)
         votes = votes_on(teacher, run.task, [q.example for q in questions], ask=False)
         items = [audit_question(run, q, vote, t) for q, vote in zip(questions, votes)]
     if as_json:
         return print(json.dumps(items, ensure_ascii=False, indent=1))
-    print(f"{folder}: the weights after {run.iteration} iterations, without dropout. The student's")
-    print("negatives are drawn anew. L_D is eq. (2) on what is shown, without training's fillers.")
+    print(f"{folder}: student and D after {run.iteration} iterations, D before its next update, no")
+    print("dropout. L_D is eq. (2) on the candidates shown, without the fillers of training.")
     for item in items:
         audit_text(item)
 
 
 @torch.no_grad()
 def audit_question(run: Run, q: Question, vote: Vote, t: int) -> dict[str, Any]:
-    """What `step_loss` computes for one question, and all that it is made of."""
+    """What `step_loss` computes for one question, L_D, and all that they are made of."""
     config, student, alphas = run.config, run.student, alphas_of(run.config, t)
     candidates = candidates_of([q], config) if alphas[1] else []
     measure(student, [q], candidates)
@@ -1275,15 +1278,21 @@ def audit_question(run: Run, q: Question, vote: Vote, t: int) -> dict[str, Any]:
     return item | {"L_pred": L_pred, "L_cl": L_cl, "L_D": L_D, "L_total": L_total}
 
 
+def safe(text: str) -> str:
+    """A model's text on one line, without what would control the terminal."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 def audit_text(item: dict[str, Any]) -> None:
     """One audited question with all that its sum is made of."""
     print("\nquestion: {question}\nlabel: {label}   majority: {majority}".format(**item))
     for sample in item["samples"]:
-        print("  slot {slot}: answer {answer}, {vote}: {rationale}".format(**sample))
+        print(safe("  slot {slot}: answer {answer}, {vote}: {rationale}".format(**sample)))
     terms = []
     for c in item["candidates"]:
         mark = "->" if c["picked"] else "  "
-        print(mark, "{set} of the {source}, ℓ {loss:.4f}, s {score:.4f}: {rationale}".format(**c))
+        line = "{set} of the {source}, ℓ {loss:.4f}, s {score:.4f}: {rationale}".format(**c)
+        print(mark, safe(line))
         term = "+ {weight:.4f} · {loss:.4f}"
         if c["set"] == "negative":
             term = "- {beta:g} · {weight:.4f} · min({loss:.4f} - {delta:g}, 0)"
@@ -1420,6 +1429,7 @@ def main() -> int:
     as_json, show_prompt = given.pop("json", False), given.pop("show_prompt", False)
     named = [name for name in ("resume", "ask", "audit", "eval") if name in given]
     try:
+        require("audit" in named or not as_json, "--json: only with --audit RUN N")
         if WORLD > 1:  # rank 0 may ask a teacher for hours
             dist.init_process_group(timeout=datetime.timedelta(hours=12))
         if named:

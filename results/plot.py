@@ -207,10 +207,10 @@ body { font: 16px/1.45 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; 
   color: #222; overflow-wrap: anywhere }
 h2 { margin-top: 2.5rem; border-top: 2px solid } h3 { margin: 1.2rem 0 .3rem; font-size: 1rem }
 .question { white-space: pre-line; font-size: 1.1rem }
-.row { display: grid; grid-template-columns: 13rem 1fr 20rem; gap: .2rem 1rem; margin: .3rem 0;
+.row { display: grid; grid-template-columns: 15rem 1fr 20rem; gap: .2rem 1rem; margin: .3rem 0;
   padding: .45rem .6rem; border-left: 4px solid #ccc; background: #f7f7f7 }
 .positive { border-color: #009e73 } .negative { border-color: #d55e00 }
-.sample { grid-template-columns: 13rem 1fr } .picked { background: #fff3bf }
+.sample { grid-template-columns: 15rem 1fr } .picked { background: #fff3bf }
 .bar { display: grid; grid-template-columns: 1.2rem 1fr 4.2rem; gap: .5rem; align-items: center }
 .track { position: relative; height: .8rem; background: #ddd }
 .fill { position: absolute; inset: 0 auto 0 0; background: #0072b2 } .grey { background: #888 }
@@ -223,7 +223,7 @@ HEAD = """<!doctype html><html lang="en"><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 """
 LEGEND = """The run's last checkpoint, without dropout. ℓ: mean token cross-entropy; s: the score of
-the discriminator. Yellow: the picks, which alone count in the loss. Red mark: δ; a negative with ℓ
+the discriminator. Yellow: the picks, which alone count in L_cl. Red mark: δ; a negative with ℓ
 beyond it adds 0 (grey bar). L_D is eq. (2) on what is shown, without the fillers of training."""
 VOTES = {"positive": "majority, S_pos", "negative": "minority, S_neg", "none": "without a vote"}
 
@@ -262,7 +262,7 @@ def sum_lines(item: dict) -> list[str]:
         factors = {"share": c["share"], "weight": c["weight"], "ℓ(r⁺)": c["loss"]}
         if c["set"] == "negative":
             margin = min(factors.pop("ℓ(r⁺)") - item["delta"], 0.0)
-            factors = {"−β": -item["beta"], **factors, "min(ℓ(r⁻) − δ, 0)": margin}
+            factors = {"(−β)": -item["beta"], **factors, "min(ℓ(r⁻) − δ, 0)": margin}
         product = " · ".join(f"{name} {value:.5g}" for name, value in factors.items())
         if c["picked"]:
             lines.append(f"{c['set']}: {product} = {math.prod(factors.values()) + 0.0:.4f}")

@@ -13,18 +13,16 @@ Tests that need transformers, or files that are not there, say so and are left o
 with the line `N passed, N failed`.
 """
 
-import concurrent.futures
 import contextlib
 import functools
 import hashlib
 import html.parser
-import importlib
 import importlib.util
 import io
 import itertools
 import json
 import math
-import multiprocessing
+import multiprocessing.pool
 import os
 import random
 import re
@@ -78,14 +76,13 @@ def peer_or_skip():
 
 @contextlib.contextmanager
 def scratch():
-    """A temporary folder."""
     with tempfile.TemporaryDirectory() as name:
         yield Path(name)
 
 
 @contextlib.contextmanager
 def empty_home(**environment: str):
-    """A temporary working folder for data/, weights/ and runs/, where no wait is waited."""
+    """A temporary working folder for data/, weights/ and runs/; nobody sleeps in it."""
     others = {k: v for k, v in os.environ.items() if not k.startswith(("OPENAI_", "QCRD_"))}
     with scratch() as folder, contextlib.chdir(folder), patch("time.sleep"):
         home = {"QCRD_HOME": str(folder)}
@@ -169,12 +166,11 @@ def outcome(call, *args, **kwargs) -> str:
 def command(module, *words: object, code: int = 0) -> str:
     """A command line in this process -> stdout; for another code than 0 stderr too."""
     out, err, argv = io.StringIO(), io.StringIO(), [module.__name__, *map(str, words)]
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        with patch.object(sys, "argv", argv):
-            try:
-                got = module.main()
-            except SystemExit as stop:  # argparse's own
-                got = stop.code
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), patch("sys.argv", argv):
+        try:
+            got = module.main()
+        except SystemExit as stop:  # argparse's own
+            got = stop.code
     text = out.getvalue() + err.getvalue()
     assert (got or 0) == code and text.count("error: ") == (code == 2), f"{argv}: {got}\n{text}"
     return text if code else out.getvalue()
@@ -657,7 +653,7 @@ def test_download_resumes_what_was_cut():
     """Also when several processes want the file: flock tells threads apart as it does those."""
     content = os.urandom(300_000)
     with served(content, cut=131_072) as (home, asked):
-        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        with multiprocessing.pool.ThreadPool(4) as pool:
             paths = set(pool.map(fetch_data.download, ["x"] * 4))
         assert paths == {home / "data" / "downloads" / "x"}
         assert fetch_data.download("x").read_bytes() == content
@@ -726,10 +722,8 @@ def test_students_are_stored_in_the_one_format():
         assert (folder / "spiece.model").read_bytes() == vocab.read_bytes()
 
 
-CQA_LINES = [
-    json.dumps({"question": f"Which is {i}?", "choices": [f"{i}", *"xyz", "é"], "answer": f"{i}"})
-    for i in range(20)
-]
+CQA = '{"question": "Which is %d?", "choices": ["%d", "x", "y", "z", "é"], "answer": "%d"}'
+CQA_LINES = [CQA % (i, i, i) for i in range(20)]
 PALM = [f"Because. So the answer is (a) {i}.\n\nQ:" for i in range(20)]
 ESNLI = '{"premise": "P %s.", "hypothesis": "H.", "label": 1}\n'
 ARCHIVE = {
@@ -761,8 +755,8 @@ def test_archive_gives_tasks_in_their_formats():
         assert valid[1]["label"] == "19" and test[0]["label"] == "0"
         palm = lines_of(fetch_data.palm_samples("cqa", archive))
         assert [row["question"] for row in palm] == [row["input"] for row in train + valid]
-        want = {"question": train[15]["input"], "slot": 0, "text": PALM[15], "finish": "stop"}
-        assert palm[15] == want
+        asked = train[15]["input"]
+        assert palm[15] == {"question": asked, "slot": 0, "text": PALM[15], "finish": "stop"}
         task = fetch_data.load_task("esnli", archive=archive)
         assert task.valid == [("P valid.</s>H.", "neutral")] and task.options == fetch_data.NLI
         missing = "anli1_train.json is missing; get the whole datasets.zip"
@@ -787,23 +781,20 @@ def test_broken_archive_names_member_and_line():
         ("train_CoT_0", None, "5 rationales"),
         ("train_CoT_1", "{", "train_CoT_1.json"),
     ):
-        call, made = fetch_data.palm_samples, "teacher-palm.jsonl"
-        if member == "cqa_train":
-            call, made = fetch_data.ensure, "train.jsonl"
+        of_task = member == "cqa_train"
+        call = fetch_data.ensure if of_task else fetch_data.palm_samples
         with data_home() as home:
             archive = make_archive(home, **{member: content})
             refused(lambda: call("cqa", archive), expected, "datasets.zip")
-            assert not (home / "data" / "cqa" / made).exists()  # whole or not at all
+            made = "train" if of_task else "teacher-palm"
+            assert not Path(f"data/cqa/{made}.jsonl").exists()  # whole or not at all
     with data_home() as home:
         archive = make_archive(home)
         with patch("fetch_data.MEMBER_LIMIT", 1000):
             refused(lambda: fetch_data.ensure("cqa", archive), "unpacks to")
         raw = archive.read_bytes()
-        damage = {
-            "cqa_train.json": raw[:80] + bytes(10) + raw[90:],
-            "no readable zip file": raw[:500],
-        }
-        for expected, damaged in damage.items():
+        zeros = raw[:80] + bytes(10) + raw[90:]
+        for damaged, expected in ((zeros, "cqa_train.json"), (raw[:500], "no readable zip file")):
             archive.write_bytes(damaged)
             refused(lambda: fetch_data.ensure("cqa", archive), expected)
 
@@ -857,9 +848,7 @@ def shapes(*texts):
 def test_demo_splits():
     splits = [fetch_data.demo_problems(split) for split in fetch_data.SPLITS]
     every = sum(splits, ())
-    assert tuple(map(len, splits)) == (800, 400, 1000) and len({p.text for p in every}) == len(
-        every
-    )
+    assert [*map(len, splits)] == [800, 400, 1000] and len({p.text for p in every}) == 2200
     digest = hashlib.sha256("".join(p.text + p.label for p in every).encode()).hexdigest()
     assert digest.startswith("8feb6f2c75b4102c"), digest
     for p in every:
@@ -933,14 +922,13 @@ def test_demo_teacher_errs_as_the_paper_saw():
     problems = fetch_data.demo_problems("train") + fetch_data.demo_problems("valid")
     right = positives = unanimous = 0
     for problem in problems:
-        said = [fetch_data.teacher_answer(problem, seed, 0.7) for seed in range(5)]
-        said.append(fetch_data.teacher_answer(problem, None, 0))
-        answers = [read_sample("number", text).answer for text in said]
-        *keys, label = [fetch_data.answer_key("number", answer) for answer in answers]
-        assert fetch_data.is_right("number", label, problem.label) and None not in keys
-        most = Counter(keys).most_common(1)[0][1]
-        right, positives = right + keys.count(label), positives + most
-        unanimous += most == 5
+        slots = [(fetch_data.teacher_answer(problem, seed, 0.7), "stop") for seed in range(5)]
+        vote = qcrd.vote_on(NUMBERS, problem.text, slots)
+        greedy = read_sample("number", fetch_data.teacher_answer(problem, None, 0)).answer
+        assert fetch_data.is_right("number", greedy, problem.label) and None not in vote.keys
+        right += vote.keys.count(fetch_data.answer_key("number", greedy))
+        positives += len(vote.positives)
+        unanimous += not vote.negatives
     shares = [count / len(problems) for count in (right / 5, positives, unanimous)]
     for share, low, high in zip(shares, (0.7, 3.7, 0.5), (0.8, 4.1, 0.6)):
         assert low < share < high, shares
@@ -953,7 +941,6 @@ CHOICES = (
 QUESTION_OF = {"choice": CHOICES, "nli": "A dog runs.</s>It sits.", "number": "How many sweets?"}
 
 # kind and answer ("": none), then texts of models, between bars, in which a person reads it.
-
 FORMS = r"""
 number 42 | <Explanation>: Half of 84 is 42. <Answer>: ( 84 / 2 ) | <Answer>: 84 / 2 = 42
   | **<Explanation>:** Half of 84.\n**<Answer>:** (84 / 2). | <Answer>: ( 42 sweets ) | #### 42
@@ -1232,9 +1219,8 @@ def test_eq_3_to_8_by_hand():
 
 
 def plain_loss(run: qcrd.Run, questions: list, n: int, peers=(), drawn=None) -> torch.Tensor:
-    """What `qcrd.step_loss` computes, done plainly: a row and an encoding of its question for each
-    rationale, all with gradient and score, whole logits; on `peers`, or on our T5 used that way.
-    drawn: the shares of --scheme sampling."""
+    """What `qcrd.step_loss` computes, done plainly: for each rationale a row, an encoding of its
+    question, whole logits, gradient and score. On `peers`, or on our T5 used that way."""
     student, D, config = run.student, run.discriminator, run.config
     network, encoder = peers or (student.model, D and D.encoder.eval())
 
@@ -1260,7 +1246,7 @@ def plain_loss(run: qcrd.Run, questions: list, n: int, peers=(), drawn=None) -> 
         own = list(itertools.islice(values, len(members)))
         if config.scheme == "sampling":
             shares += [drawn[id(r)] for r in members]
-        elif own:
+        elif own:  # by the scheme's definition, which has a test of its own
             picked = qcrd.chosen(own, positive, config.scheme, None)
             shares += [(i in picked) / len(picked) for i in range(len(own))]
     positive = [positive for _, positive, members in sets for _ in members]
@@ -1285,8 +1271,8 @@ def gradients(model: torch.nn.Module) -> torch.Tensor:
 
 
 def test_step_equals_the_plain_mathematics():
-    """Value and every gradient, for empty sets and negatives on both sides of δ, whatever the
-    micro-batch. The discriminator gets no gradient. A negative beyond δ is not run again."""
+    """Value and every gradient, whatever the micro-batch; D gets none. Some sets are empty, some
+    negatives beyond δ, which are not run again."""
     cases = [{"scheme": x, "discriminator": y} for x in qcrd.SCHEMES for y in (True, False)]
     cases += [{"method": "dss"}, {"method": "finetune"}, {"negative_source": "none"}]
     left_out, loss_of = 0, qcrd.Student.loss
@@ -1353,7 +1339,6 @@ def voted(*texts: str | None, finish: str = "stop", **changes) -> tuple[qcrd.Vot
 
 def test_vote():
     """Repetitions, and negatives that read like a positive, are dropped after the count."""
-    assert qcrd.majority(["8", "7", "8", "8", "3"]) == ("8", [0, 2, 3], [1, 4])
     assert qcrd.majority(["7", "8", "8", "7"]) == ("7", [0, 3], [1, 2])  # a tie: the lowest slot
     assert qcrd.majority([None, "8", "7", "7", "8"]) == ("8", [1, 4], [2, 3])
     assert qcrd.majority([None, None]) == (None, [], []) == qcrd.majority([])
@@ -1535,11 +1520,10 @@ def test_teacher_survives_what_servers_do():
         return goods[i % 6] if i in once else once.add(i) or trouble[i]
 
     with empty_home(), serving(flaky) as (url, asked):
-        with patch("time.sleep") as sleep:
-            slots, filled, _ = samples_of(url, count)
-        waits = [call.args[0] for call in sleep.call_args_list]
+        slots, filled, _ = samples_of(url, count)
         assert filled == 5 * count and all(row[0] == ("<Answer>: 1", "stop") for row in slots)
-        assert 7 in waits and 11 in waits and len(asked) == 2 * count  # Retry-After is kept to
+        waits = {call.args[0] for call in time.sleep.call_args_list}
+        assert {7, 11} <= waits and len(asked) == 2 * count  # Retry-After is kept to
         sent = {(b["model"], b["n"], b["temperature"], b["max_tokens"]) for _, b in asked}
         assert sent == {("demo-teacher", 5, 0.7, 512)}
         assert qcrd.vote_on(NUMBERS, "How many?", slots[0]).positives == [0, 1, 2, 3]
@@ -1614,7 +1598,6 @@ def test_teacher_budget_and_cache():
         (cache,) = Path("data/sums").glob("*")
         lines = cache.read_bytes().strip().splitlines(True)
         assert cache.name == "teacher-demo-teacher.jsonl" and len(asked) == 4 and len(lines) == 20
-        assert {"key", "slot"} <= set(json.loads(lines[0]))
         cache.write_bytes(b"".join(lines)[:-20])  # a kill in the middle of a line
         assert samples_of(url)[1] == 20 and len(asked) == 5 and asked[-1][1]["n"] == 1
 
@@ -1691,45 +1674,29 @@ def test_kill_and_resume_ends_in_the_same_bytes():
 
 
 def test_a_folder_goes_from_teacher_to_student():
-    days = [np.datetime64("2020-01-30") + 37 * i for i in range(26)]
-    labels = {f"It is {day}. What is 30 days later?": f"{day + 30}" for day in days}
-    rows = [*labels.items()]
-
-    def answer(body: dict, number: int) -> tuple:
-        label = labels[body["messages"][-1]["content"]]
-        right = [f"<Explanation>: Way {k}. <Answer>: {label}" for k in range(4)]
-        return said(*right, "<Explanation>: A guess. <Answer>: 1970-01-01")
-
-    with empty_home() as home, serving(answer) as (url, asked):
-        task_folder(home / "dates", train=rows[:18], valid=rows[18:20], test=rows[20:])
-        flags, teacher = (
-            ["--task", "dates", "--model", tiny_folder(home / "tiny")],
-            f"--teacher {url}",
-        )
-        text = qcrd_main(*flags, *teacher.split(), "--stage", "teacher")
+    with sums_home() as (flags, asked):
+        flags[flags.index("number")] = "text"
+        text = qcrd_main(*flags, "teacher", "--stage", "teacher")
         assert "vote: 4.00 positives and 1.00 negatives" in text, text
-        assert "majority right on 100.0%" in text and not Path("runs").exists()
-        for words in (f"qcrd {teacher}", f"dss --labels teacher {teacher}", "finetune"):
-            method, *more = words.split()
-            qcrd_main(*flags, *TINY, "--method", method, *more)
-            run = Path(f"runs/dates-{method}-0")
-            result = json.loads((run / "result.json").read_text())
+        assert "majority right on 100.0%" in text and not Path("teacher").exists()
+        for method, labels in (("qcrd", "gold"), ("dss", "teacher"), ("finetune", "gold")):
+            qcrd_main(*flags, method, "--method", method, "--labels", labels)
+            (result,) = lines_of(f"{method}/result.json")
             assert (result["rationale_accuracy"] is None) == (method == "finetune")
-            (item,) = json.loads(qcrd_main("--audit", run, 1, "--json"))
-            assert labels[item["question"]] == item["label"] and item["L_total"] > 0
-        assert len(asked) == 20 and Path("runs/dates-qcrd-0/student/discriminator.pt").exists()
-
-
-WRONG = """--samples 0; --fraction 2; --lr nan; --micro-batch -1; --discriminator-questions 0
---teacher-fields {no; --teacher-fields [1]; --teacher http://127.0.0.1:9/v1; --run tiny; --unknown
---task nowhere; --model missing; --prompt no-such-file; --student-temperature hot
---negative-source fixed --negative-model nowhere-to-be-found""".replace("\n", "; ").split("; ")
+            (item,) = json.loads(qcrd_main("--audit", method, 1, "--json"))
+            assert 2 * int(item["question"].split()[2]) == int(item["label"])
+            assert item["L_total"] > 0
+        assert len(asked) == 16 and Path("qcrd/student/discriminator.pt").exists()
 
 
 def test_wrong_use_gets_one_line():
     """It names the longest word of the mistake."""
+    wrong = """--samples 0; --fraction 2; --lr nan; --micro-batch -1; --discriminator-questions 0
+        --teacher-fields {no; --teacher-fields [1]; --teacher http://127.0.0.1:9/v1; --run tiny
+        --unknown; --task nowhere; --model missing; --prompt no-such-file
+        --student-temperature hot; --negative-source fixed --negative-model nowhere-to-be-found"""
     with sums_home() as (flags, asked):
-        for words in map(str.split, WRONG):
+        for words in map(str.split, re.split("[;\n]", wrong)):
             line = qcrd_main(*flags, "new", *words, code=2).splitlines()[-1]
             assert max(words, key=len) in line and not asked, line  # nothing was paid for
         Path("broken").mkdir()
@@ -1864,9 +1831,6 @@ def test_half_a_million_questions_fit():
 # ---------------------------------------------------------------------------------------- results/
 
 
-# ---------------------------------------------------------------------------------------- results/
-
-
 sys.path.append(str(HERE / "results"))
 tables, plot, judge = map(importlib.import_module, ("run", "plot", "judge"))
 
@@ -1923,17 +1887,14 @@ def test_judge_is_blind_to_the_order():
 
 def test_audit_page_escapes_and_holds_all():
     bad = "<script>alert(1)</script>\"'&<img src=x onerror=y>"
-    item = dict.fromkeys(("question", "label", "majority", "scheme"), bad)
-    item |= {"alphas": [0.5, 0.5, 0.4], "beta": 0.2, "delta": 3.0, "iteration": 3}
-    item |= {"L_pred": 1.0, "L_cl": 0.5, "L_D": 0.5, "L_total": 0.95}
-    item |= {"samples": [], "candidates": []}
-    for slot, vote in enumerate(("positive", "negative", "none")):
-        sample = {"slot": slot, "answer": None if slot else bad, "vote": vote}
-        item["samples"].append(sample | {"rationale": f"sample {slot} {bad}"})
-    for i, loss in enumerate((1.0, 2.0, 2.5, 4.0)):
-        c = {"set": "positive" if i < 2 else "negative", "source": "student", "loss": loss}
-        c |= {"score": 0.5, "weight": 0.5, "share": float(i % 3 == 0), "picked": i % 3 == 0}
-        item["candidates"].append(c | {"rationale": f"r{i} {bad}"})
+    with toy_run() as run:
+        item = qcrd.audit_question(run, run.train[0], voted(*VOTES)[0], 1)
+    item |= dict.fromkeys(("question", "label", "majority", "scheme"), bad)
+    for i, part in enumerate(item["samples"] + item["candidates"]):
+        part["rationale"] = f"rationale {i} {bad}"
+    item["samples"][0]["answer"] = bad
+    item["L_total"] = 0.95
+    next(c for c in item["candidates"] if c["picked"]).update(weight=0.5, loss=1.0)
     tags, words, reader = set(), [], html.parser.HTMLParser()
     reader.handle_starttag = lambda tag, attrs: tags.update([tag], dict(attrs))
     reader.handle_data = words.append
@@ -1942,8 +1903,8 @@ def test_audit_page_escapes_and_holds_all():
     text = " ".join("".join(words).split())
     assert not tags & {"script", "img", "link", "a", "src", "href", "onerror"}, tags
     assert not any(word in page for word in ("http:", "https:", "url("))
-    assert all(f"{name} {bad}" in text for name in "sample 0|sample 2|r0|r1|r2|r3".split("|"))
-    assert text.count("→ picked") == 2 and page.count('class="delta"') == 2
+    assert all(f"rationale {k} {bad}" in text for k in range(i + 1))
+    assert text.count("→ picked") == 2 and page.count('class="delta"') == 3
     assert "share 1 · weight 0.5 · ℓ(r⁺) 1 = 0.5000" in text and "0.9500" in text
 
 
@@ -2008,14 +1969,12 @@ def svamp_like(n: int, longest: int = 256, vocab: int = 32000) -> list[qcrd.Ques
         lengths = [*np.clip(rng.normal(42, 9, 1), 22, 65), rng.integers(8, 14)]
         lengths += [*np.clip(np.exp(rng.normal(4.45, 0.65, 7)), 2, longest)]
         ids = [array("i", [*rng.integers(3, vocab, int(k) - 1), t5.EOS]) for k in lengths]
-        example = fetch_data.Example(f"question {i}", "")
-        questions.append(qcrd.Question(example, ids[0], ids[1], ids[2:7], ids[7:]))
+        questions.append(qcrd.Question(Example(f"question {i}", ""), *ids[:2], ids[2:7], ids[7:]))
     return questions
 
 
 def peers_of(run: qcrd.Run) -> list:
-    """transformers' T5 with the student's weights, and its encoder, which the discriminator starts
-    with; [] where transformers is not installed."""
+    """transformers' T5 with the student's weights and D's first encoder; [] without transformers."""
     kinds = ("T5ForConditionalGeneration", "T5EncoderModel")
     try:
         return [peer_of(run.student.model, kind).to(run.student.device) for kind in kinds]
@@ -2036,23 +1995,21 @@ def seconds(calls: list, device: str, runs: int = 3) -> list[float]:
 
 
 def step_figures(kind: str, shape: str, device: str, n: int, size: int) -> None:
-    """Prints JSON of a step's seconds, peak memory in GiB, and on CUDA operations. kind: qcrd, or
-    plain, on transformers where it is installed. size: questions at once, 0: the default."""
+    """Prints JSON of a step's seconds, peak memory in GiB, and on CUDA operations. kind: qcrd.py
+    or plain. size: questions at once, 0: the default."""
     run, questions = random_run(shape, device, dropout=0.1), svamp_like(n)
     run.config.micro_batch, size = size, size or n
-    name, peers, model = "qcrd.py", [], run.student.model
-    if kind == "plain":
-        peers = peers_of(run)
-        name = f"plain on {'transformers' if peers else 't5.py'}, {size} questions at once"
-    if peers:
-        model = peers[0]
-        run.parts = run.optimizer = run.d_optimizer = None  # gives our weights' memory back
+    peers = peers_of(run) if kind == "plain" else []
+    parameters = list((peers or [run.student.model])[0].parameters())
+    if peers:  # our weights' memory is given back
+        run.parts = run.optimizer = run.d_optimizer = None
         run.student.model = run.discriminator.encoder = None
-    parameters = list(model.parameters())
+    if kind == "plain":
+        kind = f"plain on {'transformers' if peers else 't5.py'}, {size} questions at once"
     optimizer = torch.optim.AdamW(parameters, lr=5e-5, weight_decay=0.0, fused=True)
 
     def step() -> None:
-        if kind == "qcrd":
+        if kind == "qcrd.py":
             return qcrd.train_step(run, questions, 1, 10_000)
         optimizer.zero_grad()
         for i in range(0, n, size):
@@ -2060,7 +2017,7 @@ def step_figures(kind: str, shape: str, device: str, n: int, size: int) -> None:
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
 
-    figures = {"name": name, "seconds": seconds([step], device)[0]}
+    figures = {"name": kind, "seconds": seconds([step], device)[0]}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     if device == "cuda":
         peak = torch.cuda.max_memory_allocated()
@@ -2074,7 +2031,7 @@ def step_beside_plain(shape: str, device: str, n: int) -> dict:
     """Prints what a step of n questions takes, ours and plain, each in a process; returns ours."""
     found, size = [], 0  # questions at once
     while len(found) < 2:
-        call = f"own.step_figures{(('qcrd', 'plain')[len(found)], shape, device, n, size)}"
+        call = f"own.step_figures{(('qcrd.py', 'plain')[len(found)], shape, device, n, size)}"
         try:
             found.append(json.loads(python("-c", f"import {Path(__file__).stem} as own; {call}")))
             print("  {name}: {seconds:.3f} s, {memory:.2f} GiB".format(**found[-1]), flush=True)
@@ -2090,14 +2047,10 @@ def step_beside_plain(shape: str, device: str, n: int) -> dict:
 
 def beside_transformers(shape: str, device: str, rows: int, width: int) -> None:
     """t5.py and transformers' T5 on the same weights and batches, taken in turns."""
-    run, rng = random_run(shape, device, dropout=0.1), np.random.default_rng(1)
+    run = random_run(shape, device, dropout=0.1)
     model, peers = run.student.model, peers_of(run)
     if not peers:
         return print("  transformers is not installed: nothing to compare t5.py with")
-
-    def batch(rows: int, least: int) -> tuple[torch.Tensor, torch.Tensor]:
-        lengths = [width, *rng.integers(least, width + 1, rows - 1).tolist()]
-        return t5.pad([[*rng.integers(3, 1000, k - 1).tolist(), t5.EOS] for k in lengths])
 
     def compare(name: str, theirs, ours) -> None:
         with run.student.autocast():
@@ -2107,14 +2060,14 @@ def beside_transformers(shape: str, device: str, rows: int, width: int) -> None:
     peer = peers[0].train()
     model.train()
     for name, least in (("full", width), ("padded", width // 4)):
-        (x, x_mask), (y, y_mask) = batch(rows, least), batch(rows, least)
+        (x, x_mask), (y, y_mask) = (random_batch(1000, rows, width, i, least) for i in (1, 2))
         hf = dict(input_ids=x, attention_mask=x_mask, labels=y.masked_fill(~y_mask, -100))
         hf = {key: value.to(device) for key, value in hf.items()}
-        ours = [x, x_mask, y, y_mask]
+        ours = x, x_mask, y, y_mask
         pair = lambda: peer(**hf)[0].backward(), lambda: model.loss(*ours).mean().backward()
         compare(f"training, {name}", *pair)
     peer.eval(), model.eval()
-    x, mask = batch(4 * rows, width // 4)
+    x, mask = random_batch(1000, 4 * rows, width, 3, width // 4)
     hf = dict(input_ids=x.to(device), attention_mask=mask.to(device), max_new_tokens=width, top_k=0)
     for tau in (0.0, 1.5):
         how = hf | dict(do_sample=tau > 0, temperature=tau or 1.0)
@@ -2135,17 +2088,13 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.cpu() - b.cpu()).abs() / b.cpu().abs()).max().item()
 
 
-def differing_rows(model, batch, a, b, tau: float, uniforms) -> list[int]:
+def differing_rows(a, b, logits, tau: float, uniforms) -> list[int]:
     """Rows whose tokens differ -> how many do so for a reason, how many by less than 1e-4: the two
-    best probabilities, or the number drawn and a boundary. a: the tokens of `model`, on the CPU."""
-    width = max(a.shape[1], b.shape[1])
-    a, b = (F.pad(rows.cpu(), (0, width - rows.shape[1])) for rows in (a, b))
+    best probabilities, or the number drawn and a boundary. logits: those after `a`."""
     counts = [0, 0]
     for row in (a != b).any(1).nonzero()[:, 0].tolist():
         first = int((a[row] != b[row]).nonzero()[0])
-        ids, mask = (x[row : row + 1] for x in batch)
-        p = model(ids, mask, F.pad(a[row, :first], (1, 0))[None])[0, -1].double() / (tau or 1)
-        p = p.softmax(0)
+        p = (logits[row, first].double() / (tau or 1)).softmax(0)
         gap = (p.cumsum(0) - uniforms[row, first]).abs().min() if tau else p.topk(2).values.diff()
         counts[gap.abs().item() <= 1e-4] += 1
     return counts
@@ -2180,17 +2129,18 @@ def parity(shape: str, device: str, check: Checks, *lengths: int) -> None:
     batch = here.student.inputs(here.student.explain, questions * 4)
     for tau in (0.0, 0.7, 1.5):
         draws = [torch.Generator().manual_seed(1) for _ in range(3)]
-        a, b = (m.generate(*batch, 24, tau, draw) for m, draw in zip((ours, theirs), draws))
+        a, b = (m.generate(*batch, 24, tau, draw).cpu() for m, draw in zip((ours, theirs), draws))
+        a, b = (F.pad(rows, (0, 24 - rows.shape[1])) for rows in (a, b))
+        p, q = (m(*batch, F.pad(a, (1, 0))).cpu() for m in (ours, theirs))
         uniforms = torch.rand(16, 24, generator=draws[2])
-        wrong, close = differing_rows(ours, batch, a, b, tau, uniforms)
+        wrong, close = differing_rows(a, b, p, tau, uniforms)
         check(f"{shape}, τ {tau}: rows of 16 that differ, {close} more narrowly", wrong)
-        p, q = (m(*batch, F.pad(a, (1, 0))).softmax(-1).cpu() for m in models)
-        check(f"{shape}, τ {tau}: next-token probabilities", (p - q).abs().max().item(), 1e-4)
+        gap = (p.softmax(-1) - q.softmax(-1)).abs().max().item()
+        check(f"{shape}, τ {tau}: next-token probabilities", gap, 1e-4)
 
 
 def overflow(name: str, run: qcrd.Run, questions: list, check: Checks) -> int:
-    """float16: a scale that overflows falls, its steps change nothing, then one is made -> how
-    many were skipped."""
+    """float16: a scale that overflows falls, its steps change nothing -> how many did so."""
     device, moved = run.student.device.type, []
     run.scaler = torch.amp.GradScaler(device, init_scale=2.0**60, backoff_factor=2.0**-12)
     weight = run.student.model.shared.weight
@@ -2305,7 +2255,8 @@ def test_comparisons_of_the_gpu_proof_on_the_cpu():
     assert len(check) == 1
     model, batch = random_run("tiny", "cpu").student.model, t5.pad([[5, 6, 7, 1]])
     tokens = model.generate(*batch, 6)
-    assert differing_rows(model, batch, tokens, tokens + 1, 0.0, None) == [1, 0]
+    logits = model(*batch, F.pad(tokens, (1, 0)))
+    assert differing_rows(tokens, tokens + 1, logits, 0.0, None) == [1, 0]
 
 
 # ---------------------------------------------------------------------------------- The runner

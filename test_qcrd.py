@@ -1974,7 +1974,7 @@ def svamp_like(n: int, longest: int = 256, vocab: int = 32000) -> list[qcrd.Ques
 
 
 def peers_of(run: qcrd.Run) -> list:
-    """transformers' T5 with the student's weights and D's first encoder; [] without transformers."""
+    """transformers' T5 with the student's weights and D's first encoder; [] where it is missing."""
     kinds = ("T5ForConditionalGeneration", "T5EncoderModel")
     try:
         return [peer_of(run.student.model, kind).to(run.student.device) for kind in kinds]

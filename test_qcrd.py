@@ -251,8 +251,7 @@ def test_t5_equals_transformers():
         with scratch() as folder:
             peer.save_pretrained(folder)
             assert same_weights(t5.T5.load(folder).state_dict(), ours.state_dict()), (i, v11)
-        x, x_mask = random_batch(ODD[i][0], 45, 23, i)
-        y, y_mask = random_batch(ODD[i][0], 45, 14, i + 50)
+        (x, x_mask), (y, y_mask) = (random_batch(ODD[i][0], 45, w, i + w) for w in (23, 14))
         target_in = F.pad(y[:, :-1], (1, 0))
         hf = dict(input_ids=x, attention_mask=x_mask.long())
         expected = peer(**hf, decoder_input_ids=target_in).logits
@@ -611,13 +610,11 @@ def test_t5_atomic_files_and_progress():
 @contextlib.contextmanager
 def data_home(mirror="/nowhere", content=b"", pin=""):
     """empty_home with a mirror as the internet and a source "x" that is pinned to `content`."""
-    with (
-        empty_home(QCRD_MIRROR=str(mirror)) as home,
-        contextlib.redirect_stderr(io.StringIO()),
-        patch.dict(fetch_data.SOURCES, x="https://files.example/a/x"),
-        patch.dict(fetch_data.PINS, x=pin or hashlib.sha256(content).hexdigest()),
-    ):
-        yield home
+    source = patch.dict(fetch_data.SOURCES, x="https://files.example/a/x")
+    pinned = patch.dict(fetch_data.PINS, x=pin or hashlib.sha256(content).hexdigest())
+    with empty_home(QCRD_MIRROR=str(mirror)) as home, source, pinned:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield home
 
 
 @contextlib.contextmanager
@@ -914,8 +911,6 @@ def test_demo_teacher_over_http():
         assert requests.post(url + "/chat/completions", data=body).status_code == 400
     for port in (server.server_port, 99999):
         refused(lambda: fetch_data.demo_teacher(port), f"port {port} cannot be used")
-    server.shutdown()
-    server.server_close()
 
 
 def test_demo_teacher_errs_as_the_paper_saw():
@@ -934,10 +929,8 @@ def test_demo_teacher_errs_as_the_paper_saw():
         assert low < share < high, shares
 
 
-CHOICES = (
-    "Where do people keep jam?\nAnswer Choices:\n"
-    "(a) cellar\n(b) train\n(c) kitchen cupboard\n(d) train station\n(e) math problem"
-)
+CHOICES = "Where do people keep jam?\nAnswer Choices:\n(a) cellar\n(b) train\n"
+CHOICES += "(c) kitchen cupboard\n(d) train station\n(e) math problem"
 QUESTION_OF = {"choice": CHOICES, "nli": "A dog runs.</s>It sits.", "number": "How many sweets?"}
 
 # kind and answer ("": none), then texts of models, between bars, in which a person reads it.
@@ -1925,7 +1918,6 @@ def test_pictures_and_mistakes_of_the_user():
 
 
 # ------------------------------------------------------------------- Speed, and the proof on a GPU
-
 
 SHAPES = {
     "tiny": dict(vocab_size=1300, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_decoder_layers=2),

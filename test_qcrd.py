@@ -2166,13 +2166,12 @@ def demo_on(check: Checks, *flags: str) -> None:
 
 def two_ranks(check: Checks, bound: float, *words: str) -> None:
     """Two ranks compute what one process does; the student has no dropout."""
-    with sums_home() as (flags, _), socket.socket() as free:
+    with sums_home() as (flags, _):
         flags = [*words, *flags]
         qcrd_main(*flags, "one")
-        free.bind(("127.0.0.1", 0))
-        torchrun = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        torchrun["WORLD_SIZE"] = "2"
-        free.close()
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        torchrun = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
         ranks = [started([*flags, "two"], RANK=i, LOCAL_RANK=i, **torchrun) for i in "01"]
         for rank in ranks:
             rank.join()

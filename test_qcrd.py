@@ -1881,10 +1881,11 @@ def test_judge_is_blind_to_the_order():
 def test_audit_page_escapes_and_holds_all():
     bad = "<script>alert(1)</script>\"'&<img src=x onerror=y>"
     with toy_run() as run:
-        item = qcrd.audit_question(run, run.train[0], voted(*VOTES)[0], 1)
+        item = qcrd.audit_question(run, run.train[0], voted(*VOTES, "no idea")[0], 1)
     item |= dict.fromkeys(("question", "label", "majority", "scheme"), bad)
     for i, part in enumerate(item["samples"] + item["candidates"]):
         part["rationale"] = f"rationale {i} {bad}"
+    assert {sample["vote"] for sample in item["samples"]} == {"positive", "negative", "none"}
     item["samples"][0]["answer"] = bad
     item["L_total"] = 0.95
     next(c for c in item["candidates"] if c["picked"]).update(weight=0.5, loss=1.0)

@@ -13,19 +13,16 @@ Tests that need transformers, or files that are not there, say so and are left o
 with the line `N passed, N failed`.
 """
 
-import concurrent.futures
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import html.parser
-import importlib
 import importlib.util
 import io
 import itertools
 import json
 import math
-import multiprocessing
+import multiprocessing.pool
 import os
 import random
 import re
@@ -42,7 +39,6 @@ import tracemalloc
 import zipfile
 from array import array
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest.mock import patch
 
@@ -58,42 +54,14 @@ import qcrd
 import t5
 from fetch_data import Example
 
-# ------------------------------------------------------------------------------------------- t5.py
+# ---------------------------------------------------------------------------- What all parts use
 
-
-HERE = Path(t5.__file__).resolve().parent
-
-
+HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent / "shared"  # real data for more tests, where it is there
 
 
 class Skip(Exception):
     """Raised by a test that cannot run here; its text says what is missing."""
-
-
-KEYS = list(t5.T5Config.__dataclass_fields__)[:9]  # the sizes, of which all shapes differ
-
-
-# heads * d_kv != d_model, layers differ, odd vocabularies, few buckets, short maximal distances
-ODD = [(101, 32, 8, 64, 2, 2, 4, 32, 128), (97, 24, 16, 40, 1, 3, 3, 32, 128)]
-
-
-ODD += [(130, 40, 4, 96, 3, 1, 5, 8, 16), (256, 16, 32, 16, 2, 2, 1, 4, 5)]
-
-
-ODD += [(64, 48, 12, 100, 2, 1, 2, 16, 300), (201, 8, 8, 24, 1, 1, 7, 6, 20)]
-
-
-ODD += [(333, 64, 16, 32, 2, 4, 4, 64, 128), (75, 20, 10, 33, 4, 2, 2, 10, 11)]
-
-
-ODD += [(129, 36, 6, 72, 1, 2, 6, 32, 64), (1000, 28, 14, 56, 2, 2, 2, 12, 100)]
-
-
-@contextlib.contextmanager
-def scratch():
-    with tempfile.TemporaryDirectory() as name:
-        yield Path(name)
 
 
 def peer_or_skip():
@@ -106,30 +74,143 @@ def peer_or_skip():
     return transformers
 
 
-def hf_model(shape: tuple, v11: bool, seed: int, untied: bool, dropout: float = 0.0):
-    """A random T5 of transformers; norms and biases are moved off their degenerate start."""
-    peer = peer_or_skip()
-    torch.manual_seed(seed)
-    how = dict(feed_forward_proj="gated-gelu" if v11 else "relu", tie_word_embeddings=not v11)
-    how |= dict(attn_implementation="eager", decoder_start_token_id=0, dropout_rate=dropout)
-    model = peer.T5ForConditionalGeneration(peer.T5Config(**how, **dict(zip(KEYS, shape)))).eval()
-    if untied:
-        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.3)
+@contextlib.contextmanager
+def scratch():
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def empty_home(**environment: str):
+    """A temporary working folder for data/, weights/ and runs/; nobody sleeps in it."""
+    others = {k: v for k, v in os.environ.items() if not k.startswith(("OPENAI_", "QCRD_"))}
+    with scratch() as folder, contextlib.chdir(folder), patch("time.sleep"):
+        home = {"QCRD_HOME": str(folder)}
+        with patch.dict(os.environ, others | home | environment, clear=True):
+            yield folder
+
+
+@contextlib.contextmanager
+def serving(answer):
+    """A server -> its URL, the headers and bodies that it was sent. answer(body, number) ->
+    status, content (None: hang up), headers (with a Content-Length the line is dropped)."""
+    asked = []
+
+    class Stub(fetch_data.Handler):
+        def do_GET(self):
+            if self.path.endswith("/models"):
+                return super().do_GET()
+            self.respond({"range": self.headers["Range"]})
+
+        def do_POST(self):
+            self.respond(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+        def respond(self, body):
+            asked.append((dict(self.headers), body))
+            status, content, headers = answer(body, len(asked))
+            self.close_connection = content is None or "Content-Length" in headers
+            if content is None:
+                return
+            raw = content if isinstance(content, bytes) else json.dumps(content).encode()
+            self.send_response(status)
+            for name, value in ({"Content-Length": len(raw)} | headers).items():
+                self.send_header(name, str(value))
+            self.end_headers()
+            self.wfile.write(raw)
+
+    with patch.object(fetch_data, "Handler", Stub):
+        url, server = fetch_data.demo_teacher()
+    try:
+        yield url, asked
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def lines_of(path: Path | str) -> list[dict]:
+    return [json.loads(line) for line in Path(path).open(encoding="utf-8")]
+
+
+def task_folder(folder: Path, **files) -> Path:
+    """A folder task: a list of (input, label), or bytes, for each split."""
+    folder.mkdir(exist_ok=True)
+    for name, rows in files.items():
+        if not isinstance(rows, bytes):
+            rows = "".join(json.dumps({"input": x, "label": y}) + "\n" for x, y in rows).encode()
+        (folder / f"{name}.jsonl").write_bytes(rows)
+    return folder
+
+
+def refused(call, *words: str, kind=t5.InputError) -> str:
+    """The text of the error that the call must raise: one line with all the words."""
+    try:
+        call()
+    except kind as error:
+        text = str(error)
+        assert "\n" not in text and all(word in text for word in words), (text, words)
+        return text
+    raise AssertionError(f"not refused: {words}")
+
+
+def outcome(call, *args, **kwargs) -> str:
+    """What the call prints, and "error: " with the one line of its InputError."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        try:
+            call(*args, **kwargs)
+        except t5.InputError as error:
+            assert "\n" not in str(error), error
+            print(f"error: {error}")
+    return printed.getvalue()
+
+
+def command(module, *words: object, code: int = 0) -> str:
+    """A command line in this process -> stdout; for another code than 0 stderr too."""
+    out, err, argv = io.StringIO(), io.StringIO(), [module.__name__, *map(str, words)]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), patch("sys.argv", argv):
+        try:
+            got = module.main()
+        except SystemExit as stop:  # argparse's own
+            got = stop.code
+    text = out.getvalue() + err.getvalue()
+    assert (got or 0) == code and text.count("error: ") == (code == 2), f"{argv}: {got}\n{text}"
+    return text if code else out.getvalue()
+
+
+def python(*words: object, home: Path | str = "") -> str:
+    """stdout of a Python process. Raises RuntimeError with the end of its stderr."""
+    how = {"env": os.environ | {"PYTHONPATH": str(HERE), "QCRD_HOME": str(home)}, "text": True}
+    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, **how)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:].strip())
+    return done.stdout
+
+
+# ------------------------------------------------------------------------------------------- t5.py
+
+KEYS = list(t5.T5Config.__dataclass_fields__)[:9]  # the sizes, of which all shapes differ
+# heads * d_kv != d_model, layers differ, odd vocabularies, few buckets, short maximal distances
+ODD = """101 32 8 64 2 2 4 32 128; 97 24 16 40 1 3 3 32 128; 130 40 4 96 3 1 5 8 16
+256 16 32 16 2 2 1 4 5; 64 48 12 100 2 1 2 16 300; 201 8 8 24 1 1 7 6 20; 333 64 16 32 2 4 4 64 128
+75 20 10 33 4 2 2 10 11; 129 36 6 72 1 2 6 32 64; 1000 28 14 56 2 2 2 12 100"""
+ODD = [tuple(map(int, row.split())) for row in re.split("[;\n]", ODD)]
+
+
+def peer_of(model: t5.T5, kind: str = "T5ForConditionalGeneration", **how):
+    """transformers' model with the same weights, read from a folder."""
+    with scratch() as folder:
+        model.save(folder)
+        return getattr(peer_or_skip(), kind).from_pretrained(folder, **how).eval()
+
+
+def odd_t5(i: int, v11: bool) -> t5.T5:
+    """A random T5 of shape i; norms and biases are moved off their degenerate start."""
+    gated = dict(feed_forward_proj="gated-gelu", scaled=False) if v11 else {}
+    model = small_t5(i, tied=i % 2 == 1, **dict(zip(KEYS, ODD[i])) | gated)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "relative" in name or "layer_norm" in name:
                 weight += 0.3 * torch.randn_like(weight)
     return model
-
-
-def through_disk(model) -> t5.T5:
-    """The same weights as t5.T5, by way of transformers' own files."""
-    with scratch() as folder:
-        model.save_pretrained(folder)
-        file, head = folder / "model.safetensors", model.lm_head.weight.detach()
-        if not torch.equal(head, model.shared.weight):  # transformers 5 leaves this head out
-            t5.write_safetensors(file, t5.read_safetensors(file) | {"lm_head.weight": head})
-        return t5.T5.load(folder)
 
 
 def random_batch(vocab: int, rows: int, width: int, seed: int = 0, least: int = 1):
@@ -143,15 +224,8 @@ def random_batch(vocab: int, rows: int, width: int, seed: int = 0, least: int = 
     return ids * mask, mask
 
 
-def peer_run(model, x, x_mask, target_in, length: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and the greedy text."""
-    x = dict(input_ids=x, attention_mask=x_mask.long())
-    how = dict(max_new_tokens=length, do_sample=False, use_cache=False)
-    return model(**x, decoder_input_ids=target_in).logits, model.generate(**x, **how)[:, 1:]
-
-
-def small_t5(**changes) -> t5.T5:
-    torch.manual_seed(0)
+def small_t5(seed: int = 0, **changes) -> t5.T5:
+    torch.manual_seed(seed)
     return t5.T5(t5.T5Config(**dict(zip(KEYS, (67, 16, 8, 24, 2, 2, 2))) | changes)).eval()
 
 
@@ -163,31 +237,26 @@ def same_weights(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(x, b[name]) for name, x in a.items())
 
 
-def one_line(call, *words: str, kind=t5.InputError) -> None:
-    """`call` must raise an error whose text is one line with all the words."""
-    text = "not refused\n"
-    try:
-        call()
-    except kind as error:
-        text = str(error)
-    assert "\n" not in text and all(word in text for word in words), (text, words)
-
-
 def test_t5_equals_transformers():
-    """Logits, losses, gradients and greedy texts; the first loop needs no transformers."""
+    """Files, logits, losses, gradients and greedy texts; the first loop needs no transformers."""
     for folder in (HERE / "weights/golden/v1_0", HERE / "weights/golden/v1_1"):
         golden = json.loads((folder / "expected.json").read_text())
         ids, mask, target_in, logits, greedy = map(torch.tensor, golden.values())
         model = t5.T5.load(folder)
         close(model(ids, mask == 1, target_in), logits)
         assert torch.equal(model.generate(ids, mask == 1, greedy.shape[1]), greedy)
-    for i, v11 in ((i, v11) for i in range(len(ODD)) for v11 in (False, True)):
-        model = hf_model(ODD[i], v11, i, untied=v11 and i % 2 == 0)
-        ours = through_disk(model)
-        x, x_mask = random_batch(ODD[i][0], 45, 23, i)
-        y, y_mask = random_batch(ODD[i][0], 45, 14, i + 50)
+    for i, v11 in itertools.product(range(len(ODD)), (False, True)):
+        ours = odd_t5(i, v11)
+        peer = peer_of(ours)
+        with scratch() as folder:
+            peer.save_pretrained(folder)
+            assert same_weights(t5.T5.load(folder).state_dict(), ours.state_dict()), (i, v11)
+        (x, x_mask), (y, y_mask) = (random_batch(ODD[i][0], 45, w, i + w) for w in (23, 14))
         target_in = F.pad(y[:, :-1], (1, 0))
-        expected, greedy = peer_run(model, x, x_mask, target_in, 12)
+        hf = dict(input_ids=x, attention_mask=x_mask.long())
+        expected = peer(**hf, decoder_input_ids=target_in).logits
+        how = dict(max_new_tokens=12, do_sample=False, use_cache=False)
+        greedy = peer.generate(**hf, **how)[:, 1:]
         close(ours(x, x_mask, target_in)[y_mask], expected[y_mask], i, v11)
         nats = F.cross_entropy(expected.transpose(1, 2), y, reduction="none")
         rows = nats.mul(y_mask).sum(1) / y_mask.sum(1)
@@ -195,7 +264,7 @@ def test_t5_equals_transformers():
         assert torch.allclose(losses, rows, rtol=1e-5), (i, v11)
         for each in (rows, losses):
             (each * torch.arange(1.0, 46)).sum().backward()
-        theirs = dict(model.named_parameters())
+        theirs = dict(peer.named_parameters())
         for name, weight in ours.named_parameters():
             close(weight.grad, theirs[name].grad, i, v11, name)
         texts = (F.pad(z, (0, 12 - z.shape[1])) for z in (greedy, ours.generate(x, x_mask, 12)))
@@ -229,8 +298,8 @@ def test_t5_dropout():
         return x * (torch.arange(x.numel()).view(x.shape) % 7 != 0) / (1 - p) if training else x
 
     for v11 in (False, True):  # equal losses mean equal places and equal scaling
-        model = hf_model(ODD[0], v11, 0, untied=False, dropout=0.1).train()
-        ours = through_disk(model).train()
+        ours = odd_t5(0, v11).train()
+        model = peer_of(ours, attn_implementation="eager").train()
         (x, x_mask), (y, y_mask) = (random_batch(101, 4, w, seed=w, least=w) for w in (9, 7))
         drop = patch.object(t5.Dropout, "forward", lambda m, x: every_seventh(x, m.p, m.training))
         with patch("torch.nn.functional.dropout", every_seventh), drop:
@@ -251,7 +320,7 @@ def test_t5_loss_and_encoder():
     again = [torch.autograd.grad(plain @ weights, parameters, retain_graph=True) for _ in range(2)]
     assert all(map(torch.equal, *again))
     second = dict(outputs=plain.sum(), inputs=parameters, create_graph=True)
-    one_line(lambda: torch.autograd.grad(**second), "second derivative", kind=RuntimeError)
+    refused(lambda: torch.autograd.grad(**second), "second derivative", kind=RuntimeError)
     shared = model.loss(x, x_mask, y, y_mask, rows=rows)
     assert shared.dtype == torch.float32 and torch.allclose(shared, plain, rtol=1e-5)
     memory = model.encode(x, x_mask)
@@ -273,7 +342,7 @@ def test_t5_loss_and_encoder():
     good = dict(ids=x, mask=x_mask, targets=y[:4], target_mask=y_mask[:4])
     wrong = [dict(mask=empty), dict(ids=x[:, :2]), dict(target_mask=y_mask[:4, :2])]
     for changes in (*wrong, dict(targets=y[:1], target_mask=y_mask[:1])):
-        one_line(lambda: model.loss(**good | changes))
+        refused(lambda: model.loss(**good | changes))
 
 
 def test_t5_generation_and_sampling():
@@ -339,7 +408,7 @@ def test_t5_low_precision():
 def test_t5_files():
     """Round trip of all four output layers; shards and .bin; what transformers reads."""
     (x, x_mask), (y, _) = random_batch(67, 4, 9), random_batch(67, 4, 6, seed=1)
-    gated, saved = {"feed_forward_proj": "gated-gelu", "scaled": False}, []
+    gated = {"feed_forward_proj": "gated-gelu", "scaled": False}
     with scratch() as folder:
         (folder / "vocab").write_bytes(b"pieces")
         for i, changes in enumerate([{}, {"tied": False}, gated, gated | {"tied": False}]):
@@ -352,7 +421,6 @@ def test_t5_files():
             assert all(p.requires_grad and p.dtype == torch.float32 for p in half.parameters())
             expected, full, low = (m(x, x_mask, y) for m in (model, back, half))
             assert torch.equal(full, expected) and torch.allclose(low, full, atol=0.02, rtol=0.02)
-            saved += zip(paths, (full, low))
         assert not list(folder.rglob("*.tmp"))
         folder /= "parts"
         model.save(folder)
@@ -367,9 +435,9 @@ def test_t5_files():
         assert same_weights(t5.T5.load(folder).state_dict(), model.state_dict())
         for bad in ({"weight_map": {"shared.weight": "../absent"}}, {"weight_map": [1]}, {}, []):
             index.write_text(json.dumps(bad))
-            one_line(lambda: t5.T5.load(folder), str(folder))
+            refused(lambda: t5.T5.load(folder), str(folder))
         index.unlink()
-        one_line(lambda: t5.T5.load(folder), "model.safetensors", "check the path")
+        refused(lambda: t5.T5.load(folder), "model.safetensors", "check the path")
         file, ones = folder / "pytorch_model.bin", torch.ones(67, 16)
         torch.save(tensors | {"encoder.embed_tokens.weight": tensors["shared.weight"]}, file)
         assert same_weights(t5.T5.load(folder).state_dict(), model.state_dict())
@@ -379,17 +447,16 @@ def test_t5_files():
         hostile += [[1, 2], {"a": ones}, tensors | {"decoder.embed_tokens.weight": ones}]
         for values in hostile:
             torch.save(values, file)
-            one_line(lambda: t5.T5.load(folder), "pytorch_model.bin")
+            refused(lambda: t5.T5.load(folder), "pytorch_model.bin")
         file.write_bytes(file.read_bytes()[:-100])
-        one_line(lambda: t5.read_pt(file), "pytorch_model.bin", "again")
-        one_line(lambda: t5.read_pt(folder / "absent"), "absent", "No such file")
+        refused(lambda: t5.read_pt(file), "pytorch_model.bin", "again")
+        refused(lambda: t5.read_pt(folder / "absent"), "absent", "No such file")
         t5.write_pt(file, {"step": 3, "weight": ones})
         assert t5.read_pt(file)["step"] == 3 and not (folder / "ran").exists()
-        for path, logits in saved:
-            peer = peer_or_skip().T5ForConditionalGeneration.from_pretrained(path).eval()
-            theirs = peer_run(peer, x, x_mask, y)[0]
-            assert theirs.dtype == torch.float32
-            close(theirs, logits, path)
+        hf = dict(input_ids=x, attention_mask=x_mask.long(), decoder_input_ids=y)
+        peer = peer_or_skip().T5ForConditionalGeneration.from_pretrained(paths[1])
+        assert peer.dtype == torch.float32
+        close(peer(**hf).logits, low)
 
 
 def test_t5_refuses_broken_checkpoints():
@@ -421,7 +488,7 @@ def test_t5_refuses_broken_checkpoints():
                 text = json.dumps(content).encode()
                 content = len(text).to_bytes(8, "little") + text + good[start:]
             file.write_bytes(content)
-            one_line(lambda: t5.T5.load(folder), "model.safetensors", *words)
+            refused(lambda: t5.T5.load(folder), "model.safetensors", *words)
         file.write_bytes(good)
         values = [("model_type", "mt5"), ("model_type", None), *((key, 7) for key in t5.IDS)]
         values += [("feed_forward_proj", "gelu"), ("feed_forward_proj", ["relu"])]
@@ -433,9 +500,9 @@ def test_t5_refuses_broken_checkpoints():
         texts += [(text, "config.json", "JSON") for text in ("{", "[" * 100_000, "[]", "7")]
         for text, *words in texts:
             config.write_text(text)
-            one_line(lambda: t5.T5.load(folder), *words)
+            refused(lambda: t5.T5.load(folder), *words)
         config.unlink()
-        one_line(lambda: t5.T5.load(folder), "config.json")
+        refused(lambda: t5.T5.load(folder), "config.json")
 
 
 def test_t5_tokenizer():
@@ -463,7 +530,7 @@ def test_t5_tokenizer():
         assert ours.decode([ours.sentinel(3), 0, 1, 10**6]) == "" and ours.sentinel(99) == ours.size
         (folder / "other").write_bytes(b"nothing of the kind")
         for name in ("other", "absent"):
-            one_line(lambda: t5.Tokenizer(folder / name), name)
+            refused(lambda: t5.Tokenizer(folder / name), name)
         for lines in SHARED.glob("teacher/svamp_train.jsonl"):
             for record in map(json.loads, lines.read_text(encoding="utf-8").splitlines()[:150]):
                 texts += [record["input"], *record["samples"][:2]]
@@ -508,7 +575,7 @@ def test_t5_pretraining():
         runs.append((last, model.state_dict()))
         assert not model.training and after < 3, after  # about 7 at first
     assert runs[0][0] == runs[1][0] and same_weights(runs[0][1], runs[1][1])
-    one_line(lambda: t5.pretrain(model, tokenizer, [], 1), "text")
+    refused(lambda: t5.pretrain(model, tokenizer, [], 1), "text")
 
 
 def test_t5_atomic_files_and_progress():
@@ -540,63 +607,34 @@ def test_t5_atomic_files_and_progress():
 # ----------------------------------------------------------------------------------- fetch_data.py
 
 
-HERE = Path(fetch_data.__file__).resolve().parent
-
-
 @contextlib.contextmanager
 def data_home(mirror="/nowhere", content=b"", pin=""):
-    """A fresh QCRD_HOME, a mirror as the internet, a source "x" that is pinned to `content`."""
-    with (
-        tempfile.TemporaryDirectory() as home,
-        contextlib.redirect_stderr(io.StringIO()),
-        patch.dict(os.environ, QCRD_HOME=home, QCRD_MIRROR=str(mirror)),
-        patch.dict(fetch_data.SOURCES, x="https://files.example/a/x"),
-        patch.dict(fetch_data.PINS, x=pin or hashlib.sha256(content).hexdigest()),
-    ):
-        yield Path(home)
+    """empty_home with a mirror as the internet and a source "x" that is pinned to `content`."""
+    source = patch.dict(fetch_data.SOURCES, x="https://files.example/a/x")
+    pinned = patch.dict(fetch_data.PINS, x=pin or hashlib.sha256(content).hexdigest())
+    with empty_home(QCRD_MIRROR=str(mirror)) as home, source, pinned:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield home
 
 
 @contextlib.contextmanager
 def served(content, pin="", cut=None, ranges=True, etag="", status=()):
     """data_home with a server of `content` that first answers with the codes in `status` and drops
-    the line after `cut` bytes -> home, list of the Range headers that came."""
-    codes, asked, size = list(status), [], len(content)
+    the line after `cut` bytes -> home, what it was asked."""
+    codes, size = list(status), len(content)
 
-    class Stub(BaseHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
+    def answer(body, number):
+        start = int(body["range"][6:-1]) if ranges else 0
+        usual = 416 if start > size else 206 if ranges else 200
+        code = codes.pop(0) if codes else usual
+        sent = content[start:] if code < 300 else b""
+        headers = {"Content-Length": len(sent), "X-Linked-ETag": etag}
+        if code == 206:
+            headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
+        return code, sent[:cut], headers
 
-        def do_GET(self):
-            asked.append(self.headers["Range"])
-            start = int(asked[-1][6:-1]) if ranges else 0
-            usual = 416 if start > size else 206 if ranges else 200
-            code = codes.pop(0) if codes else usual
-            body = content[start:] if code < 300 else b""
-            self.send_response(code)
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("X-Linked-ETag", etag)
-            if code == 206:
-                self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
-            self.end_headers()
-            self.wfile.write(body[:cut])
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Stub) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            with data_home(f"http://127.0.0.1:{server.server_port}", content, pin) as home:
-                yield home, asked
-        finally:
-            server.shutdown()
-
-
-def refused(call, *args):
-    """The one line of the InputError that the call must raise."""
-    try:
-        call(*args)
-    except t5.InputError as error:
-        assert "\n" not in str(error), error
-        return str(error)
-    raise AssertionError(f"{call.__name__}{args} was not refused")
+    with serving(answer) as (url, asked), data_home(url, content, pin) as home:
+        yield home, asked
 
 
 def read_sample(kind, text, question="What?", **fields):
@@ -608,19 +646,16 @@ def empty_task(kind, options=()):
     return fetch_data.Task("mine", kind, Path(), [], [], [], options)
 
 
-def lines_of(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def test_download_resumes_what_was_cut():
     """Also when several processes want the file: flock tells threads apart as it does those."""
     content = os.urandom(300_000)
     with served(content, cut=131_072) as (home, asked):
-        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        with multiprocessing.pool.ThreadPool(4) as pool:
             paths = set(pool.map(fetch_data.download, ["x"] * 4))
         assert paths == {home / "data" / "downloads" / "x"}
         assert fetch_data.download("x").read_bytes() == content
-        assert asked == ["bytes=0-", "bytes=131072-", "bytes=262144-"], asked
+        ranges = [body["range"] for _, body in asked]
+        assert ranges == ["bytes=0-", "bytes=131072-", "bytes=262144-"], asked
     content = content[:5000]  # and takes up the part of an earlier run
     for ranges, kept in ((True, content[:2000]), (False, content[:2000]), (True, content + b"+")):
         with served(content, ranges=ranges, status=[503]) as (home, asked):
@@ -628,43 +663,45 @@ def test_download_resumes_what_was_cut():
             part.parent.mkdir(parents=True)
             part.write_bytes(kept)
             assert fetch_data.download("x").read_bytes() == content
-            assert asked[0] == f"bytes={len(kept)}-" and not part.exists()
+            assert asked[0][1]["range"] == f"bytes={len(kept)}-" and not part.exists()
+
+
+FETCH_X = functools.partial(fetch_data.download, "x")
 
 
 def test_download_refuses_a_wrong_digest():
     content = b"what the server has"
     digest, other = (hashlib.sha256(x).hexdigest() for x in (content, b"pinned"))
     with served(content, other) as (home, _):
-        text = refused(fetch_data.download, "x")
-        assert digest in text and other in text, text
+        refused(FETCH_X, digest, other)
         folder = home / "data" / "downloads"
         assert [path.name for path in folder.iterdir()] == ["x.lock"]  # neither used nor resumed
         (folder / "x").write_bytes(b"a file of the user's")
-        assert "move it away" in refused(fetch_data.download, "x")
+        refused(FETCH_X, "move it away")
         assert (folder / "x").read_bytes() == b"a file of the user's"
     size, blob = str(len(content)), hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
     with served(content, size, etag=f'"{other}"'):
-        assert other in refused(fetch_data.download, "x")
+        refused(FETCH_X, other)
     for pin, etag in ((size, f'"{digest}"'), (blob, "")):
         with served(content, pin, etag=etag):
-            assert fetch_data.download("x").read_bytes() == content
+            assert FETCH_X().read_bytes() == content
 
 
 def test_download_without_a_connection_names_the_remedy():
-    with data_home("http://127.0.0.1:9"), patch("time.sleep"):
-        text = refused(fetch_data.download, "x")
-        assert "cannot fetch http://127.0.0.1:9/files.example/a/x" in text, text
-        assert "QCRD_MIRROR" in text and "downloads/x" in text, text
-    with served(b"", status=[404] * 5), patch("time.sleep"):
-        assert "404" in refused(fetch_data.download, "x")
-    with data_home(content=b"content") as home, patch.dict(os.environ, QCRD_MIRROR=f"{home}/here"):
+    with data_home("http://127.0.0.1:9"):
+        url = "http://127.0.0.1:9/files.example/a/x"
+        refused(FETCH_X, f"cannot fetch {url}", "QCRD_MIRROR", "downloads/x")
+    with served(b"", status=[404] * 5):
+        refused(FETCH_X, "404")
+    with data_home("here", content=b"content") as home:
         path = home / "here" / "files.example" / "a" / "x"
         path.parent.mkdir(parents=True)
-        assert f"{path}: no such file in the mirror" in refused(fetch_data.download, "x")
+        refused(FETCH_X, "here/files.example/a/x: no such file in the mirror")
         path.write_bytes(b"forged")
-        assert "x.part: expected" in refused(fetch_data.download, "x") and path.exists()
+        refused(FETCH_X, "x.part: expected")
+        assert path.exists()
         path.write_bytes(b"content")
-        assert fetch_data.download("x").read_bytes() == b"content"
+        assert FETCH_X().read_bytes() == b"content"
 
 
 def test_students_are_stored_in_the_one_format():
@@ -677,33 +714,22 @@ def test_students_are_stored_in_the_one_format():
         with patch("fetch_data.download", lambda name: files.get(name, vocab)):
             folder = fetch_data.ensure("t5-small")
         assert folder == home / "weights" / "t5-small" == fetch_data.ensure("t5-small")
-        ours, theirs = t5.T5.load(folder).state_dict(), t5.T5.load(home / "theirs").state_dict()
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        ours, theirs = (t5.T5.load(x).state_dict() for x in (folder, home / "theirs"))
+        assert same_weights(ours, theirs)
         assert (folder / "spiece.model").read_bytes() == vocab.read_bytes()
 
 
-CQA_LINES = [
-    json.dumps({"question": f"Which is {i}?", "choices": [f"{i}", *"xyz", "é"], "answer": f"{i}"})
-    for i in range(20)
-]
-
-
+CQA = '{"question": "Which is %d?", "choices": ["%d", "x", "y", "z", "é"], "answer": "%d"}'
+CQA_LINES = [CQA % (i, i, i) for i in range(20)]
 PALM = [f"Because. So the answer is (a) {i}.\n\nQ:" for i in range(20)]
-
-
+ESNLI = '{"premise": "P %s.", "hypothesis": "H.", "label": 1}\n'
 ARCHIVE = {
     "datasets/cqa/cqa_train.json": "\n".join(CQA_LINES),
     "datasets/cqa/cqa_test.json": CQA_LINES[0],
     "datasets/cqa/llm/train_CoT_0.json": json.dumps(PALM[:15]),
     "datasets/cqa/llm/train_CoT_1.json": json.dumps(PALM[15:]),
     "datasets/anli1/anli1_test.json": '{"premise": "P.", "hypothesis": "G.", "label": 0}',
-}
-
-
-for each in fetch_data.SPLITS:
-    row = {"premise": f"P {each}.", "hypothesis": "H.", "label": 1}
-    ARCHIVE[f"datasets/esnli/esnli_{each}.json"] = json.dumps(row) + "\n"
+} | {f"datasets/esnli/esnli_{split}.json": ESNLI % split for split in fetch_data.SPLITS}
 
 
 def make_archive(folder, **changes):
@@ -726,16 +752,16 @@ def test_archive_gives_tasks_in_their_formats():
         assert valid[1]["label"] == "19" and test[0]["label"] == "0"
         palm = lines_of(fetch_data.palm_samples("cqa", archive))
         assert [row["question"] for row in palm] == [row["input"] for row in train + valid]
-        want = {"question": train[15]["input"], "slot": 0, "text": PALM[15], "finish": "stop"}
-        assert palm[15] == want
+        asked = train[15]["input"]
+        assert palm[15] == {"question": asked, "slot": 0, "text": PALM[15], "finish": "stop"}
         task = fetch_data.load_task("esnli", archive=archive)
         assert task.valid == [("P valid.</s>H.", "neutral")] and task.options == fetch_data.NLI
-        text = refused(fetch_data.ensure, "anli1", archive)
-        assert "anli1_train.json is missing; get the whole datasets.zip" in text, text
+        missing = "anli1_train.json is missing; get the whole datasets.zip"
+        refused(lambda: fetch_data.ensure("anli1", archive), missing)
         archive.unlink()
         assert folder == home / "data" / "cqa" == fetch_data.ensure("cqa")  # at once
         assert fetch_data.palm_samples("cqa").name == "teacher-palm.jsonl"
-        assert "cqa, anli1, esnli only" in refused(fetch_data.palm_samples, "demo")
+        refused(lambda: fetch_data.palm_samples("demo"), "cqa, anli1, esnli only")
 
 
 def test_broken_archive_names_member_and_line():
@@ -752,31 +778,29 @@ def test_broken_archive_names_member_and_line():
         ("train_CoT_0", None, "5 rationales"),
         ("train_CoT_1", "{", "train_CoT_1.json"),
     ):
-        call, made = fetch_data.palm_samples, "teacher-palm.jsonl"
-        if member == "cqa_train":
-            call, made = fetch_data.ensure, "train.jsonl"
+        of_task = member == "cqa_train"
+        call = fetch_data.ensure if of_task else fetch_data.palm_samples
         with data_home() as home:
-            text = refused(call, "cqa", make_archive(home, **{member: content}))
-            assert expected in text and "datasets.zip" in text, text
-            assert not (home / "data" / "cqa" / made).exists()  # whole or not at all
+            archive = make_archive(home, **{member: content})
+            refused(lambda: call("cqa", archive), expected, "datasets.zip")
+            made = "train" if of_task else "teacher-palm"
+            assert not Path(f"data/cqa/{made}.jsonl").exists()  # whole or not at all
     with data_home() as home:
         archive = make_archive(home)
         with patch("fetch_data.MEMBER_LIMIT", 1000):
-            assert "unpacks to" in refused(fetch_data.ensure, "cqa", archive)
+            refused(lambda: fetch_data.ensure("cqa", archive), "unpacks to")
         raw = archive.read_bytes()
-        for damaged, expected in (
-            (raw[:80] + bytes(10) + raw[90:], "cqa_train.json"),
-            (raw[:500], "no readable zip file"),
-        ):
+        zeros = raw[:80] + bytes(10) + raw[90:]
+        for damaged, expected in ((zeros, "cqa_train.json"), (raw[:500], "no readable zip file")):
             archive.write_bytes(damaged)
-            assert expected in refused(fetch_data.ensure, "cqa", archive)
+            refused(lambda: fetch_data.ensure("cqa", archive), expected)
 
 
 def test_published_questions_and_answers():
     archive, answers = SHARED / "upstream/datasets.zip", SHARED / "teacher/svamp_train.jsonl"
     if not all(path.exists() for path in (SHARED / "mirror", archive, answers)):
         raise Skip("no ../shared with SVAMP.json, datasets.zip and answers of teachers")
-    with data_home(SHARED / "mirror") as home:
+    with data_home(SHARED / "mirror"):
         folder = fetch_data.ensure("svamp")
         files = [folder / f"{split}.jsonl" for split in fetch_data.SPLITS]
         splits = [path.read_bytes() for path in files]
@@ -788,36 +812,28 @@ def test_published_questions_and_answers():
         task = fetch_data.load_task("svamp")
         assert task.train[0].label == "( 84.0 / 2.0 )" and task.folder == folder
         assert task.train[0].input.startswith("Luke scored 84 points after playing 2 rounds")
-        palm, labels = lines_of(fetch_data.palm_samples("svamp", archive)), task.train + task.valid
-        right = 0
-        for row, (question, label) in zip(palm, labels, strict=True):
-            assert row["question"] == question
-            answer = fetch_data.read_sample(task, question, row["text"]).answer
-            right += fetch_data.is_right("number", answer, label)
-        assert abs(right / 800 - 0.735) < 0.0101, right
+        palm = lines_of(fetch_data.palm_samples("svamp", archive))
         folder = fetch_data.ensure("cqa", archive)
         counts = [len(lines_of(folder / f"{split}.jsonl")) for split in fetch_data.SPLITS]
         assert counts == [8767, 974, 1221]
         assert len(lines_of(fetch_data.palm_samples("cqa", archive))) == 9741
-        assert "missing" in refused(fetch_data.ensure, "anli1", archive)
-        assert not (home / "data" / "anli1" / "train.jsonl").exists()
-    labels = {fetch_data.fold(x): fetch_data.answer_key("number", y) for x, y in labels}
+    gold = [fetch_data.answer_key("number", example.label) for example in task.train + task.valid]
+    votes = [qcrd.vote_on(task, row["question"], [(row["text"], "stop")]) for row in palm]
+    right = sum(vote.best == key for vote, key in zip(votes, gold, strict=True))
+    assert abs(right / 800 - 0.735) < 0.0101, right
+    gold = {fetch_data.fold(row["question"]): key for row, key in zip(palm, gold)}
     turbo = [row for row in lines_of(answers) if row["source"] == "gpt-3.5-turbo"]
     positives = right = unread = 0
     for row in turbo:  # two votes of five samples, drawn from its ten
-        samples = [fetch_data.read_sample(task, row["input"], text) for text in row["samples"]]
-        keys = [fetch_data.answer_key("number", sample.answer) for sample in samples]
-        unread += keys.count(None)
-        random.Random(row["input"]).shuffle(keys)
-        for five in (keys[:5], keys[5:]):
-            best, votes = Counter(key for key in five if key).most_common(1)[0]
-            positives += votes
-            right += best == labels[fetch_data.fold(row["input"])]
+        slots = [(text, "stop") for text in row["samples"]]
+        random.Random(row["input"]).shuffle(slots)
+        for five in (slots[:5], slots[5:]):
+            vote = qcrd.vote_on(task, row["input"], five)
+            unread += vote.keys.count(None)
+            positives += len(vote.positives)
+            right += vote.best == gold[fetch_data.fold(row["input"])]
     assert len(turbo) == 564 and unread < 30, unread
     assert abs(positives / 1128 - 3.87) < 0.05 and abs(right / 1128 - 0.83) < 0.02
-
-
-SIZES, DEMO_DIGEST = (800, 400, 1000), "8feb6f2c75b4102c"
 
 
 def shapes(*texts):
@@ -829,9 +845,9 @@ def shapes(*texts):
 def test_demo_splits():
     splits = [fetch_data.demo_problems(split) for split in fetch_data.SPLITS]
     every = sum(splits, ())
-    assert tuple(map(len, splits)) == SIZES and len({p.text for p in every}) == len(every)
+    assert [*map(len, splits)] == [800, 400, 1000] and len({p.text for p in every}) == 2200
     digest = hashlib.sha256("".join(p.text + p.label for p in every).encode()).hexdigest()
-    assert digest.startswith(DEMO_DIGEST), digest
+    assert digest.startswith("8feb6f2c75b4102c"), digest
     for p in every:
         numbers = (Counter(re.findall(r"\d+", text)) for text in (p.label, p.text))
         assert not next(numbers) - next(numbers) and fetch_data.value(p.label) > 0, p
@@ -866,64 +882,56 @@ def test_demo_student_is_pretrained_apart_from_the_demo():
 
 def test_demo_teacher_over_http():
     url, server = fetch_data.demo_teacher()
-    with server, contextlib.ExitStack() as stack:
-        stack.callback(server.shutdown)
-        model = requests.get(url + "/models").json()["data"][0]["id"]
-        problem, other = fetch_data.demo_problems("train")[:2]
-        prompt = fetch_data.messages(empty_task("number"), problem.text, own=other.text)
+    model = requests.get(url + "/models").json()["data"][0]["id"]
+    problem, other = fetch_data.demo_problems("train")[:2]
+    prompt = fetch_data.messages(empty_task("number"), problem.text, own=other.text)
 
-        def ask(prompt=prompt, **fields):
-            body = {"model": model, "messages": prompt, **fields}
-            return requests.post(url + "/chat/completions", json=body)
+    def ask(**fields):
+        body = {"model": model, "messages": prompt, **fields}
+        return requests.post(url + "/chat/completions", json=body)
 
-        def texts(**fields):
-            return [choice["message"]["content"] for choice in ask(**fields).json()["choices"]]
+    def texts(**fields):
+        return [choice["message"]["content"] for choice in ask(**fields).json()["choices"]]
 
-        at_once = texts(n=5, seed=40, temperature=0.7)
-        assert at_once == [texts(seed=40 + i, temperature=0.7)[0] for i in range(5)]
-        assert at_once == [fetch_data.teacher_answer(problem, 40 + i, 0.7) for i in range(5)]
-        assert len(set(at_once)) > 1
-        greedy = texts(temperature=0)[0]
-        rationale, answer = read_sample("number", greedy)
-        assert greedy == f"<Explanation>: {rationale} <Answer>: {answer}"
-        assert answer == problem.label and re.fullmatch(r"[\d( )*/+-]+", answer), greedy
-        cut = ask(max_tokens=6, n=2).json()
-        assert [choice["finish_reason"] for choice in cut["choices"]] == ["length"] * 2
-        assert cut["usage"]["completion_tokens"] == 12
-        assert "Unknown" in texts(prompt=[{"role": "user", "content": "How many stars?"}])[0]
-        for fields in ({"n": 200}, {"temperature": "hot"}, {"max_tokens": -1}, {"seed": "x"}):
-            assert ask(**fields).status_code == 400, fields
-        for body in (b"", b"{", b"[]", b'{"messages": []}', b"[" * 100_000):
-            assert requests.post(url + "/chat/completions", data=body).status_code == 400
-        for port in (server.server_port, 99999):
-            assert f"port {port} cannot be used" in refused(fetch_data.demo_teacher, port)
+    at_once = texts(n=5, seed=40, temperature=0.7)
+    assert at_once == [texts(seed=40 + i, temperature=0.7)[0] for i in range(5)]
+    assert at_once == [fetch_data.teacher_answer(problem, 40 + i, 0.7) for i in range(5)]
+    assert len(set(at_once)) > 1
+    (greedy,) = texts(temperature=0)
+    rationale, answer = read_sample("number", greedy)
+    assert greedy == f"<Explanation>: {rationale} <Answer>: {answer}"
+    assert answer == problem.label and re.fullmatch(r"[\d( )*/+-]+", answer), greedy
+    cut = ask(max_tokens=6, n=2).json()
+    assert [choice["finish_reason"] for choice in cut["choices"]] == ["length"] * 2
+    assert cut["usage"]["completion_tokens"] == 12
+    assert "Unknown" in texts(messages=[{"role": "user", "content": "How many stars?"}])[0]
+    for fields in ({"n": 200}, {"temperature": "hot"}, {"max_tokens": -1}, {"seed": "x"}):
+        assert ask(**fields).status_code == 400, fields
+    for body in (b"", b"{", b"[]", b'{"messages": []}', b"[" * 100_000):
+        assert requests.post(url + "/chat/completions", data=body).status_code == 400
+    for port in (server.server_port, 99999):
+        refused(lambda: fetch_data.demo_teacher(port), f"port {port} cannot be used")
 
 
 def test_demo_teacher_errs_as_the_paper_saw():
     problems = fetch_data.demo_problems("train") + fetch_data.demo_problems("valid")
     right = positives = unanimous = 0
     for problem in problems:
-        said = [fetch_data.teacher_answer(problem, seed, 0.7) for seed in range(5)]
-        said.append(fetch_data.teacher_answer(problem, None, 0))
-        answers = [read_sample("number", text).answer for text in said]
-        *keys, label = [fetch_data.answer_key("number", answer) for answer in answers]
-        assert fetch_data.is_right("number", label, problem.label) and None not in keys
-        most = Counter(keys).most_common(1)[0][1]
-        right, positives = right + keys.count(label), positives + most
-        unanimous += most == 5
+        slots = [(fetch_data.teacher_answer(problem, seed, 0.7), "stop") for seed in range(5)]
+        vote = qcrd.vote_on(NUMBERS, problem.text, slots)
+        greedy = read_sample("number", fetch_data.teacher_answer(problem, None, 0)).answer
+        assert fetch_data.is_right("number", greedy, problem.label) and None not in vote.keys
+        right += vote.keys.count(fetch_data.answer_key("number", greedy))
+        positives += len(vote.positives)
+        unanimous += not vote.negatives
     shares = [count / len(problems) for count in (right / 5, positives, unanimous)]
     for share, low, high in zip(shares, (0.7, 3.7, 0.5), (0.8, 4.1, 0.6)):
         assert low < share < high, shares
 
 
-CHOICES = (
-    "Where do people keep jam?\nAnswer Choices:\n"
-    "(a) cellar\n(b) train\n(c) kitchen cupboard\n(d) train station\n(e) math problem"
-)
-
-
+CHOICES = "Where do people keep jam?\nAnswer Choices:\n(a) cellar\n(b) train\n"
+CHOICES += "(c) kitchen cupboard\n(d) train station\n(e) math problem"
 QUESTION_OF = {"choice": CHOICES, "nli": "A dog runs.</s>It sits.", "number": "How many sweets?"}
-
 
 # kind and answer ("": none), then texts of models, between bars, in which a person reads it.
 FORMS = r"""
@@ -1014,12 +1022,8 @@ def test_no_answer_is_an_exception_or_takes_long():
         text = rng.choice(forms)
         for _ in range(rng.randrange(4)):
             at, end = sorted(rng.randrange(len(text) + 1) for _ in range(2))
-            joined = [
-                text[:at] + text[end:],
-                text[end:] + text[:at],
-                text[:at] + rng.choice(pieces),
-            ]
-            text = rng.choice(joined)
+            cut, swapped = text[:at] + text[end:], text[end:] + text[:at]
+            text = rng.choice([cut, swapped, text[:at] + rng.choice(pieces)])
         texts.append(text)
     for kind, text in ((kind, text) for text in texts for kind in fetch_data.FORMS):
         start = time.perf_counter()
@@ -1048,16 +1052,6 @@ def test_value_is_arithmetic_and_nothing_else():
     assert not right("text", "-5", "5") and not right("text", "", "")
 
 
-def task_folder(folder, **files):
-    """A folder task: a list of (input, label), or bytes, for each split."""
-    folder.mkdir(exist_ok=True)
-    for name, rows in files.items():
-        if not isinstance(rows, bytes):
-            rows = "".join(json.dumps({"input": x, "label": y}) + "\n" for x, y in rows).encode()
-        (folder / f"{name}.jsonl").write_bytes(rows)
-    return folder
-
-
 def test_broken_data_files_name_line_and_remedy():
     good = b'{"input": "One and one?", "label": "2"}\n'
     misshapen = (b"no JSON", b"[" * 5000, b'{"input": "1?"}', b"[1, 2]", b'"text"')
@@ -1073,16 +1067,15 @@ def test_broken_data_files_name_line_and_remedy():
             (b'{"input": "1?", "label": "two"}\n', ":1: label 'two' is no number and no equation"),
         ):
             folder = task_folder(home / "mine", train=good * 3, test=raw)
-            text = refused(fetch_data.load_task, str(folder), "number")
+            text = refused(lambda: fetch_data.load_task(str(folder), "number"))
             assert text.startswith(f"{folder / 'test.jsonl'}{words}"), (raw, text)
         nli = task_folder(home / "nli", train=good, test=[("It rains.</s>It is wet.", "maybe")])
-        text = refused(fetch_data.read_split, nli / "test.jsonl", "nli")
-        assert ":1: label 'maybe' must be one of entailment, neutral, contradiction" in text
-        assert "too short to hold out" in refused(fetch_data.load_task, str(nli))
+        labels = ":1: label 'maybe' must be one of entailment, neutral, contradiction"
+        refused(lambda: fetch_data.read_split(nli / "test.jsonl", "nli"), labels)
+        refused(lambda: fetch_data.load_task(str(nli)), "too short to hold out")
         (nli / "test.jsonl").unlink()
-        text = refused(fetch_data.load_task, str(nli))
-        assert "test.jsonl: no such file; a task needs" in text
-        assert "neither a folder" in refused(fetch_data.load_task, str(home / "absent"))
+        refused(lambda: fetch_data.load_task(str(nli)), "test.jsonl: no such file; a task needs")
+        refused(lambda: fetch_data.load_task("absent"), "neither a folder")
 
 
 def test_a_folder_is_a_task():
@@ -1114,49 +1107,31 @@ def test_prompts_end_in_a_form_that_the_parser_knows():
 
 
 def test_fetch_data_refuses_in_one_line():
-    def command_line(*args):
-        out = io.StringIO()
-        with contextlib.redirect_stderr(out), contextlib.redirect_stdout(out):
-            return fetch_data.main([*args]), out.getvalue()
-
     with data_home():
-        for args, expected in (
-            (["nonsense"], "not one of demo, svamp"),
-            (["t5-small"], "no such file in the mirror"),
-            (["svamp"], "no such file in the mirror"),
-            (["cqa", "--archive", "nowhere.zip"], "nowhere.zip"),
-            (["serve-teacher", "--port", "70000"], "70000"),
-        ):
-            code, text = command_line(*args)
-            assert code == 2 and text.startswith("error: ") and text.count("\n") == 1, text
-            assert expected in text, (args, text)
+        cases = {"nonsense": "not one of demo, svamp", "t5-small": "no such file in the mirror"}
+        cases |= {"cqa --archive nowhere.zip": "nowhere.zip", "serve-teacher --port 70000": "70000"}
+        for words, expected in cases.items():
+            text = command(fetch_data, *words.split(), code=2)
+            assert text.startswith("error: ") and text.count("\n") == 1, text
+            assert expected in text, (words, text)
         with patch("fetch_data.ensure", side_effect=KeyboardInterrupt):
-            assert command_line("svamp")[0] == 130
-        code, text = command_line()
-        assert code == 0 and "QCRD_MIRROR" in text and "--archive" in text
-        script = [sys.executable, str(HERE / "fetch_data.py"), "nonsense"]
-        result = subprocess.run(script, capture_output=True, text=True, check=False)
-        assert result.returncode == 2 and result.stderr.startswith("error: nonsense")
-        assert result.stderr.count("\n") == 1 and not result.stdout
+            command(fetch_data, "svamp", code=130)
+        text = command(fetch_data)
+        assert "QCRD_MIRROR" in text and "--archive" in text
+        refused(lambda: python(HERE / "fetch_data.py", "nonsense"), "error: non", kind=RuntimeError)
 
 
 # ----------------------------------------------------------------------------------------- qcrd.py
-
-
-HERE = Path(qcrd.__file__).resolve().parent
-
 
 NUMBERS = fetch_data.Task("sums", "number", Path("data/sums"), [], [], [], ())
 
 
 def tiny_folder(folder: Path, seed: int = 0, dropout: float = 0.0) -> Path:
     """A random T5 of 30,000 parameters over the demo's vocabulary, as a folder for --model."""
-    torch.manual_seed(seed)
-    demo = HERE / "weights" / "demo"
-    shape = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_heads": 2, "dropout_rate": dropout}
-    shape |= {"num_layers": 2, "num_decoder_layers": 2}
+    demo = HERE / "weights/demo"
     rows = json.loads((demo / "config.json").read_text())["vocab_size"]
-    t5.T5(t5.T5Config(vocab_size=rows, **shape)).save(folder, vocab=demo / "spiece.model")
+    tiny = small_t5(seed, vocab_size=rows, d_kv=4, d_ff=32, dropout_rate=dropout)
+    tiny.save(folder, vocab=demo / "spiece.model")
     return folder
 
 
@@ -1170,10 +1145,10 @@ def toy_run(seed: int = 0, **changes):
     """Questions with 3, 2, 0, 0, 1 positives and 3, 0, 1, 1, 1 negatives, two of the student's."""
     sets = [(["one and one", "2 in all", "5 + 3"], ["3 apples", "no"]), (["7", "4 times 3"], [])]
     sets += [([], ["wrong"]), ([], []), (["10 - 4 = 6"], ["10 + 4 = 14"])]
-    with tempfile.TemporaryDirectory() as folder:
-        model = tiny_folder(Path(folder, "tiny"), seed)
+    with scratch() as folder:
+        model = tiny_folder(folder / "tiny", seed)
         student = qcrd.Student(model, tiny_config(model=str(model), **changes))
-        run = qcrd.Run(student.config, NUMBERS, student, Path(folder))
+        run = qcrd.Run(student.config, NUMBERS, student, folder)
         for i, both in enumerate(sets):
             example = Example(f"Tom has {i + 2} apples and {3 * i} pears. All?", f"{i + 2} + {i}")
             run.train.append(student.question(example, *both))
@@ -1183,23 +1158,8 @@ def toy_run(seed: int = 0, **changes):
         yield run
 
 
-def outcome(call, *args, **kwargs) -> str:
-    """What the call prints, and "error: " with the one line of its InputError."""
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        try:
-            call(*args, **kwargs)
-        except t5.InputError as error:
-            assert "\n" not in str(error), error
-            print(f"error: {error}")
-    return printed.getvalue()
-
-
 def fingerprint(model: torch.nn.Module) -> float:
     return sum(p.double().abs().sum().item() for p in model.parameters())
-
-
-def lines_in(path: Path | str) -> list[dict]:
-    return [json.loads(line) for line in Path(path).open(encoding="utf-8")]
 
 
 def test_eq_2_and_its_gradient():
@@ -1247,36 +1207,55 @@ def test_eq_3_to_8_by_hand():
     drawn = {tuple(qcrd.chosen(losses[:3], True, "sampling", random.Random(i))) for i in range(50)}
     assert drawn == {(0,), (1,), (2,)}
     assert qcrd.weights_of(s, positive, tiny_config(discriminator=False)).tolist() == [1] * 8
-    alphas = [qcrd.alphas_of(tiny_config(), t) for t in (1, 2, 3)]
-    assert np.allclose(alphas, [(0.5, 0.5, 0.5), (0.5, 0.5, 0.45), (0.5, 0.5, 0.405)])
-    assert abs(qcrd.total_loss(alphas[2], 2.0, 3.0, 4.0) - (1 + 1.5 + 1.62)) < 1e-9
+    eq_8 = qcrd.total_loss(qcrd.alphas_of(tiny_config(), 3), 2.0, 3.0, 4.0)
+    assert abs(eq_8 - (1 + 1.5 + 1.62)) < 1e-9  # α3 is 0.5, 0.45, 0.405
 
 
-def plain_row(run: qcrd.Run, prefix: list[int], q: qcrd.Question, target: array) -> torch.Tensor:
-    """ℓ of one target, with an encoding of its own."""
-    ids, target = torch.tensor([[*prefix, *q.x]]), torch.tensor([[*target]])
-    return run.student.model.loss(ids, ids >= 0, target, target >= 0)[0]
+def plain_loss(run: qcrd.Run, questions: list, n: int, peers=(), drawn=None) -> torch.Tensor:
+    """What `qcrd.step_loss` computes, done plainly: for each rationale a row, an encoding of its
+    question, whole logits, gradient and score. On `peers`, or on our T5 used that way."""
+    student, D, config = run.student, run.discriminator, run.config
+    network, encoder = peers or (student.model, D and D.encoder.eval())
 
+    def padded(rows: list) -> list[torch.Tensor]:
+        return [x.to(student.device) for x in t5.pad(rows)]
 
-def plain_loss(run: qcrd.Run, drawn: dict[int, float]) -> torch.Tensor:
-    """α1 L_pred + α2 L_cl, a rationale at a time. drawn: shares by id, for --scheme sampling."""
-    config, total = run.config, 0.0
-    alpha_pred, alpha_cl = (1, 0) if config.method == "finetune" else (0.5, 0.5)
-    for q in run.train:
-        total = total + alpha_pred * plain_row(run, run.student.predict, q, q.label)
-        for members, positive in ((q.S_pos, True), (q.S_neg + q.from_past, False)):
-            if not members or config.negative_source == "none" and not positive:
-                continue
-            losses = torch.stack([plain_row(run, run.student.explain, q, r) for r in members])
-            terms = losses if positive else -config.beta * (losses - config.delta).clamp(max=0)
-            if run.discriminator and config.scheme != "mean":
-                s = torch.cat([run.discriminator.eval()([(q.x, r)]) for r in members]).detach()
-                terms = terms * (s if positive else 1 - s)
-            low, high, shares = losses.argmin(), losses.argmax(), [drawn[id(r)] for r in members]
-            best = {"minmax": (low, high), "maxmin": (high, low), "minmin": (low, low)}
-            place = best.get(config.scheme, (shares.index(max(shares)),) * 2)[not positive]
-            total = total + alpha_cl * (terms.mean() if "mean" in config.scheme else terms[place])
-    return total
+    def losses(prefix: list[int], pairs: list) -> torch.Tensor:
+        x, x_mask = padded([prefix + q.x.tolist() for q, _ in pairs])
+        y, y_mask = padded([target for _, target in pairs])
+        start = {"decoder_input_ids" if peers else "target_in": F.pad(y[:, :-1], (1, 0))}
+        with student.autocast():
+            logits = network.train()(x, x_mask, **start)
+        logits = (logits[0] if peers else logits).float().transpose(1, 2)
+        return (F.cross_entropy(logits, y, reduction="none") * y_mask).sum(1) / y_mask.sum(1)
+
+    sets = [(q, True, q.S_pos) for q in questions]
+    if config.negative_source != "none":
+        sets += [(q, False, q.S_neg + q.from_past) for q in questions]
+    pairs = [(q, r) for q, _, members in sets for r in members]
+    of_pairs = losses(student.explain, pairs)
+    values, shares = iter(of_pairs.tolist()), []
+    for _, positive, members in sets:
+        own = list(itertools.islice(values, len(members)))
+        if config.scheme == "sampling":
+            shares += [drawn[id(r)] for r in members]
+        elif own:  # by the scheme's definition, which has a test of its own
+            picked = qcrd.chosen(own, positive, config.scheme, None)
+            shares += [(i in picked) / len(picked) for i in range(len(own))]
+    positive = [positive for _, positive, members in sets for _ in members]
+    positive, shares = (torch.tensor(row, device=student.device) for row in (positive, shares))
+    margins = -config.beta * (of_pairs - config.delta).clamp(max=0)
+    terms = shares * torch.where(positive, of_pairs, margins)
+    if D and config.scheme != "mean":
+        with torch.no_grad(), student.autocast():
+            x, mask = padded([q.x + r for q, r in pairs])
+            memory = encoder(x, mask)[0] if peers else encoder.encode(x, mask)
+            logits = D.head(memory.masked_fill(~mask[..., None], -torch.inf).amax(1))
+        s = logits.float().sigmoid().squeeze(1)
+        terms = terms * torch.where(positive, s, 1 - s)
+    L_pred = losses(student.predict, [(q, q.label) for q in questions]).sum()
+    alphas = (1.0, 0.0) if config.method == "finetune" else (config.alpha_pred, config.alpha_cl)
+    return (alphas[0] * L_pred + alphas[1] * terms.sum()) / n
 
 
 def gradients(model: torch.nn.Module) -> torch.Tensor:
@@ -1285,8 +1264,8 @@ def gradients(model: torch.nn.Module) -> torch.Tensor:
 
 
 def test_step_equals_the_plain_mathematics():
-    """Value and every gradient, for empty sets and negatives on both sides of δ, whatever the
-    micro-batch. The discriminator gets no gradient. A negative beyond δ is not run again."""
+    """Value and every gradient, whatever the micro-batch; D gets none. Some sets are empty, some
+    negatives beyond δ, which are not run again."""
     cases = [{"scheme": x, "discriminator": y} for x in qcrd.SCHEMES for y in (True, False)]
     cases += [{"method": "dss"}, {"method": "finetune"}, {"negative_source": "none"}]
     left_out, loss_of = 0, qcrd.Student.loss
@@ -1299,13 +1278,16 @@ def test_step_equals_the_plain_mathematics():
             qcrd.measure(run.student, run.train, candidates)
             config.delta = sum(sorted(c.loss for c in candidates if not c.positive)[2:4]) / 2
             qcrd.pick(candidates, run.train, config, run.step)
-            expected = plain_loss(run, {id(c.r): c.share for c in candidates}) / 7
+            shares = {id(c.r): c.share for c in candidates}
+            expected = plain_loss(run, run.train, 7, drawn=shares)
             expected.backward()
             plain = gradients(model)
             model.zero_grad()
             with patch.object(qcrd.Student, "loss", autospec=True, side_effect=loss_of) as spy:
                 loss = qcrd.step_loss(run, run.train, 7, 1)
             assert abs(loss.item() - expected.item()) < 1e-5 * abs(expected.item()), case
+            theirs = plain_loss(run, run.train, 7, peers_of(run), shares)
+            assert abs(loss.item() - theirs.item()) < 1e-5 * abs(loss.item()), case
             loss.backward()
             assert (gradients(model) - plain).norm() < 1e-5 * plain.norm(), case
             again = [c for c in candidates if c.share and (c.positive or c.loss < config.delta)]
@@ -1321,7 +1303,7 @@ def test_step_equals_the_plain_mathematics():
 
 
 def test_step_in_half_precision():
-    """fp16's scale halves until the gradient fits into 65,504; until then no weight moves."""
+    """fp16's scale falls until the gradient fits into 65,504; until then no weight moves."""
     results = []
     for precision in ("float32", "bfloat16"):
         with toy_run(precision=precision, delta=30.0) as run:
@@ -1332,19 +1314,13 @@ def test_step_in_half_precision():
     assert a != b and abs(a - b) < 0.02 * a and (full - half).norm() < 0.1 * full.norm()
     with toy_run(precision="float16", delta=30.0) as run:
         assert run.scaler.is_enabled()
-        run.scaler, skipped = torch.amp.GradScaler("cpu", init_scale=2.0**40), -1
-        start = fingerprint(run.student.model)
-        while fingerprint(run.student.model) == start:
-            skipped += 1
-            assert skipped < 40 and run.scaler.get_scale() == 2.0 ** (40 - skipped)
-            qcrd.train_step(run, run.train, 1, 100)
+        check = Checks()
+        skipped = overflow("toy", run, run.train, check)
         norm = gradients(run.student.model).norm() / full.norm().clamp(max=1)  # unscaled, clipped
-        assert skipped > 5 and 0.98 < norm < 1.02, (skipped, norm)
+        assert not check and skipped > 2 and 0.98 < norm < 1.02, (check, skipped, norm)
 
 
 VOTES = "One and one.= 2; One and one.= ( 1 + 1 ); So two.= 2.00001; Three.= 3; So two.= 5"
-
-
 VOTES = ["<Explanation>: " + text.replace("=", " <Answer>:") for text in VOTES.split("; ")]
 
 
@@ -1356,7 +1332,6 @@ def voted(*texts: str | None, finish: str = "stop", **changes) -> tuple[qcrd.Vot
 
 def test_vote():
     """Repetitions, and negatives that read like a positive, are dropped after the count."""
-    assert qcrd.majority(["8", "7", "8", "8", "3"]) == ("8", [0, 2, 3], [1, 4])
     assert qcrd.majority(["7", "8", "8", "7"]) == ("7", [0, 3], [1, 2])  # a tie: the lowest slot
     assert qcrd.majority([None, "8", "7", "7", "8"]) == ("8", [1, 4], [2, 3])
     assert qcrd.majority([None, None]) == (None, [], []) == qcrd.majority([])
@@ -1407,7 +1382,7 @@ def test_negatives_come_from_the_student_of_j_iterations_ago():
                     outcome(qcrd.train_iteration, run)
                     after.append(fingerprint(run.student.model))
             kept = sorted(int(path.stem) for path in run.folder.glob("snapshots/*.pt"))
-            past = [line["past"] > 0 for line in lines_in(run.folder / "metrics.jsonl")]
+            past = [line["past"] > 0 for line in lines_of(run.folder / "metrics.jsonl")]
         assert len(set(after)) == 5  # else the next lines say nothing
         expected = {"fixed": [after[0]] * 4, "snapshot": [None, None, after[1], after[2]]}
         assert writers == expected.get(source, [None] * 4), source
@@ -1512,46 +1487,6 @@ def sums(body: dict, number: int = 0) -> tuple:
     return said(*texts[: body["n"]])
 
 
-@contextlib.contextmanager
-def stub_api(answer=sums):
-    """A server -> its URL, what it was sent. answer(body, number) -> status, content (None: hang
-    up), headers (a Content-Length is a false one)."""
-    asked = []
-
-    class Stub(fetch_data.Handler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            asked.append((dict(self.headers), body))
-            status, content, headers = answer(body, len(asked))
-            self.close_connection = content is None or "Content-Length" in headers
-            if content is None:
-                return
-            raw = content if isinstance(content, bytes) else json.dumps(content).encode()
-            self.send_response(status)
-            for name, value in ({"Content-Length": len(raw)} | headers).items():
-                self.send_header(name, str(value))
-            self.end_headers()
-            self.wfile.write(raw)
-
-    with patch.object(fetch_data, "Handler", Stub):
-        url, server = fetch_data.demo_teacher()
-    yield url, asked
-    server.shutdown()
-    server.server_close()
-
-
-@contextlib.contextmanager
-def empty_home(**environment: str):
-    """A temporary working folder for data/ and runs/, and the waits, which are not waited."""
-    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ), contextlib.chdir(folder):
-        for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "QCRD_MIRROR"):
-            os.environ.pop(name, None)
-        os.environ.update({"QCRD_HOME": folder} | environment)
-        waits = []
-        with patch.object(time, "sleep", waits.append):
-            yield Path(folder), waits
-
-
 def samples_of(url: str, count: int = 4, **changes) -> tuple[list, int, str]:
     """Asks `count` questions -> slots, how many are filled, what was printed."""
     config = tiny_config(**{"concurrency": 2, "teacher": url, "task": "sums"} | changes)
@@ -1577,10 +1512,11 @@ def test_teacher_survives_what_servers_do():
         i = int(body["messages"][-1]["content"].split()[2])
         return goods[i % 6] if i in once else once.add(i) or trouble[i]
 
-    with empty_home() as (_, waits), stub_api(flaky) as (url, asked):
+    with empty_home(), serving(flaky) as (url, asked):
         slots, filled, _ = samples_of(url, count)
         assert filled == 5 * count and all(row[0] == ("<Answer>: 1", "stop") for row in slots)
-        assert 7 in waits and 11 in waits and len(asked) == 2 * count  # Retry-After is kept to
+        waits = {call.args[0] for call in time.sleep.call_args_list}
+        assert {7, 11} <= waits and len(asked) == 2 * count  # Retry-After is kept to
         sent = {(b["model"], b["n"], b["temperature"], b["max_tokens"]) for _, b in asked}
         assert sent == {("demo-teacher", 5, 0.7, 512)}
         assert qcrd.vote_on(NUMBERS, "How many?", slots[0]).positives == [0, 1, 2, 3]
@@ -1593,23 +1529,23 @@ def test_teacher_survives_what_servers_do():
 
 
 def test_teacher_meets_servers_that_know_less():
-    def knows(body: dict, refused: str, limit: int) -> tuple:
-        if refused in body and (refused != "n" or body["n"] > 1):
-            return 422, {"error": {"message": f"unknown: {refused}"}}, {}
+    def knows(body: dict, unknown: str, limit: int) -> tuple:
+        if unknown in body and (unknown != "n" or body["n"] > 1):
+            return 422, {"error": {"message": f"unknown: {unknown}"}}, {}
         return said(*[f"<Answer>: {body.get('seed')}"] * min(limit, body["n"]))
 
-    # n ignored; two at most; refused, which is noticed once
-    for refused, limit, expected in (("", 1, 20), ("", 2, 12), ("n", 5, 21)):
-        with empty_home(), stub_api(lambda body, _: knows(body, refused, limit)) as (url, asked):
+    # n ignored; two at most; unknown, which is noticed once
+    for unknown, limit, expected in (("", 1, 20), ("", 2, 12), ("n", 5, 21)):
+        with empty_home(), serving(lambda body, _: knows(body, unknown, limit)) as (url, asked):
             slots, filled, _ = samples_of(url, concurrency=1)
             assert (filled, len(asked)) == (20, expected)
             assert len({slot[0] for slot in slots[0]}) >= 3  # a seed a request
-    with empty_home(), stub_api(lambda body, _: knows(body, "seed", 5)) as (url, asked):
+    with empty_home(), serving(lambda body, _: knows(body, "seed", 5)) as (url, asked):
         text = outcome(samples_of, url, concurrency=1)
         assert "--teacher-fields" in text and "unknown: seed" in text and len(asked) <= 4
         assert samples_of(url, teacher_fields='{"seed": null, "top_p": 0.9}')[1] == 20
         assert asked[-1][1]["top_p"] == 0.9
-    censor = stub_api(lambda body, _: sums(body) if "3 p" not in str(body) else (400, "policy", {}))
+    censor = serving(lambda body, _: sums(body) if "3 p" not in str(body) else (400, "policy", {}))
     with empty_home(), censor as (url, asked):
         slots, filled, printed = samples_of(url, 8, concurrency=1)
         assert filled == 35 and slots[3] == [None] * 5 and "1 questions left out" in printed
@@ -1620,18 +1556,14 @@ def test_teacher_stops_where_no_retry_helps():
     echo = {"error": {"message": f"Incorrect API key provided: {key}."}}
     hints = {401: "OPENAI_API_KEY", 403: "OPENAI_API_KEY", 404: "--teacher-model", 301: "301"}
     for status, hint in hints.items():
-        elsewhere = {"Location": "/v1/models"}
-        home, server = (
-            empty_home(OPENAI_API_KEY=key),
-            stub_api(lambda *_: (status, echo, elsewhere)),
-        )
-        with home as (folder, _), server as (url, asked):
+        server = serving(lambda *_: (status, echo, {"Location": "/v1/models"}))
+        with empty_home(OPENAI_API_KEY=key) as folder, server as (url, asked):
             text = outcome(samples_of, url, 50, concurrency=1)
             assert f"status {status}" in text and "provided: ***." in text and hint in text
             assert len(asked) < 5 and asked[0][0]["Authorization"] == f"Bearer {key}"
             texts = [path.read_text() for path in folder.rglob("*") if path.is_file()]
             assert not any("Secret" in part for part in [text, *texts])
-    with empty_home(), stub_api(lambda *_: said("")) as (url, asked):
+    with empty_home(), serving(lambda *_: said("")) as (url, asked):
         assert "--teacher-tokens" in outcome(samples_of, url, 50) and len(asked) < 40
     with empty_home(OPENAI_API_KEY=key):
         for url in ("gpt-4", "ftp://a", f"http://me:{key}@127.0.0.1:9", f"http://a/v1?key={key}"):
@@ -1644,47 +1576,29 @@ def test_teacher_stops_where_no_retry_helps():
 
 def test_teacher_budget_and_cache():
     """A retry is a request. What is under way when the first of three finds it spent is kept."""
-    busy = stub_api(lambda _, n: (503, b"", {}) if n % 2 else said("1"))
+    busy = serving(lambda _, n: (503, b"", {}) if n % 2 else said("1"))
     with empty_home(), busy as (url, asked):
         _, filled, printed = samples_of(url, teacher_budget=7)
         assert (len(asked), filled) == (7, 3) and "3 samples, 7 requests" in printed
         assert "--teacher-budget is spent" in printed
     late = threading.Event()
-    slow = stub_api(lambda body, number: (late.wait(1.5 * (number < 3)), sums(body))[1])
+    slow = serving(lambda body, number: (late.wait(1.5 * (number < 3)), sums(body))[1])
     with empty_home(), slow as (url, asked):
         assert samples_of(url, 9, concurrency=3, teacher_budget=3)[1] == 15 and len(asked) == 3
         late.set()
-    with empty_home(), stub_api() as (url, asked):
+    with empty_home(), serving(sums) as (url, asked):
         samples_of(url)
         (cache,) = Path("data/sums").glob("*")
         lines = cache.read_bytes().strip().splitlines(True)
         assert cache.name == "teacher-demo-teacher.jsonl" and len(asked) == 4 and len(lines) == 20
-        assert {"key", "slot"} <= set(json.loads(lines[0]))
         cache.write_bytes(b"".join(lines)[:-20])  # a kill in the middle of a line
         assert samples_of(url)[1] == 20 and len(asked) == 5 and asked[-1][1]["n"] == 1
 
 
 TINY = "--iterations 3 --iteration-steps 2 --lag 1 --batch 4 --rationale-tokens 8 --label-tokens 8"
-
-
 TINY += " --discriminator-pretrain 2 --discriminator-steps 1 --discriminator-questions 2"
-
-
 TINY = [*TINY.split(), "--lr", "1e-3", "--concurrency", "2"]
-
-
-def qcrd_main(*words: object, code: int = 0) -> str:
-    """The command line in this process -> stdout, or stderr's last line for another code than 0."""
-    out, err, argv = io.StringIO(), io.StringIO(), ["qcrd.py", *map(str, words)]
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        with patch.object(sys, "argv", argv):
-            try:
-                got = qcrd.main()
-            except SystemExit as stop:  # argparse's own
-                got = stop.code
-    text = out.getvalue() + err.getvalue()
-    assert got == code and text.count("error: ") == bool(code), f"{argv}: {got}\n{text}"
-    return err.getvalue().splitlines()[-1] if code else out.getvalue()
+qcrd_main = functools.partial(command, qcrd)
 
 
 def qcrd_child(words: list, environment: dict, event: int, sign: int) -> None:
@@ -1720,10 +1634,9 @@ def started(words: list, event: int = 0, sign: int = 0, **environment: str):
 @contextlib.contextmanager
 def sums_home(dropout: float = 0.0):
     """An empty home with a folder task, a tiny student and a teacher -> flags, requests so far."""
-    with empty_home() as (home, _), stub_api() as (url, asked):
-        rows = [{"input": f"What is {i} plus {i}?", "label": str(2 * i)} for i in range(22)]
-        for name, part in (("train", rows[:12]), ("valid", rows[12:16]), ("test", rows[16:])):
-            fetch_data.write_lines(home / f"sums/{name}.jsonl", part)
+    with empty_home() as home, serving(sums) as (url, asked):
+        rows = [(f"What is {i} plus {i}?", str(2 * i)) for i in range(22)]
+        task_folder(home / "sums", train=rows[:12], valid=rows[12:16], test=rows[16:])
         tiny_folder(home / "tiny", dropout=dropout)
         flags = ["--task", "sums", "--answer", "number", "--teacher", url, "--model", "tiny"]
         yield [*flags, *TINY, "--run"], asked
@@ -1741,7 +1654,7 @@ def test_kill_and_resume_ends_in_the_same_bytes():
             assert child.exitcode == -signal.SIGKILL and not Path(name, "result.json").exists()
             assert f"run folder: {name}" in qcrd_main("--resume", name)
             assert Path(name, weights).read_bytes() == expected, name
-            assert len(lines_in(f"{name}/metrics.jsonl")) == 3
+            assert len(lines_of(f"{name}/metrics.jsonl")) == 3
         child = started([*flags, "stopped"], 16, signal.SIGINT)
         child.join()
         log = Path("log").read_text()
@@ -1753,69 +1666,31 @@ def test_kill_and_resume_ends_in_the_same_bytes():
         assert "checkpoint.pt" in qcrd_main("--resume", "stopped", code=2)
 
 
-def test_two_ranks_compute_what_one_does():
-    with sums_home() as (flags, _), socket.socket() as free:
-        qcrd_main(*flags, "one")
-        free.bind(("127.0.0.1", 0))
-        torchrun = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        free.close()
-        words = [*flags, "two"]
-        ranks = [started(words, RANK=i, LOCAL_RANK=i, WORLD_SIZE="2", **torchrun) for i in "01"]
-        for rank in ranks:
-            rank.join()
-        log = Path("log").read_text()
-        assert [rank.exitcode for rank in ranks] == [0, 0], log
-        assert log.count("run folder: two") == 2  # rank 0 alone speaks
-        folders = ("tiny", "one/student", "two/student")
-        start, one, two = (t5.T5.load(folder).state_dict() for folder in folders)
-        moved = max((one[name] - start[name]).abs().max() for name in one)
-        apart = max((one[name] - two[name]).abs().max() for name in one)
-        assert moved > 1e-3 and apart < 1e-5, (moved, apart)
-        for a, b in zip(lines_in("one/metrics.jsonl"), lines_in("two/metrics.jsonl")):
-            assert all(np.isclose(a[key], b[key]) for key in ("L_pred", "L_cl", "L_D", "past"))
-
-
 def test_a_folder_goes_from_teacher_to_student():
-    days = [np.datetime64("2020-01-30") + 37 * i for i in range(26)]
-    labels = {f"It is {day}. What is 30 days later?": f"{day + 30}" for day in days}
-    rows = [{"input": text, "label": label} for text, label in labels.items()]
-
-    def answer(body: dict, number: int) -> tuple:
-        label = labels[body["messages"][-1]["content"]]
-        right = [f"<Explanation>: Way {k}. <Answer>: {label}" for k in range(4)]
-        return said(*right, "<Explanation>: A guess. <Answer>: 1970-01-01")
-
-    with empty_home() as (home, _), stub_api(answer) as (url, asked):
-        for name, part in (("train", rows[:18]), ("valid", rows[18:20]), ("test", rows[20:])):
-            fetch_data.write_lines(home / f"dates/{name}.jsonl", part)
-        flags, teacher = (
-            ["--task", "dates", "--model", tiny_folder(home / "tiny")],
-            ["--teacher", url],
-        )
-        text = qcrd_main(*flags, *teacher, "--stage", "teacher")
+    with sums_home() as (flags, asked):
+        flags[flags.index("number")] = "text"
+        text = qcrd_main(*flags, "teacher", "--stage", "teacher")
         assert "vote: 4.00 positives and 1.00 negatives" in text, text
-        assert "majority right on 100.0%" in text and not Path("runs").exists()
-        for words in (["qcrd", *teacher], ["dss", "--labels", "teacher", *teacher], ["finetune"]):
-            qcrd_main(*flags, *TINY, "--method", *words)
-            run = Path(f"runs/dates-{words[0]}-0")
-            result = json.loads((run / "result.json").read_text())
-            assert (result["rationale_accuracy"] is None) == (words == ["finetune"])
-            (item,) = json.loads(qcrd_main("--audit", run, 1, "--json"))
-            assert labels[item["question"]] == item["label"] and item["L_total"] > 0
-        assert len(asked) == 20 and Path("runs/dates-qcrd-0/student/discriminator.pt").exists()
-
-
-WRONG = """--samples 0; --fraction 2; --lr nan; --micro-batch -1; --discriminator-questions 0
---teacher-fields {no; --teacher-fields [1]; --teacher http://127.0.0.1:9/v1; --run tiny; --unknown
---task nowhere; --model missing; --prompt no-such-file; --student-temperature hot
---negative-source fixed --negative-model nowhere-to-be-found""".replace("\n", "; ").split("; ")
+        assert "majority right on 100.0%" in text and not Path("teacher").exists()
+        for method, labels in (("qcrd", "gold"), ("dss", "teacher"), ("finetune", "gold")):
+            qcrd_main(*flags, method, "--method", method, "--labels", labels)
+            (result,) = lines_of(f"{method}/result.json")
+            assert (result["rationale_accuracy"] is None) == (method == "finetune")
+            (item,) = json.loads(qcrd_main("--audit", method, 1, "--json"))
+            assert 2 * int(item["question"].split()[2]) == int(item["label"])
+            assert item["L_total"] > 0
+        assert len(asked) == 16 and Path("qcrd/student/discriminator.pt").exists()
 
 
 def test_wrong_use_gets_one_line():
     """It names the longest word of the mistake."""
+    wrong = """--samples 0; --fraction 2; --lr nan; --micro-batch -1; --discriminator-questions 0
+        --teacher-fields {no; --teacher-fields [1]; --teacher http://127.0.0.1:9/v1; --run tiny
+        --unknown; --task nowhere; --model missing; --prompt no-such-file
+        --student-temperature hot; --negative-source fixed --negative-model nowhere-to-be-found"""
     with sums_home() as (flags, asked):
-        for words in map(str.split, WRONG):
-            line = qcrd_main(*flags, "new", *words, code=2)
+        for words in map(str.split, re.split("[;\n]", wrong)):
+            line = qcrd_main(*flags, "new", *words, code=2).splitlines()[-1]
             assert max(words, key=len) in line and not asked, line  # nothing was paid for
         Path("broken").mkdir()
         Path("broken/config.json").write_text("[1]")
@@ -1827,7 +1702,8 @@ def test_wrong_use_gets_one_line():
 def test_a_loss_that_is_no_number_stops_the_run():
     with sums_home() as (flags, _):
         for method in ("qcrd", "dss", "finetune"):
-            last = qcrd_main(*flags, method, "--method", method, "--lr", "1e30", code=2)
+            text = qcrd_main(*flags, method, "--method", method, "--lr", "1e30", code=2)
+            last = text.splitlines()[-1]
             assert last.startswith("error: a loss became infinite or NaN; try a lower --lr"), last
 
 
@@ -1847,13 +1723,12 @@ DEMO = {}  # the finished run's temporary folder, which goes with the process, a
 def demo_run():
     """`python qcrd.py` with few steps, once -> the run, as seen from the working folder."""
     if not DEMO:
-        folder = tempfile.TemporaryDirectory()
-        command = [sys.executable, HERE / "qcrd.py", *TINY, "--samples", "3", "--fraction", "0.2"]
-        how = {"cwd": folder.name, "env": os.environ | {"QCRD_HOME": folder.name}, "text": True}
-        done = subprocess.run(command, capture_output=True, **how)
-        assert done.returncode == 0, done.stderr
-        DEMO.update(folder=folder, text=done.stdout)
-    with empty_home(QCRD_HOME=DEMO["folder"].name), contextlib.chdir(DEMO["folder"].name):
+        DEMO["folder"] = tempfile.TemporaryDirectory()
+    home = DEMO["folder"].name
+    with empty_home(QCRD_HOME=home), contextlib.chdir(home):
+        if "text" not in DEMO:
+            flags = [*TINY, "--samples", 3, "--fraction", 0.2]
+            DEMO["text"] = python(HERE / "qcrd.py", *flags, home=home)
         yield Path("runs/demo-qcrd-0")
 
 
@@ -1864,7 +1739,7 @@ def test_demo_from_end_to_end():
         assert all(part in text for part in ("to ask for: ", "vote: 2.", "majority right on"))
         assert text.count(f"run folder: {run}\n") == 2 and not list(run.rglob("*.tmp"))
         assert {"config.json", "checkpoint.pt", "snapshots", "student"} <= set(os.listdir(run))
-        lines, rows = lines_in(run / "metrics.jsonl"), lines_in(run / "predictions.jsonl")
+        lines, rows = lines_of(run / "metrics.jsonl"), lines_of(run / "predictions.jsonl")
         assert [line["iteration"] for line in lines] == [1, 2, 3]
         assert all(isinstance(line[key], float) for line in lines for key in ("L", "L_D", "valid"))
         keys = "input gold answer right rationale rationale_right quality".split()
@@ -1875,14 +1750,6 @@ def test_demo_from_end_to_end():
         assert result["rationale_accuracy"] == sum(row["rationale_right"] for row in rows) / 1000
         best = max((line["valid"], line["iteration"]) for line in lines)
         assert best == (result["valid_accuracy"], result["best_iteration"])
-        model, ids = t5.T5.load(run / "student"), torch.tensor([[5, 6, 7, 1]])
-        try:
-            import transformers
-        except ImportError:
-            raise Skip("transformers is not installed") from None
-        peer = transformers.T5ForConditionalGeneration.from_pretrained(run / "student").eval()
-        logits = peer(input_ids=ids, decoder_input_ids=ids).logits
-        assert (model(ids, ids > 0, ids) - logits).abs().max() < 1e-4 * logits.abs().max()
 
 
 def test_demo_audit_adds_up():
@@ -1902,9 +1769,8 @@ def test_demo_audit_adds_up():
                 best = choose(members, key=lambda c: c["loss"], default=None)
                 for c in members:
                     weight = c["score"] if name == "positive" else 1 - c["score"]
-                    assert abs(c["weight"] - weight) < 1e-6 and c["share"] == c["picked"] == (
-                        c is best
-                    )
+                    assert abs(c["weight"] - weight) < 1e-6
+                    assert c["share"] == c["picked"] == (c is best)
                     margin = -item["beta"] * min(c["loss"] - item["delta"], 0)
                     L_cl += c["share"] * weight * (c["loss"] if name == "positive" else margin)
                 logs += [math.log(sum(math.exp(c["score"]) for c in members))] if members else []
@@ -1921,7 +1787,7 @@ def test_demo_audit_adds_up():
 
 def test_demo_run_can_be_used():
     with demo_run() as run:
-        first = lines_in(run / "predictions.jsonl")[0]
+        first = lines_of(run / "predictions.jsonl")[0]
         text = qcrd_main("--ask", run, first["input"])
         assert f"label:     {first['answer']}\nrationale: {first['rationale']}\n" in text
         assert abs(float(text.rpartition("quality:")[2]) - first["quality"]) < 1e-5
@@ -1939,23 +1805,17 @@ def test_demo_run_can_be_used():
 def test_half_a_million_questions_fit():
     """e-SNLI's 549,367 fit in 8 GiB where one of 25 words with five rationales takes 14 KB."""
     words, rng = fetch_data.demo_problems("valid")[0].text.split(), random.Random(0)
-    texts = [" ".join(rng.choices(words, k=25)) for _ in range(3000)]
-
-    def fill(teacher: qcrd.Teacher, jobs: list) -> None:
-        rows = []
-        for (messages, _), slot in itertools.product(jobs, range(5)):
-            text = f"<Explanation>: {texts.pop()} <Answer>: {slot // 4}"
-            rows.append({"key": teacher.key_of(messages), "slot": slot, "text": text})
-        fetch_data.write_lines(teacher.cache, rows)
-
-    with empty_home() as (home, _), stub_api() as (url, _):
-        rows = [{"input": texts.pop(), "label": str(i % 2)} for i in range(500)]
-        for name, part in (("train", rows), ("valid", rows[:9]), ("test", rows[:9])):
-            fetch_data.write_lines(home / f"large/{name}.jsonl", part)
+    texts = [" ".join(rng.choices(words, k=25)) for _ in range(3100)]
+    sample = "<Explanation>: {} <Answer>: {}".format
+    teacher = serving(lambda *_: said(*[sample(texts.pop(), k // 4) for k in range(5)]))
+    with empty_home() as home, teacher as (url, _):
+        rows = [(texts.pop(), str(i % 2)) for i in range(500)]
+        task_folder(home / "large", train=rows, valid=rows[:9], test=rows[:9])
         config = tiny_config(task="large", teacher=url, model=str(tiny_folder(home / "tiny")))
-        with patch.object(qcrd, "ask_teacher", fill), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()):
+            qcrd.prepare(config, home / "run", ask=True)
             tracemalloc.start()
-            run = qcrd.prepare(config, home / "run", ask=True)
+            run = qcrd.prepare(config, home / "run", ask=False)
         size = tracemalloc.get_traced_memory()[1] / 500
         tracemalloc.stop()
         assert sum(len(q.S_pos + q.S_neg) for q in run.train) == 2500 and 1000 < size < 14_000, size
@@ -1964,23 +1824,8 @@ def test_half_a_million_questions_fit():
 # ---------------------------------------------------------------------------------------- results/
 
 
-sys.path.append(str(Path(qcrd.__file__).resolve().parent / "results"))
-
-
+sys.path.append(str(HERE / "results"))
 tables, plot, judge = map(importlib.import_module, ("run", "plot", "judge"))
-
-
-def script(module, *words):
-    """Exit code and output of a script of results/, in this process."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        with patch.object(sys, "argv", ["script", *map(str, words)]):
-            return module.main(), out.getvalue()
-
-
-def write_jsonl(path, records):
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def test_tables_use_flags_that_the_program_knows():
@@ -1993,66 +1838,57 @@ def test_tables_use_flags_that_the_program_knows():
 def test_table_of_made_up_runs_and_p_by_hand():
     for differences, p in (([1, 1, 1], 0.25), ([1, -1], 1), ([3, 1], 0.5), ([1, 2, -1], 0.75)):
         assert tables.exact_p(differences) == p
-    with tempfile.TemporaryDirectory() as folder, patch.object(tables, "HERE", Path(folder)):
-        runs = []
-        for cell, accuracy in (("DSS", 0.5), ("DSS", 0.52), ("QCRD", 0.6), ("QCRD", 0.62)):
-            command = tables.command_of(tables.TABLES["main"][2][cell], len(runs) % 2, [])
-            runs.append({"command": command} | dict.fromkeys(tables.SCORES, accuracy))
-        write_jsonl(Path(folder) / "main.jsonl", runs)
-        _, text = script(tables, "--print", "main")
+    runs = []
+    for cell, accuracy in (("DSS", 0.5), ("DSS", 0.52), ("QCRD", 0.6), ("QCRD", 0.62)):
+        made_by = tables.command_of(tables.TABLES["main"][2][cell], len(runs) % 2, [])
+        runs.append({"command": made_by} | dict.fromkeys(tables.SCORES, accuracy))
+    with scratch() as folder, patch.object(tables, "HERE", folder):
+        fetch_data.write_lines(folder / "main.jsonl", runs)
+        text = command(tables, "--print", "main")
     cell = "61.0 ± 1.4 | +10.0, 0.500"
     assert f"| QCRD | {cell} | {cell} | 61.0 ± 1.4 | 2 | *69.0* |" in text, text
 
 
 def test_judge_is_blind_to_the_order():
-    prompts, answers = [], {}  # answers: whether the fine explanation stands first -> text
+    cases = {  # the answer where the fine explanation stands first, and where it stands second
+        ("Verdict: 1", "Verdict: 1"): "dss better 0 / both good 4 / qcrd better 0",
+        ("1", "Both have merits.\n**Verdict:** 2."): "dss better 0 / both good 0 / qcrd better 4",
+        ("__import__('os').abort()", "Verdict: 1"): "alone: 0; unreadable: 4",
+    }
+    for answers, expected in cases.items():
 
-    def complete(request, _):
-        prompts.append(request["messages"][-1]["content"])
-        text = answers[prompts[-1].index("fine") < prompts[-1].index("poor")]
-        return {"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}
+        def verdict(body: dict, number: int) -> tuple:
+            text = body["messages"][-1]["content"]
+            return said(answers[text.index("fine") > text.index("poor")])
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), fetch_data.Handler)
-    server.problems, url = {}, f"http://127.0.0.1:{server.server_port}/v1"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    for first, second, outcome in (
-        ("Verdict: 1", "Verdict: 1", "dss better 0 / both good 4 / qcrd better 0"),
-        ("1", "Both have merits.\n**Verdict:** 2.", "dss better 0 / both good 0 / qcrd better 4"),
-        ("__import__('os').abort()", "Verdict: 1", "alone: 0; unreadable: 4"),
-    ):
-        answers.update({True: first, False: second})
-        prompts.clear()
-        with tempfile.TemporaryDirectory() as home, patch("fetch_data.complete", complete):
+        home = empty_home(OPENAI_API_KEY="sk-hidden")
+        with home as folder, serving(verdict) as (url, asked):
             for name, text in (("dss", "poor"), ("qcrd", "fine")):
                 rows = [{"input": f"q{i}", "gold": "1", "rationale": text} for i in range(6)]
-                write_jsonl(Path(home) / name / "predictions.jsonl", rows)
-                write_jsonl(Path(home) / name / "config.json", [{"task": "svamp"}])
-            words = [Path(home) / "dss", Path(home) / "qcrd", "--judge", url, "--questions", 4]
-            with patch.dict(os.environ, {"QCRD_HOME": home, "OPENAI_API_KEY": "sk-hidden"}):
-                code, text = script(judge, *words)
-                assert code == 0 and outcome in text and "21 / 0 / 29" in text, text
-                assert script(judge, *words)[0] == 0
+                fetch_data.write_lines(folder / name / "predictions.jsonl", rows)
+                fetch_data.write_lines(folder / name / "config.json", [{"task": "svamp"}])
+            words = [folder / "dss", folder / "qcrd", "--judge", url, "--questions", 4]
+            text = command(judge, *words)
+            assert expected in text and "21 / 0 / 29" in text, text
+            assert command(judge, *words)
+            prompts = [body["messages"][-1]["content"] for _, body in asked]
             assert len(prompts) == len(set(prompts)) == 8  # both orders, and each answer is kept
             assert not any("qcrd" in prompt or "dss" in prompt for prompt in prompts)
-            kept = [path.read_text() for path in Path(home).rglob("*") if path.is_file()]
+            kept = [path.read_text() for path in folder.rglob("*") if path.is_file()]
             assert len(kept) == 5 and "sk-hidden" not in "".join([*kept, text])
-    server.shutdown()
-    server.server_close()
 
 
 def test_audit_page_escapes_and_holds_all():
     bad = "<script>alert(1)</script>\"'&<img src=x onerror=y>"
-    item = dict.fromkeys(("question", "label", "majority", "scheme"), bad)
-    item |= {"alphas": [0.5, 0.5, 0.4], "beta": 0.2, "delta": 3.0, "iteration": 3}
-    item |= {"L_pred": 1.0, "L_cl": 0.5, "L_D": 0.5, "L_total": 0.95}
-    item |= {"samples": [], "candidates": []}
-    for slot, vote in enumerate(("positive", "negative", "none")):
-        sample = {"slot": slot, "answer": None if slot else bad, "vote": vote}
-        item["samples"].append(sample | {"rationale": f"sample {slot} {bad}"})
-    for i, loss in enumerate((1.0, 2.0, 2.5, 4.0)):
-        c = {"set": "positive" if i < 2 else "negative", "source": "student", "loss": loss}
-        c |= {"score": 0.5, "weight": 0.5, "share": float(i % 3 == 0), "picked": i % 3 == 0}
-        item["candidates"].append(c | {"rationale": f"r{i} {bad}"})
+    with toy_run() as run:
+        item = qcrd.audit_question(run, run.train[0], voted(*VOTES, "no idea")[0], 1)
+    item |= dict.fromkeys(("question", "label", "majority", "scheme"), bad)
+    for i, part in enumerate(item["samples"] + item["candidates"]):
+        part["rationale"] = f"rationale {i} {bad}"
+    assert {sample["vote"] for sample in item["samples"]} == {"positive", "negative", "none"}
+    item["samples"][0]["answer"] = bad
+    item["L_total"] = 0.95
+    next(c for c in item["candidates"] if c["picked"]).update(weight=0.5, loss=1.0)
     tags, words, reader = set(), [], html.parser.HTMLParser()
     reader.handle_starttag = lambda tag, attrs: tags.update([tag], dict(attrs))
     reader.handle_data = words.append
@@ -2061,29 +1897,28 @@ def test_audit_page_escapes_and_holds_all():
     text = " ".join("".join(words).split())
     assert not tags & {"script", "img", "link", "a", "src", "href", "onerror"}, tags
     assert not any(word in page for word in ("http:", "https:", "url("))
-    assert all(f"{name} {bad}" in text for name in "sample 0|sample 2|r0|r1|r2|r3".split("|"))
-    assert text.count("→ picked") == 2 and page.count('class="delta"') == 2
+    assert all(f"rationale {k} {bad}" in text for k in range(i + 1))
+    assert text.count("→ picked") == 2 and page.count('class="delta"') == 3
     assert "share 1 · weight 0.5 · ℓ(r⁺) 1 = 0.5000" in text and "0.9500" in text
 
 
 def test_pictures_and_mistakes_of_the_user():
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         for words in (["curves", folder], ["fractions", f"{folder}/none"], ["scores", folder]):
-            code, text = script(plot, *words)
-            assert code == 2 and text.startswith("error: ") and text.count("\n") == 1, text
+            text = command(plot, *words, code=2)
+            assert text.startswith("error: ") and text.count("\n") == 1, text
         if importlib.util.find_spec("matplotlib") is None:
             raise Skip("matplotlib is not installed")
         lines = [{"iteration": 1, "L": 1.0, "l_neg": None}, {"iteration": 2, "s": {"student": 0.2}}]
         run = {"cell": "QCRD, 25 %", "command": "--delta 4", "iterations": lines, "seed": 0}
-        write_jsonl(Path(folder) / "a.jsonl", [run | dict.fromkeys(tables.SCORES, 0.5)])
+        fetch_data.write_lines(folder / "a.jsonl", [run | dict.fromkeys(tables.SCORES, 0.5)])
         for what in ("curves", "fractions"):
-            out = Path(folder) / f"{what}.png"
-            assert script(plot, what, Path(folder) / "a.jsonl", "--out", out)[0] == 0
+            out = folder / f"{what}.png"
+            command(plot, what, folder / "a.jsonl", "--out", out)
             assert out.read_bytes().startswith(b"\x89PNG")
 
 
 # ------------------------------------------------------------------- Speed, and the proof on a GPU
-
 
 SHAPES = {
     "tiny": dict(vocab_size=1300, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_decoder_layers=2),
@@ -2127,60 +1962,17 @@ def svamp_like(n: int, longest: int = 256, vocab: int = 32000) -> list[qcrd.Ques
         lengths = [*np.clip(rng.normal(42, 9, 1), 22, 65), rng.integers(8, 14)]
         lengths += [*np.clip(np.exp(rng.normal(4.45, 0.65, 7)), 2, longest)]
         ids = [array("i", [*rng.integers(3, vocab, int(k) - 1), t5.EOS]) for k in lengths]
-        example = fetch_data.Example(f"question {i}", "")
-        questions.append(qcrd.Question(example, ids[0], ids[1], ids[2:7], ids[7:]))
+        questions.append(qcrd.Question(Example(f"question {i}", ""), *ids[:2], ids[2:7], ids[7:]))
     return questions
 
 
 def peers_of(run: qcrd.Run) -> list:
-    """transformers' T5 with the student's weights, its encoder with the discriminator's; [] where
-    it is not installed."""
+    """transformers' T5 with the student's weights and D's first encoder; [] where it is missing."""
+    kinds = ("T5ForConditionalGeneration", "T5EncoderModel")
     try:
-        import transformers as hf
-    except ImportError:
+        return [peer_of(run.student.model, kind).to(run.student.device) for kind in kinds]
+    except Skip:
         return []
-    hf.logging.set_verbosity_error()
-    ours = run.student.model, run.discriminator.encoder
-    shape = dataclasses.asdict(ours[0].config) | {"decoder_start_token_id": 0}
-    kinds = hf.T5ForConditionalGeneration, hf.T5EncoderModel  # the latter changes its config
-    peers = [kind(hf.T5Config(**shape)) for kind in kinds]
-    for peer, model in zip(peers, ours):
-        missing, unexpected = peer.load_state_dict(model.state_dict(), strict=False)
-        assert not unexpected and all("embed" in name or "head" in name for name in missing)
-    return [peer.to(run.student.device) for peer in peers]
-
-
-def plainly(run: qcrd.Run, questions: list, n: int, peers: list) -> torch.Tensor:
-    """What `qcrd.step_loss` computes, done plainly: a row and an encoding of its question for each
-    rationale, all with gradient and score, whole logits; on `peers`, or on our T5 used that way."""
-    student, D, config = run.student, run.discriminator, run.config
-    network, encoder = peers or (student.model, D.encoder)
-    network.train(), encoder.eval()
-
-    def padded(rows: list) -> list[torch.Tensor]:
-        return [x.to(student.device) for x in t5.pad(rows)]
-
-    def losses(prefix: list[int], pairs: list) -> torch.Tensor:
-        x, x_mask = padded([prefix + q.x.tolist() for q, _ in pairs])
-        y, y_mask = padded([target for _, target in pairs])
-        start = {"decoder_input_ids" if peers else "target_in": F.pad(y[:, :-1], (1, 0))}
-        with student.autocast():
-            logits = network(x, x_mask, **start)
-        logits = (logits[0] if peers else logits).float().transpose(1, 2)
-        return (F.cross_entropy(logits, y, reduction="none") * y_mask).sum(1) / y_mask.sum(1)
-
-    pairs = [(q, r) for q in questions for r in q.S_pos + q.S_neg]
-    with torch.no_grad(), student.autocast():
-        x, mask = padded([q.x + r for q, r in pairs])
-        memory = encoder(x, mask)[0] if peers else encoder.encode(x, mask)
-        pooled = memory.masked_fill(~mask[..., None], -torch.inf).amax(1)
-        s_pos, s_neg = D.head(pooled).float().sigmoid().view(-1, 7).split([5, 2], 1)
-    l_pos, l_neg = losses(student.explain, pairs).view(-1, 7).split([5, 2], 1)
-    (l_pos, i), (l_neg, j) = l_pos.min(1, keepdim=True), l_neg.max(1, keepdim=True)
-    negative = (1 - s_neg.gather(1, j)) * (l_neg - config.delta).clamp(max=0)
-    L_cl = (s_pos.gather(1, i) * l_pos - config.beta * negative).sum() / n
-    L_pred = losses(student.predict, [(q, q.label) for q in questions]).sum() / n
-    return config.alpha_pred * L_pred + config.alpha_cl * L_cl
 
 
 def seconds(calls: list, device: str, runs: int = 3) -> list[float]:
@@ -2196,31 +1988,29 @@ def seconds(calls: list, device: str, runs: int = 3) -> list[float]:
 
 
 def step_figures(kind: str, shape: str, device: str, n: int, size: int) -> None:
-    """Prints JSON of a step's seconds, peak memory in GiB, and on CUDA operations. kind: qcrd, or
-    plain, on transformers where it is installed. size: questions at once, 0: the default."""
+    """Prints JSON of a step's seconds, peak memory in GiB, and on CUDA operations. kind: qcrd.py
+    or plain. size: questions at once, 0: the default."""
     run, questions = random_run(shape, device, dropout=0.1), svamp_like(n)
     run.config.micro_batch, size = size, size or n
-    name, peers, model = "qcrd.py", [], run.student.model
-    if kind == "plain":
-        peers = peers_of(run)
-        name = f"plain on {'transformers' if peers else 't5.py'}, {size} questions at once"
-    if peers:
-        model = peers[0]
-        run.parts = run.optimizer = run.d_optimizer = None  # gives our weights' memory back
+    peers = peers_of(run) if kind == "plain" else []
+    parameters = list((peers or [run.student.model])[0].parameters())
+    if peers:  # our weights' memory is given back
+        run.parts = run.optimizer = run.d_optimizer = None
         run.student.model = run.discriminator.encoder = None
-    parameters = list(model.parameters())
+    if kind == "plain":
+        kind = f"plain on {'transformers' if peers else 't5.py'}, {size} questions at once"
     optimizer = torch.optim.AdamW(parameters, lr=5e-5, weight_decay=0.0, fused=True)
 
     def step() -> None:
-        if kind == "qcrd":
+        if kind == "qcrd.py":
             return qcrd.train_step(run, questions, 1, 10_000)
         optimizer.zero_grad()
         for i in range(0, n, size):
-            plainly(run, questions[i : i + size], n, peers).backward()
+            plain_loss(run, questions[i : i + size], n, peers).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
 
-    figures = {"name": name, "seconds": seconds([step], device)[0]}
+    figures = {"name": kind, "seconds": seconds([step], device)[0]}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     if device == "cuda":
         peak = torch.cuda.max_memory_allocated()
@@ -2230,21 +2020,11 @@ def step_figures(kind: str, shape: str, device: str, n: int, size: int) -> None:
     print(json.dumps(figures | {"memory": peak / 2**30}))
 
 
-def python(*words: object, home: str = "") -> str:
-    """stdout of a Python process. Raises RuntimeError with the end of its stderr."""
-    path = f"{HERE}{os.pathsep}{Path(__file__).resolve().parent}"
-    how = dict(env=os.environ | {"PYTHONPATH": path, "QCRD_HOME": home}, capture_output=True)
-    done = subprocess.run([sys.executable, *map(str, words)], **how, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-3000:])
-    return done.stdout
-
-
 def step_beside_plain(shape: str, device: str, n: int) -> dict:
     """Prints what a step of n questions takes, ours and plain, each in a process; returns ours."""
     found, size = [], 0  # questions at once
     while len(found) < 2:
-        call = f"own.step_figures{(('qcrd', 'plain')[len(found)], shape, device, n, size)}"
+        call = f"own.step_figures{(('qcrd.py', 'plain')[len(found)], shape, device, n, size)}"
         try:
             found.append(json.loads(python("-c", f"import {Path(__file__).stem} as own; {call}")))
             print("  {name}: {seconds:.3f} s, {memory:.2f} GiB".format(**found[-1]), flush=True)
@@ -2260,14 +2040,10 @@ def step_beside_plain(shape: str, device: str, n: int) -> dict:
 
 def beside_transformers(shape: str, device: str, rows: int, width: int) -> None:
     """t5.py and transformers' T5 on the same weights and batches, taken in turns."""
-    run, rng = random_run(shape, device, dropout=0.1), np.random.default_rng(1)
+    run = random_run(shape, device, dropout=0.1)
     model, peers = run.student.model, peers_of(run)
     if not peers:
         return print("  transformers is not installed: nothing to compare t5.py with")
-
-    def batch(rows: int, least: int) -> tuple[torch.Tensor, torch.Tensor]:
-        lengths = [width, *rng.integers(least, width + 1, rows - 1).tolist()]
-        return t5.pad([[*rng.integers(3, 1000, k - 1).tolist(), t5.EOS] for k in lengths])
 
     def compare(name: str, theirs, ours) -> None:
         with run.student.autocast():
@@ -2277,14 +2053,14 @@ def beside_transformers(shape: str, device: str, rows: int, width: int) -> None:
     peer = peers[0].train()
     model.train()
     for name, least in (("full", width), ("padded", width // 4)):
-        (x, x_mask), (y, y_mask) = batch(rows, least), batch(rows, least)
+        (x, x_mask), (y, y_mask) = (random_batch(1000, rows, width, i, least) for i in (1, 2))
         hf = dict(input_ids=x, attention_mask=x_mask, labels=y.masked_fill(~y_mask, -100))
         hf = {key: value.to(device) for key, value in hf.items()}
-        ours = [x, x_mask, y, y_mask]
+        ours = x, x_mask, y, y_mask
         pair = lambda: peer(**hf)[0].backward(), lambda: model.loss(*ours).mean().backward()
         compare(f"training, {name}", *pair)
     peer.eval(), model.eval()
-    x, mask = batch(4 * rows, width // 4)
+    x, mask = random_batch(1000, 4 * rows, width, 3, width // 4)
     hf = dict(input_ids=x.to(device), attention_mask=mask.to(device), max_new_tokens=width, top_k=0)
     for tau in (0.0, 1.5):
         how = hf | dict(do_sample=tau > 0, temperature=tau or 1.0)
@@ -2305,17 +2081,13 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.cpu() - b.cpu()).abs() / b.cpu().abs()).max().item()
 
 
-def differing_rows(model, batch, a, b, tau: float, uniforms) -> list[int]:
+def differing_rows(a, b, logits, tau: float, uniforms) -> list[int]:
     """Rows whose tokens differ -> how many do so for a reason, how many by less than 1e-4: the two
-    best probabilities, or the number drawn and a boundary. a: the tokens of `model`, on the CPU."""
-    width = max(a.shape[1], b.shape[1])
-    a, b = (F.pad(rows.cpu(), (0, width - rows.shape[1])) for rows in (a, b))
+    best probabilities, or the number drawn and a boundary. logits: those after `a`."""
     counts = [0, 0]
     for row in (a != b).any(1).nonzero()[:, 0].tolist():
         first = int((a[row] != b[row]).nonzero()[0])
-        ids, mask = (x[row : row + 1] for x in batch)
-        p = model(ids, mask, F.pad(a[row, :first], (1, 0))[None])[0, -1].double() / (tau or 1)
-        p = p.softmax(0)
+        p = (logits[row, first].double() / (tau or 1)).softmax(0)
         gap = (p.cumsum(0) - uniforms[row, first]).abs().min() if tau else p.topk(2).values.diff()
         counts[gap.abs().item() <= 1e-4] += 1
     return counts
@@ -2350,68 +2122,73 @@ def parity(shape: str, device: str, check: Checks, *lengths: int) -> None:
     batch = here.student.inputs(here.student.explain, questions * 4)
     for tau in (0.0, 0.7, 1.5):
         draws = [torch.Generator().manual_seed(1) for _ in range(3)]
-        a, b = (m.generate(*batch, 24, tau, draw) for m, draw in zip((ours, theirs), draws))
+        a, b = (m.generate(*batch, 24, tau, draw).cpu() for m, draw in zip((ours, theirs), draws))
+        a, b = (F.pad(rows, (0, 24 - rows.shape[1])) for rows in (a, b))
+        p, q = (m(*batch, F.pad(a, (1, 0))).cpu() for m in (ours, theirs))
         uniforms = torch.rand(16, 24, generator=draws[2])
-        wrong, close = differing_rows(ours, batch, a, b, tau, uniforms)
+        wrong, close = differing_rows(a, b, p, tau, uniforms)
         check(f"{shape}, τ {tau}: rows of 16 that differ, {close} more narrowly", wrong)
-        p, q = (m(*batch, F.pad(a, (1, 0))).softmax(-1).cpu() for m in models)
-        check(f"{shape}, τ {tau}: next-token probabilities", (p - q).abs().max().item(), 1e-4)
+        gap = (p.softmax(-1) - q.softmax(-1)).abs().max().item()
+        check(f"{shape}, τ {tau}: next-token probabilities", gap, 1e-4)
 
 
-def overflow(shape: str, device: str, check: Checks, *lengths: int) -> None:
-    """float16: a scale that overflows falls, its steps change nothing, then one is made."""
-    run, moved = random_run(shape, device, "float16"), []
+def overflow(name: str, run: qcrd.Run, questions: list, check: Checks) -> int:
+    """float16: a scale that overflows falls, its steps change nothing -> how many did so."""
+    device, moved = run.student.device.type, []
     run.scaler = torch.amp.GradScaler(device, init_scale=2.0**60, backoff_factor=2.0**-12)
     weight = run.student.model.shared.weight
     while len(moved) < 8 and True not in moved:
         before, scale = weight.detach().clone(), run.scaler.get_scale()
-        qcrd.train_step(run, svamp_like(4, *lengths), 1, 100)
+        qcrd.train_step(run, questions, 1, 100)
         moved.append(not torch.equal(weight, before))
-        skipped = run.scaler.get_scale() < scale
-        check(f"{shape}, scale {scale:.0e}: skipped and moved", skipped == moved[-1])
-    check(f"{shape}, float16: no overflow, or never a step", moved[0] or not moved[-1])
-    check(f"{shape}, float16: weights not finite", not weight.isfinite().all().item())
+        fell = run.scaler.get_scale() < scale
+        check(f"{name}, scale {scale:.0e}: skipped and moved", fell == moved[-1])
+    check(f"{name}, float16: no overflow, or never a step", moved[0] or not moved[-1])
+    check(f"{name}, float16: weights not finite", not weight.isfinite().all().item())
+    return len(moved) - 1
 
 
-def demo_on(device: str, check: Checks, *flags: str) -> None:
+def demo_on(check: Checks, *flags: str) -> None:
     """The demo in four small iterations: every stage, a kill, a resume, an audit."""
-    with tempfile.TemporaryDirectory() as home:
-        script, run = HERE / "qcrd.py", Path(home, "run")
-        small = "--iterations 4 --iteration-steps 5 --lag 1 --discriminator-pretrain 10"
-        words = f"{script} {small} --discriminator-steps 2 --device {device} --run {run}".split()
-        how = dict(env=os.environ | {"QCRD_HOME": home}, stdout=subprocess.DEVNULL)
-        process = subprocess.Popen([sys.executable, *words, *flags], **how)
-        log = run / "metrics.jsonl"
-        while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < 2):
-            time.sleep(0.05)
-        process.kill()
-        check("the demo's process ended before it was killed", process.wait() >= 0)
-        python(script, "--resume", run, home=home)
-        check("iterations that are missing", 4 - log.read_text("utf-8").count("\n"))
-        items = json.loads(python(script, "--audit", run, 4, "--json", home=home))
+    small = "--iterations 4 --iteration-steps 5 --lag 1 --discriminator-pretrain 10"
+    words = f"{small} --discriminator-steps 2 --run run".split()
+    with empty_home():
+        child = started([*words, *flags], 32, signal.SIGKILL)  # in the second iteration
+        child.join()
+        check("the demo's process ended before it was killed", child.exitcode != -signal.SIGKILL)
+        check("iterations before that, not 1", abs(1 - len(lines_of("run/metrics.jsonl"))))
+        qcrd_main("--resume", "run")
+        check("iterations that are missing", 4 - len(lines_of("run/metrics.jsonl")))
+        items = json.loads(qcrd_main("--audit", "run", 4, "--json"))
         sources = [candidate["source"] for item in items for candidate in item["candidates"]]
         check("an audit without negatives of the past", "student" not in sources)
-        print(f"  {json.loads((run / 'result.json').read_text('utf-8'))}")
+        print(f"  {lines_of('run/result.json')[0]}")
 
 
-def two_ranks(device: str, check: Checks) -> None:
-    """torchrun with two ranks computes what one process does: a student without dropout, float32;
-    negatives of the fixed student, so that both read the same ones."""
-    with tempfile.TemporaryDirectory() as home:
-        model = t5.T5.load(HERE / "weights/demo")
-        model.config = dataclasses.replace(model.config, dropout_rate=0.0)
-        model.save(Path(home, "student"), HERE / "weights/demo/spiece.model")
-        flags = "--iterations 2 --iteration-steps 4 --batch 8 --precision float32 --lr 1e-4"
-        flags += " --negative-source fixed --discriminator-pretrain 4 --discriminator-steps 2"
-        flags += f" --device {device} --model {home}/student --run {home}/"
-        torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2 --".split()
-        lines = []
-        for name, launcher in (("one", []), ("two", torchrun)):
-            python(*launcher, HERE / "qcrd.py", *(flags + name).split(), home=home)
-            lines.append([json.loads(line) for line in open(Path(home, name, "metrics.jsonl"))])
-        for name in "L_pred L_cl L_D l_pos l_neg s_pos s_neg".split():
-            gaps = [abs(a[name] - b[name]) / abs(a[name]) for a, b in zip(*lines)]
-            check(f"two ranks: {name}, relative", max(gaps), 1e-3)
+def two_ranks(check: Checks, bound: float, *words: str) -> None:
+    """Two ranks compute what one process does; the student has no dropout."""
+    with sums_home() as (flags, _):
+        flags = [*words, *flags]
+        qcrd_main(*flags, "one")
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        torchrun = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+        ranks = [started([*flags, "two"], RANK=i, LOCAL_RANK=i, **torchrun) for i in "01"]
+        for rank in ranks:
+            rank.join()
+        log = Path("log").read_text()
+        assert [rank.exitcode for rank in ranks] == [0, 0], log
+        assert log.count("run folder: two") == 2  # rank 0 alone speaks
+        folders = ("tiny", "one/student", "two/student")
+        start, one, two = (t5.T5.load(folder).state_dict() for folder in folders)
+        moved = max((one[name] - start[name]).abs().max().item() for name in one)
+        apart = max((one[name] - two[name]).abs().max().item() for name in one)
+        lines = [lines_of(f"{run}/metrics.jsonl") for run in ("one", "two")]
+    check("two ranks: weights that stay where they were", moved <= 1e-3)
+    check("two ranks: weights apart", apart, bound)
+    for name in "L_pred L_cl L_D l_pos l_neg s_pos s_neg past".split():
+        gaps = [abs(a[name] - b[name]) / max(abs(a[name]), 1e-3) for a, b in zip(*lines)]
+        check(f"two ranks: {name}, relative", max(gaps), bound)
 
 
 def speed(shape: str, device: str, n: int, rate: float) -> None:
@@ -2440,10 +2217,11 @@ def cuda() -> int:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     for shape in shapes:
         parity(shape, device, check)
-        overflow(shape, device, check)
-    demo_on(device, check)
+        overflow(shape, random_run(shape, device, "float16"), svamp_like(4), check)
+    demo_on(check, "--device", device)
     if torch.cuda.device_count() > 1:
-        two_ranks(device, check)
+        fixed = "--device cuda --precision float32 --negative-source fixed"  # the same negatives
+        two_ranks(check, 1e-3, *fixed.split())
     a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
     rate = 2 * len(a) ** 3 * 20 / seconds([lambda: [a @ a for _ in range(20)]], device)[0]
     for shape in shapes:
@@ -2455,28 +2233,22 @@ def cuda() -> int:
     return int(bool(check))
 
 
+def test_two_ranks_compute_what_one_does():
+    check = Checks()
+    two_ranks(check, 1e-5)
+    assert not check, check
+
+
 def test_comparisons_of_the_gpu_proof_on_the_cpu():
     check = Checks()
     parity("tiny", "cpu", check, 30, 1000)
-    overflow("tiny", "cpu", check, 15, 1000)
     assert not check, check
     check("a bound that is missed", float("nan"), 1.0)
     assert len(check) == 1
     model, batch = random_run("tiny", "cpu").student.model, t5.pad([[5, 6, 7, 1]])
     tokens = model.generate(*batch, 6)
-    assert differing_rows(model, batch, tokens, tokens + 1, 0.0, None) == [1, 0]
-
-
-def test_plain_mathematics_equal_a_step():
-    """What the bench measures against computes what step_loss does."""
-    questions = svamp_like(3, 30, 1000)
-    for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 0.02)):
-        run = random_run("tiny", "cpu")
-        run.student.dtype = dtype
-        loss = qcrd.step_loss(run, questions, 3, t=1)
-        for peers in ([], peers_of(run)):
-            plain = plainly(run, questions, 3, peers)
-            assert relative(plain, loss) <= bound, (dtype, plain, loss)
+    logits = model(*batch, F.pad(tokens, (1, 0)))
+    assert differing_rows(tokens, tokens + 1, logits, 0.0, None) == [1, 0]
 
 
 # ---------------------------------------------------------------------------------- The runner
@@ -2494,15 +2266,13 @@ def main() -> int:
         start = time.perf_counter()
         try:
             test()
+            passed += 1
+            print(f"ok   {name} ({time.perf_counter() - start:.1f} s)", flush=True)
         except Skip as why:
             print(f"skip {name}: {why}", flush=True)
-            continue
         except Exception:
             failed += 1
             print(f"FAIL {name}\n{traceback.format_exc()}", flush=True)
-            continue
-        passed += 1
-        print(f"ok   {name} ({time.perf_counter() - start:.1f} s)", flush=True)
     print(f"{passed} passed, {failed} failed")
     return 1 if failed or not passed else 0
 

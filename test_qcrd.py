@@ -1194,9 +1194,8 @@ def test_eq_3_to_8_by_hand():
         qcrd.pick(candidates, questions, config, 1)
         share = torch.tensor([c.share for c in candidates])
         assert share.nonzero()[:, 0].tolist() == picked, (scheme, share)
-        weights = qcrd.weights_of(s, positive, config)
-        assert not weights.requires_grad  # the discriminator learns nothing from L_cl
-        L_cl = qcrd.contrastive_terms(values, weights, positive, share, config).sum()
+        assert not any(w.requires_grad for w in qcrd.weights_of(s, config))  # no gradient for D
+        L_cl = qcrd.contrastive_terms(values, s, positive, share, config).sum()
         assert abs(L_cl.item() - expected) < 1e-6, (scheme, L_cl.item(), expected)
         L_cl.backward()
         if scheme == "minmax":  # s of r⁺, -β (1 - s) of r⁻, nothing for B's, which is beyond δ
@@ -1206,7 +1205,7 @@ def test_eq_3_to_8_by_hand():
         assert ties == [[place] for place in places], scheme  # the first of equals
     drawn = {tuple(qcrd.chosen(losses[:3], True, "sampling", random.Random(i))) for i in range(50)}
     assert drawn == {(0,), (1,), (2,)}
-    assert qcrd.weights_of(s, positive, tiny_config(discriminator=False)).tolist() == [1] * 8
+    assert all(w.eq(1).all() for w in qcrd.weights_of(s, tiny_config(discriminator=False)))
     eq_8 = qcrd.total_loss(qcrd.alphas_of(tiny_config(), 3), 2.0, 3.0, 4.0)
     assert abs(eq_8 - (1 + 1.5 + 1.62)) < 1e-9  # α3 is 0.5, 0.45, 0.405
 
@@ -1231,7 +1230,7 @@ def plain_loss(run: qcrd.Run, questions: list, n: int, peers=(), drawn=None) -> 
 
     sets = [(q, True, q.S_pos) for q in questions]
     if config.negative_source != "none":
-        sets += [(q, False, q.S_neg + q.from_past) for q in questions]
+        sets += [(q, False, q.minority + q.from_past) for q in questions]
     pairs = [(q, r) for q, _, members in sets for r in members]
     of_pairs = losses(student.explain, pairs)
     values, shares = iter(of_pairs.tolist()), []
@@ -1438,9 +1437,9 @@ def test_discriminator_balances_its_sets():
         assert all(c.positive for c in qcrd.candidates_of(run.train, run.config))  # but D sees some
         rng, last = np.random.default_rng(0), run.train[4]
         for q in run.train[:2]:
-            given = q.S_neg + q.from_past
+            given = q.minority + q.from_past
             S_pos, S_neg = qcrd.discriminator_sets(run.student, q, ["x"], rng)
-            assert S_pos == q.S_pos and S_neg[: len(given)] == given == q.S_neg + q.from_past
+            assert S_pos == q.S_pos and S_neg[: len(given)] == given == q.minority + q.from_past
             assert len(S_neg) == len(S_pos)
         last.from_past = [array("i", [5, 1]), array("i", [6, 1])]
         run.config.discriminator_noise = 1.0
@@ -1575,11 +1574,11 @@ def test_teacher_stops_where_no_retry_helps():
 
 
 def test_teacher_budget_and_cache():
-    """A retry is a request. What is under way when the first of three finds it spent is kept."""
+    """What is under way when the first of three finds the budget spent is kept."""
     busy = serving(lambda _, n: (503, b"", {}) if n % 2 else said("1"))
     with empty_home(), busy as (url, asked):
-        _, filled, printed = samples_of(url, teacher_budget=7)
-        assert (len(asked), filled) == (7, 3) and "3 samples, 7 requests" in printed
+        _, filled, printed = samples_of(url, teacher_budget=7, concurrency=1)
+        assert filled == 7 and len(asked) in (13, 14) and "7 samples, 7 requests" in printed
         assert "--teacher-budget is spent" in printed
     late = threading.Event()
     slow = serving(lambda body, number: (late.wait(1.5 * (number < 3)), sums(body))[1])
@@ -1818,7 +1817,9 @@ def test_half_a_million_questions_fit():
             run = qcrd.prepare(config, home / "run", ask=False)
         size = tracemalloc.get_traced_memory()[1] / 500
         tracemalloc.stop()
-        assert sum(len(q.S_pos + q.S_neg) for q in run.train) == 2500 and 1000 < size < 14_000, size
+        assert sum(len(q.S_pos + q.minority) for q in run.train) == 2500 and 1000 < size < 14_000, (
+            size
+        )
 
 
 # ---------------------------------------------------------------------------------------- results/
@@ -1826,13 +1827,40 @@ def test_half_a_million_questions_fit():
 
 sys.path.append(str(HERE / "results"))
 tables, plot, judge = map(importlib.import_module, ("run", "plot", "judge"))
+README_OF_RESULTS = HERE / "results/README.md"
 
 
 def test_tables_use_flags_that_the_program_knows():
     for table, (seeds, reference, cells) in tables.TABLES.items():
-        assert reference in cells and seeds > 0 and set(tables.PAPER.get(table, {})) <= set(cells)
+        assert reference in cells and seeds > 0
+        assert set(tables.PAPER.get(table, ("", {}))[1]) <= set(cells)
         for flags in cells.values():
             qcrd.Config(**vars(qcrd.parser().parse_args(flags.split())))
+
+
+def test_printed_tables_are_the_recorded_runs():
+    """Those of results/README.md as run.py prints them; README's figures are in them, or printed
+    in the paper."""
+    readme, results = (path.read_text("utf-8") for path in (HERE / "README.md", README_OF_RESULTS))
+    known = {f"{x:.1f}" for _, cells in tables.PAPER.values() for x in cells.values()}
+    made = [table for table in tables.TABLES if tables.path_of(table, "demo").exists()]
+    for table in made:
+        text = command(tables, "--print", "--terms", table)
+        known |= set(re.findall(r"\d+\.\d+", text))
+        parts = [part.strip() for part in text.split("\n\n")]
+        assert parts[0] in results and all(p in results for p in parts[1:] if p[:30] in results)
+    headings = re.findall(r"^\| (.+?) \|.*\n\|---", results, re.M)
+    assert made and {heading.partition(":")[0] for heading in headings} <= {*made, "stage"}
+    rows = re.findall(r"^\| (?:\*paper|measured).*", readme, re.M)
+    numbers = {x for row in rows for x in re.findall(r"\b\d\d\.\d\b", row)}
+    assert len(rows) == 4 and len(numbers) > 10 and numbers <= known, numbers - known
+
+
+def test_inline_dependencies_are_the_requirements():
+    pins = re.findall(r"^\w+==\S+$", (HERE / "requirements.txt").read_text(), re.M)
+    for name in ("qcrd.py", "test_qcrd.py"):
+        inline = re.search(r"^# dependencies = (.*)$", (HERE / name).read_text("utf-8"), re.M)
+        assert json.loads(inline[1]) == pins and len(pins) == 4
 
 
 def test_table_of_made_up_runs_and_p_by_hand():
@@ -2098,7 +2126,7 @@ def parity(shape: str, device: str, check: Checks, *lengths: int) -> None:
     """Losses, scores, gradients, probabilities, tokens on `device` beside the CPU's float32."""
     runs = there, here = [random_run(shape, where, "float32") for where in (device, "cpu")]
     questions = svamp_like(4, *lengths)
-    pairs = [(row, r) for row, q in enumerate(questions) for r in q.S_pos + q.S_neg]
+    pairs = [(row, r) for row, q in enumerate(questions) for r in q.S_pos + q.minority]
     rows, targets = zip(*pairs)
 
     def figures(run: qcrd.Run, dtype: torch.dtype) -> list[torch.Tensor]:

@@ -38,6 +38,7 @@ import math
 import os
 import random
 import re
+import signal
 import sys
 import textwrap
 import threading
@@ -208,6 +209,7 @@ HINTS = {
     200: "its answers hold no text; a model that thinks first needs more --teacher-tokens",
     400: """--teacher-fields '{"seed": null}' leaves out a field that the server does not know""",
     401: "set OPENAI_API_KEY to a key that this server accepts",
+    429: "a quota, or a server in trouble: run again later; what was answered is kept",
     404: "is --teacher-model right, and does --teacher end in /v1?",
 }
 PALM = """teacher: PaLM-540B's published rationales, ONE a question: not the paper's setting. Name
@@ -264,7 +266,8 @@ class Teacher:
         """Why this server cannot be used, and what to do: one line, without the key."""
         self.budget = 0  # the other threads stop
         words = " ".join(str(body).split()).replace(self.key or "no key", "***")[:200]
-        hint = HINTS.get({403: 401, 422: 400}.get(status, status), HINTS[404])
+        like = {403: 401, 422: 400} | dict.fromkeys((408, 409, *range(500, 600)), 429)
+        hint = HINTS.get(like.get(status, status), HINTS[404])
         return InputError(f"teacher {self.url}: status {status}, {words}: {hint}")
 
     def fill(self, messages: list[dict], slots: list[int]) -> None:
@@ -401,6 +404,7 @@ def ask_teacher(teacher: Teacher, jobs: list[tuple[list[dict], list[int]]]) -> N
     with open(teacher.cache, "ab") as file:
         file.write(b"\n")  # ends a line that a crash tore
     progress = t5.Progress("  teacher", total)
+    teacher.filled = teacher.skipped = 0
     try:
         with ThreadPool(teacher.config.concurrency) as pool:  # daemons: leaving waits for nobody
             for _ in pool.imap_unordered(lambda job: teacher.fill(*job), jobs):
@@ -409,7 +413,7 @@ def ask_teacher(teacher: Teacher, jobs: list[tuple[list[dict], list[int]]]) -> N
         progress.close()
         say(f"  {teacher.filled} samples, {teacher.requests} requests")
     if teacher.requests >= teacher.budget:
-        say("  --teacher-budget is spent")
+        say("  --teacher-budget is spent; run again, with another one, for the rest")
     if teacher.skipped:
         say(f"  {teacher.skipped} questions left out: refused, or never answered with text")
 
@@ -483,10 +487,15 @@ def report_votes(task: Task, examples: list[Example], votes: list[Vote]) -> None
     say(f"vote: {m / n:.2f} positives per question (paper: 3.87), {k / n:.2f} negatives")
     say(f"  {alone / n:.0%} of {n} questions with positives only (paper: more than half),")
     say(f"  majority right on {right / n:.1%}, {len(unread)} samples cannot be read")
-    if len(unread) > (m + k + len(unread)) / 3 or voted <= n / 2:
+    asked = sum(any(vote.slots) for vote in votes)
+    if len(unread) > (m + k + len(unread)) / 3 or voted <= asked / 2:
         say("warning: the teacher does not keep to the format, or its samples are cut off: look at")
         say("  --show-prompt, try --prompt FILE or more --teacher-tokens. One of its samples:")
         say(f"  {' '.join(unread[0].split())[:300]!r}" if unread else "  (there is none)")
+    if right < voted / 20:
+        say(
+            "warning: the majority is hardly ever right: do --answer and the labels fit the prompt?"
+        )
     require(voted, "no question has a positive rationale: there is nothing to distil")
 
 
@@ -1006,10 +1015,12 @@ def train_iteration(run: Run) -> None:
     line = metrics(run, t, visited)
     line["valid"] = mean([row["right"] for row in evaluate(run, run.valid)])
     line["seconds"] = time.perf_counter() - start
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # no Ctrl-C in the middle of a file
     run.lines.append(line)
     say(table_row(line) + ("*" if run.best is line else ""))
     if RANK == 0:
         run.save()
+    signal.signal(signal.SIGINT, before)
     gather([])  # the others wait for what rank 0 has written
 
 
@@ -1103,7 +1114,7 @@ def train(config: Config, folder: Path, resumed: bool) -> None:
     """A whole run, new or resumed."""
     run = prepare(config, folder, ask=not resumed)
     if run is None:
-        return say("the teacher's samples are there; without --stage teacher they are trained on")
+        return say("the teacher is done; without --stage teacher its samples are trained on")
     steps = config.iteration_steps or math.ceil(len(run.train) / config.batch)
     config.iterations = config.iterations or math.ceil(config.steps / steps)
     if (folder / "checkpoint.pt").exists():
@@ -1121,8 +1132,14 @@ def train(config: Config, folder: Path, resumed: bool) -> None:
             train_discriminator(run, 0, run.train, config.discriminator_pretrain, alpha_d=0.5)
             say(f"discriminator: L_D {run.L_D:.3f} after {config.discriminator_pretrain} steps")
         say(f"{LEGEND}\n{table_row()}")
+        first = run.iteration + 1
         while run.iteration < config.iterations:
             train_iteration(run)
+            hours = (config.iterations - run.iteration) * run.lines[-1]["seconds"] / 3600
+            if run.iteration == first and hours > 0.2:
+                say(
+                    f"  some {hours:.1f} h to go; fewer --iterations or --iteration-steps take less"
+                )
         test(run)
     except KeyboardInterrupt:
         say(f"stopped; python qcrd.py --resume {folder} goes on after iteration {run.iteration}")
@@ -1196,7 +1213,8 @@ def interval(p: float, n: int) -> str:
     z = 1.96
     center = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return f"{p:6.1%} (95 % interval {center - half:.1%} to {center + half:.1%})"
+    low, high = abs(center - half), center + half  # abs: of -0.0
+    return f"{p:6.1%} (95 % interval {low:.1%} to {high:.1%})"
 
 
 def load_trained(folder: Path, config: Config, task: Task) -> Run:
@@ -1382,12 +1400,17 @@ def start(given: dict[str, Any], show_prompt: bool) -> None:
     defaults = OTHER_DEFAULTS.get(task, {}) | (DEMO_STUDENT if model == "demo" else {})
     if "steps" in given:
         defaults.pop("iterations", None)
+    if task not in fetch_data.TASKS:
+        given["task"] = str(Path(task).resolve())  # --ask works from other folders too
     config = resolve(Config(**defaults | given))
     if show_prompt:
         task = fetch_data.load_task(config.task, config.answer)
         for message in prompts_of(task, task.train[:1], config)[0]:
             print(f"[{message['role']}]\n{message['content']}")
-        return
+        asked = f"{len(task.train)} questions and {min(JUDGED, len(task.valid))} of validation"
+        return say(
+            f"{asked}, {config.samples} samples each of at most {config.teacher_tokens} tokens"
+        )
     name = f"runs/{Path(config.task).name}-{config.method}-{config.seed}"
     names = itertools.chain([name], (f"{name}-{k}" for k in itertools.count(2)))
     folder = Path(config.run or next(name for name in names if not Path(name).exists()))

@@ -1318,7 +1318,7 @@ def audit_text(item: dict[str, Any]) -> None:
             term += " · {share:.4f}"
         if c["picked"]:
             terms.append(term.format(**c, **item))
-    print(f"L_cl = {' '.join(terms) or 0} = {item['L_cl']:.4f}")
+    print(f"L_cl = {' '.join(terms).removeprefix('+ ') or 0} = {item['L_cl']:.4f}")
     line = "L_total = {:g} · L_pred {L_pred:.4f} + {:g} · L_cl {L_cl:.4f} + {:.4f} · L_D {L_D:.4f}"
     print(line.format(*item["alphas"], **item), f"= {item['L_total']:.4f}")
 

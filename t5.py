@@ -451,13 +451,13 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(ends, place, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
 
 
-# -------- fast paths (gains: on two CPU cores, t5-small's shape, in the first version of this file)
+# ---------------- fast paths (gains: t5-small's shape, two cores of an AMD EPYC, 16 x 64 tokens)
 
 
 class Packing:
     """The tokens of a padded batch, mask (B, S): all but attention runs on (N, D) without padding.
 
-    A mask on the CPU spares a wait for the GPU. Gain: 10 to 30 % on padded rows.
+    A mask on the CPU spares a wait for the GPU. Gain: 22 % of a step on rows of SVAMP's lengths.
     """
 
     def __init__(self, mask: Tensor, device: torch.device):
@@ -485,7 +485,7 @@ class Packing:
 class Dropout(nn.Dropout):
     """Dropout. On a CPU it draws the gaps between dropped elements, which are geometric.
 
-    It needs p numbers an element, of torch's global generator. Gain: 23 % of a training step.
+    It needs p numbers an element, of torch's global generator. Gain: 12 % of a training step.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -505,7 +505,7 @@ class Dropout(nn.Dropout):
 class OutputLoss(torch.autograd.Function):
     """Output layer and its cross-entropy: hidden (N, D), weight (V, D), targets (N,) -> (N,).
 
-    Chunks stay in the cache; one (N, V) tensor is kept: softmax - one-hot. Gain: 1.6 x here.
+    Chunks stay in the cache; one (N, V) tensor is kept: softmax - one-hot. Gain: 9 %, and memory.
     """
 
     @staticmethod
@@ -542,7 +542,7 @@ class OutputLoss(torch.autograd.Function):
 def product(weight: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
     """x (rows, D) -> x @ weight.T for many calls: oneDNN reorders the weight for its kernel once.
 
-    F.linear does so in every call; it is used where PyTorch lacks these operators. Gain: 2 x.
+    F.linear does so in every call; it is used where PyTorch lacks these operators. Gain: 16 %.
     """
     reorder = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
     plain = weight.device.type == "cpu" and weight.dtype == torch.float32

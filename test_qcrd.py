@@ -1358,7 +1358,8 @@ def test_vote_is_reported():
     text = report(examples, [vote, voted(*[chatter] * 5)[0]])
     for expected in ("warning", chatter, "--show-prompt", "--prompt FILE", "--teacher-tokens"):
         assert expected in text, text
-    assert "warning" in report(examples, [vote, nothing])  # half of the questions have no sample
+    assert "warning" not in report(examples, [vote, nothing])  # what is missing has no format
+    assert "hardly ever right" in report([Example("a", "7"), Example("b", "7")], [vote, alone])
     assert "error: no question has a positive" in report(examples, [voted(chatter)[0]] * 2)
 
 

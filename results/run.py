@@ -193,25 +193,24 @@ def print_table(table: str, task: str, passed: list[str]) -> None:
     """Markdown: label and rationale accuracy of the selected and the last student."""
     seeds, reference, cells = TABLES[table]
     runs = finished(task)
-    columns = "label | difference, p | rationale | difference, p | rationale, last student | seeds"
+    parts = ("label", "rationale", "rationale, last student")
+    columns = " | ".join(f"{part} | difference, p" for part in parts) + " | seeds"
     setting, paper = PAPER.get(table, ("", {}))
     print(f"\n| {table} | {columns} |" + (f" *paper: {setting}* |" if paper else ""))
-    print("|---" * (8 if paper else 7) + "|")
+    print("|---" * (9 if paper else 8) + "|")
     of = {}
     for cell, flags in cells.items():
         every = [runs.get(command_of(flags, seed, passed)) for seed in range(seeds)]
         of[cell] = {seed: run for seed, run in enumerate(every) if run}
     for cell, found in of.items():
         row = [cell]
-        for key in SCORES[:2]:
+        for key in SCORES[:3]:
             values = {s: 100 * run[key] for s, run in found.items() if run[key] is not None}
             base = {s: run[key] for s, run in of[reference].items() if run[key] is not None}
             row.append(spread(list(values.values())) if values else "")
             pairs = [values[s] - 100 * base[s] for s in values if s in base]
             compared = cell != reference and pairs
             row.append(f"{statistics.mean(pairs):+.1f}, {exact_p(pairs):.3f}" if compared else "")
-        last = [run[SCORES[2]] for run in found.values() if run[SCORES[2]] is not None]
-        row.append(spread([100 * value for value in last]) if last else "")
         row.append(str(len(found)))
         if paper:
             row.append(f"*{paper[cell]}*" if cell in paper else "")

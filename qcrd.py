@@ -38,6 +38,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import textwrap
@@ -398,7 +399,7 @@ def ask_teacher(teacher: Teacher, jobs: list[tuple[list[dict], list[int]]]) -> N
     total = sum(len(slots) for _, slots in jobs)
     characters = sum(len(message["content"]) for messages, _ in jobs for message in messages)
     tokens = (characters // 4 + 120 * total) // 1000
-    say(f"teacher: {teacher.model} at {teacher.url}, samples kept in {teacher.cache}")
+    say(f"teacher: {teacher.model} at {teacher.url}\n  samples kept in {teacher.cache}")
     say(f"  to ask for: {total} samples of {len(jobs)} questions, roughly {tokens:,} k tokens")
     teacher.cache.parent.mkdir(parents=True, exist_ok=True)
     with open(teacher.cache, "ab") as file:
@@ -1042,16 +1043,21 @@ def metrics(run: Run, t: int, visited: list[Question]) -> dict[str, Any]:
 
 COLUMNS = """iteration:9d L:6.3f L_pred:6.3f L_cl:6.3f L_D:6.3f l_pos:5.2f l_neg:5.2f zero:5.0%
 s_pos:5.2f s_neg:5.2f pair:5.0% minor:5.2f past:5.2f right:5.0% valid:6.1% seconds:7.1f"""
-LEGEND = """l_pos, l_neg: ℓ of r⁺ and r⁻; zero: part of the negative terms that are 0; s_pos, s_neg:
-their s; pair: how often a positive scores above a negative of its validation question; minor, past:
-negatives per question of the vote's minority and of the student's past; right: part of the latter
-that end in the right answer; *: the best validation so far"""
+WIDE = ("l_pos", "l_neg", "s_pos", "s_neg", "minor")  # left out on narrower terminals
+LEGEND = """l_pos, l_neg: ℓ of r⁺ and r⁻; zero: part of the negative terms that are 0;
+s_pos, s_neg: their s; pair: how often a positive scores above a negative of its
+validation question; minor, past: negatives per question of the vote's minority
+and of the student's past; right: part of the latter that end in the right
+answer; *: the best validation so far"""
 
 
 def table_row(line: dict[str, Any] | None = None) -> str:
-    """A line of metrics.jsonl as the terminal shows it, within 110 columns; None: the heading."""
+    """A line of metrics.jsonl in at most 110 columns, or 80; None: the heading."""
+    narrow = shutil.get_terminal_size((110, 0)).columns < 110
     cells = []
     for name, form in (column.split(":") for column in COLUMNS.split()):
+        if narrow and name in WIDE:
+            continue
         value = name if line is None else line.get(name)
         text = isinstance(value, str | None)
         cells.append(f"{value or '-':>{form[0]}}" if text else format(value, form))
@@ -1205,7 +1211,8 @@ def print_result(folder: Path, result: dict[str, Any]) -> None:
             last = f"last student {result[f'{name}_last']:.1%}"
             say(f"  {name:18s} {interval(result[name], n)}, {last}")
     say(f"run folder: {folder}")
-    say(f'  python qcrd.py --ask {folder} "a question"     python qcrd.py --audit {folder} 1')
+    say(f'  python qcrd.py --ask {folder} "a question"')
+    say(f"  python qcrd.py --audit {folder} 1")
 
 
 def interval(p: float, n: int) -> str:

@@ -1466,6 +1466,8 @@ def main() -> int:
             reopen(named, given, as_json)
         else:
             start(given, show_prompt)
+        if WORLD > 1:
+            dist.destroy_process_group()
         return 0
     except (InputError, torch.OutOfMemoryError) as error:
         memory = "out of GPU memory; a smaller --micro-batch needs less"

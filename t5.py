@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 PAD, EOS, UNK = 0, 1, 2
 SENTINELS = 100  # <extra_id_0> to <extra_id_99>: the ids above the SentencePiece pieces, falling
+FUSED = ("cuda",)  # devices whose attention torch computes without keeping the weights
 
 
 # ---------------------------------------------------------------- helpers for the whole project
@@ -196,9 +197,14 @@ class Attention(nn.Module):
             past[0, :, :, length - 1 : length] = keys
             past[1, :, :, length - 1 : length] = values
             keys, values = past[:, :, :, :length]
-        scores = (queries @ keys.transpose(-1, -2)).float() + bias
-        weights = self.dropout(scores.softmax(-1)).to(values.dtype)
-        return self.o(packing.pack((weights @ values).transpose(1, 2).flatten(2)))
+        if x.device.type in FUSED:
+            bias = bias.to(queries.dtype).expand(*queries.shape[:3], keys.shape[2])
+            p = self.dropout.p if self.training else 0.0
+            mixed = F.scaled_dot_product_attention(queries, keys, values, bias, p, scale=1.0)
+        else:
+            scores = (queries @ keys.transpose(-1, -2)).float() + bias
+            mixed = self.dropout(scores.softmax(-1)).to(values.dtype) @ values
+        return self.o(packing.pack(mixed.transpose(1, 2).flatten(2)))
 
 
 class FeedForward(nn.Module):
@@ -597,17 +603,11 @@ def read_config(path: Path, tied: bool) -> T5Config:
 
 def read_tensors(folder: Path) -> tuple[dict[str, Tensor], Path]:
     """All tensors of a Hugging Face folder, and the file that errors name. Raises InputError."""
-    names = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"]
+    names = ["model.safetensors", "pytorch_model.bin"]  # one file: T5s of this size have no parts
     file = next((folder / name for name in names if (folder / name).exists()), None)
     require(file is not None, f"{folder}: none of {', '.join(names)} is there; check the path")
     if file.suffix == ".safetensors":
         return read_safetensors(file), file
-    if file.suffix == ".json":
-        with reading(file, "weight_map does not name files of this folder"):
-            places = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-            shards = {folder / Path(name).name for name in places.values()}
-        parts = [read_safetensors(shard) for shard in sorted(shards)]
-        return {name: x for part in parts for name, x in part.items()}, file
     tensors = read_pt(file)
     good = all(isinstance(x, Tensor) and x.is_floating_point() for x in tensors.values())
     require(good, f"{file}: holds more than floating-point tensors; take a plain state dict")

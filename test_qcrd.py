@@ -1706,10 +1706,13 @@ def test_a_loss_that_is_no_number_stops_the_run():
 
 
 def test_help_names_every_flag_with_mark_and_default():
-    text = " ".join(qcrd_main("--help").split())
+    with patch.dict(os.environ, COLUMNS="80"):
+        text = qcrd_main("--help")
+    assert max(map(len, text.splitlines())) <= 80
+    text = " ".join(text.split())
     for setting in qcrd.dataclasses.fields(qcrd.Config):
         mark, words = setting.metadata["mark"], " ".join(setting.metadata["help"].split())
-        shown = f"({mark})" if setting.default == "" else f"({setting.default}, {mark})"
+        shown = f"[{mark}]" if setting.default == "" else f"({setting.default}) [{mark}]"
         assert qcrd.flag(setting.name) in text and f"{words} {shown}" in text, setting.name
         assert re.fullmatch("ours|DSS|review|abstract|table|figure|eq. 4, 5", mark), setting.name
 

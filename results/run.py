@@ -202,7 +202,7 @@ def print_table(table: str, task: str, passed: list[str]) -> None:
     for cell, flags in cells.items():
         every = [runs.get(command_of(flags, seed, passed)) for seed in range(seeds)]
         of[cell] = {seed: run for seed, run in enumerate(every) if run}
-    for cell, found in of.items():
+    for cell, found in [pair for pair in of.items() if pair[1]]:
         row = [cell]
         for key in SCORES[:3]:
             values = {s: 100 * run[key] for s, run in found.items() if run[key] is not None}
@@ -230,7 +230,7 @@ def print_terms(table: str, task: str, passed: list[str]) -> None:
     numbers = " | ".join(str(t) for t in range(1, count + 1))
     print(f"\n| {table}: terms at 0, iteration | {numbers} | the student's own that are right |")
     print("|---" * (count + 2) + "|")
-    for cell, every in found.items():
+    for cell, every in [pair for pair in found.items() if pair[1]]:
         lines = [line for run in every for line in run["iterations"]]
         row = []
         for t in range(1, count + 1):

@@ -55,12 +55,7 @@ import requests
 import torch
 import torch.distributed as dist
 from requests.adapters import HTTPAdapter
-from requests.exceptions import (
-    ChunkedEncodingError,
-    InvalidHeader,
-    JSONDecodeError,
-    RequestException,
-)
+from requests.exceptions import ChunkedEncodingError, InvalidHeader, JSONDecodeError
 from torch import Tensor, nn
 from urllib3.util import Retry
 
@@ -99,9 +94,7 @@ class Config:
     samples: int = option(5, "review", "K, samples a question")
     teacher_temperature: float = option(0.7, "review", "the teacher's sampling temperature")
     teacher_tokens: int = option(512, "ours", "longest sample, in the teacher's tokens")
-    teacher_budget: int = option(
-        0, "ours", "at most this many requests (0: no limit), retries apart"
-    )
+    teacher_budget: int = option(0, "ours", "at most this many requests, retries apart (0: any)")
     teacher_fields: str = option("", "ours", "JSON merged into each request; null removes a field")
     concurrency: int = option(8, "ours", "requests under way at once")
     prompt: str = option("", "ours", "a file with a system message of yours")
@@ -113,15 +106,11 @@ class Config:
     rationale_tokens: int = option(256, "DSS", "longest rationale")
     label_tokens: int = option(64, "ours", "longest label")
     # Negatives
-    negative_source: str = option(
-        "snapshot", "table", "beside the vote's minority: see the end", SOURCES
-    )
+    negative_source: str = option("snapshot", "table", "who writes them; see the end", SOURCES)
     negative_model: str = option("", "ours", "folder of the fixed student (default: --model)")
     lag: int = option(5, "review", "j: iteration t samples from the student after t - j")
     student_temperature: float = option(1.5, "review", "the student's sampling temperature")
-    student_temperature_end: float = option(
-        0.0, "ours", "its last value, on a straight line (0: same)"
-    )
+    student_temperature_end: float = option(0.0, "ours", "its last value, on a line (0: same)")
     student_samples: int = option(1, "review", "the student's samples a question")
     # Discriminator
     discriminator: bool = option(True, "review", "weights s and 1 - s (without: 1)")
@@ -260,7 +249,7 @@ class Teacher:
             return 200, None
         except JSONDecodeError:
             return reply.status_code, None
-        except RequestException as error:
+        except requests.RequestException as error:
             return 0, type(error).__name__
 
     def failure(self, status: int, body: Any) -> InputError:
@@ -494,9 +483,7 @@ def report_votes(task: Task, examples: list[Example], votes: list[Vote]) -> None
         say("  --show-prompt, try --prompt FILE or more --teacher-tokens. One of its samples:")
         say(f"  {' '.join(unread[0].split())[:300]!r}" if unread else "  (there is none)")
     if right < voted / 20:
-        say(
-            "warning: the majority is hardly ever right: do --answer and the labels fit the prompt?"
-        )
+        say("warning: the majority is hardly ever right; do --answer, labels and prompt fit?")
     require(voted, "no question has a positive rationale: there is nothing to distil")
 
 
@@ -806,7 +793,7 @@ def rationale_losses(student: Student, questions: list[Question], picks: list) -
 
 def weights_of(s: Tensor, config: Config) -> tuple[Tensor, Tensor]:
     """What weighs a positive, s(x, r⁺) [eq. 6], and a negative, 1 - s(x, r⁻) [eq. 7], without
-    gradient [ours]; 1 without a discriminator, and under `mean`, as the paper tells from W-mean."""
+    gradient [ours]; 1 without a discriminator, and under `mean`, beside which W-mean stands."""
     if not config.discriminator or config.scheme == "mean":
         return torch.ones_like(s), torch.ones_like(s)
     return s.detach(), 1 - s.detach()
@@ -1143,9 +1130,7 @@ def train(config: Config, folder: Path, resumed: bool) -> None:
             train_iteration(run)
             hours = (config.iterations - run.iteration) * run.lines[-1]["seconds"] / 3600
             if run.iteration == first and hours > 0.2:
-                say(
-                    f"  some {hours:.1f} h to go; fewer --iterations or --iteration-steps take less"
-                )
+                say(f"  {hours:.1f} h to go; fewer --iterations or --iteration-steps take less")
         test(run)
     except KeyboardInterrupt:
         say(f"stopped; python qcrd.py --resume {folder} goes on after iteration {run.iteration}")
@@ -1416,7 +1401,7 @@ def start(given: dict[str, Any], show_prompt: bool) -> None:
             print(f"[{message['role']}]\n{message['content']}")
         asked = f"{len(task.train)} questions and {min(JUDGED, len(task.valid))} of validation"
         return say(
-            f"{asked}, {config.samples} samples each of at most {config.teacher_tokens} tokens"
+            f"{asked}, {config.samples} samples each, {config.teacher_tokens} tokens at most"
         )
     name = f"runs/{Path(config.task).name}-{config.method}-{config.seed}"
     names = itertools.chain([name], (f"{name}-{k}" for k in itertools.count(2)))

@@ -88,9 +88,7 @@ class Config:
     fraction: float = option(1.0, "figure", "part of the training questions used, from the first")
     # Teacher and vote
     teacher: str = option("", "ours", "URL of a server with OpenAI's API, or palm (see the end)")
-    teacher_model: str = option(
-        "", "review", "gpt-3.5-turbo at OpenAI; else, ours, the first listed"
-    )
+    teacher_model: str = option("", "review", "at OpenAI gpt-3.5-turbo; else the first listed")
     samples: int = option(5, "review", "K, samples a question")
     teacher_temperature: float = option(0.7, "review", "the teacher's sampling temperature")
     teacher_tokens: int = option(512, "ours", "longest sample, in the teacher's tokens")
@@ -1400,9 +1398,7 @@ def start(given: dict[str, Any], show_prompt: bool) -> None:
         for message in prompts_of(task, task.train[:1], config)[0]:
             print(f"[{message['role']}]\n{message['content']}")
         asked = f"{len(task.train)} questions and {min(JUDGED, len(task.valid))} of validation"
-        return say(
-            f"{asked}, {config.samples} samples each, {config.teacher_tokens} tokens at most"
-        )
+        return say(f"{asked}, {config.samples} samples of {config.teacher_tokens} tokens at most")
     name = f"runs/{Path(config.task).name}-{config.method}-{config.seed}"
     names = itertools.chain([name], (f"{name}-{k}" for k in itertools.count(2)))
     folder = Path(config.run or next(name for name in names if not Path(name).exists()))

@@ -120,15 +120,16 @@ def path_of(table: str, task: str) -> Path:
     return HERE / (f"{table}.jsonl" if task == "demo" else f"{table}-{Path(task).name}.jsonl")
 
 
+def records(path: Path) -> list[dict]:
+    """The lines of a JSONL file; none where it is not there."""
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
 def finished(task: str) -> dict[str, dict]:
     """Every recorded run of the task by its command: tables share cells."""
-    found = {}
-    for table in TABLES:
-        path = path_of(table, task)
-        for line in path.read_text("utf-8").splitlines() if path.exists() else []:
-            run = json.loads(line)
-            found[run["command"]] = run
-    return found
+    runs = [run for table in TABLES for run in records(path_of(table, task))]
+    return {run["command"]: run for run in runs}
 
 
 def command_of(flags: str, seed: int, passed: list[str]) -> str:
@@ -151,9 +152,9 @@ def run_cell(command: str, folder: Path) -> dict | None:
         if done.returncode:
             sys.exit(done.returncode)
         result = json.loads((folder / "result.json").read_text("utf-8"))
-        lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
-        kept = [{key: json.loads(line).get(key) for key in KEPT} for line in lines]
-        seconds = sum(json.loads(line)["seconds"] for line in lines)
+        lines = records(folder / "metrics.jsonl")
+        kept = [{key: line.get(key) for key in KEPT} for line in lines]
+        seconds = sum(line["seconds"] for line in lines)
         short = json.loads(json.dumps(kept), parse_float=lambda text: float(f"{float(text):.4g}"))
         return {"command": command, "seconds": round(seconds), **result, "iterations": short}
 
@@ -164,8 +165,7 @@ def run_table(table: str, task: str, passed: list[str], seeds: int) -> None:
     for seed, (cell, flags) in itertools.product(range(seeds), TABLES[table][2].items()):
         command = command_of(flags, seed, passed)
         path = path_of(table, task)
-        known = [json.loads(line)["command"] for line in path.open()] if path.exists() else []
-        if command in known:
+        if command in [run["command"] for run in records(path)]:
             continue
         name = "-".join(command.replace("--", "").replace("/", "_").split()[1:])
         print(f"== {table}, {cell}, seed {seed}: {command}", flush=True)
@@ -189,24 +189,29 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f}{deviation}"
 
 
+def runs_of(table: str, task: str, passed: list[str]) -> dict[str, dict[int, dict]]:
+    """The recorded runs of each cell that has some, by seed."""
+    seeds, _, cells = TABLES[table]
+    runs, of = finished(task), {}
+    for cell, flags in cells.items():
+        every = [runs.get(command_of(flags, seed, passed)) for seed in range(seeds)]
+        of[cell] = {seed: run for seed, run in enumerate(every) if run}
+    return {cell: found for cell, found in of.items() if found}
+
+
 def print_table(table: str, task: str, passed: list[str]) -> None:
     """Markdown: label and rationale accuracy of the selected and the last student."""
-    seeds, reference, cells = TABLES[table]
-    runs = finished(task)
+    reference, of = TABLES[table][1], runs_of(table, task, passed)
     parts = ("label", "rationale", "rationale, last student")
     columns = " | ".join(f"{part} | difference, p" for part in parts) + " | seeds"
     setting, paper = PAPER.get(table, ("", {}))
     print(f"\n| {table} | {columns} |" + (f" *paper: {setting}* |" if paper else ""))
     print("|---" * (9 if paper else 8) + "|")
-    of = {}
-    for cell, flags in cells.items():
-        every = [runs.get(command_of(flags, seed, passed)) for seed in range(seeds)]
-        of[cell] = {seed: run for seed, run in enumerate(every) if run}
-    for cell, found in [pair for pair in of.items() if pair[1]]:
+    for cell, found in of.items():
         row = [cell]
         for key in SCORES[:3]:
             values = {s: 100 * run[key] for s, run in found.items() if run[key] is not None}
-            base = {s: run[key] for s, run in of[reference].items() if run[key] is not None}
+            base = {s: run[key] for s, run in of.get(reference, {}).items() if run[key] is not None}
             row.append(spread(list(values.values())) if values else "")
             pairs = [values[s] - 100 * base[s] for s in values if s in base]
             compared = cell != reference and pairs
@@ -220,18 +225,13 @@ def print_table(table: str, task: str, passed: list[str]) -> None:
 def print_terms(table: str, task: str, passed: list[str]) -> None:
     """Markdown: share of the negative terms at 0 by iteration, and of the student's negatives that
     end in the right answer; percent, means over seeds."""
-    seeds, _, cells = TABLES[table]
-    runs = finished(task)
-    found = {
-        cell: [run for seed in range(seeds) if (run := runs.get(command_of(flags, seed, passed)))]
-        for cell, flags in cells.items()
-    }
-    count = max(len(run["iterations"]) for every in found.values() for run in every)
+    of = runs_of(table, task, passed)
+    count = max(len(run["iterations"]) for found in of.values() for run in found.values())
     numbers = " | ".join(str(t) for t in range(1, count + 1))
     print(f"\n| {table}: terms at 0, iteration | {numbers} | the student's own that are right |")
     print("|---" * (count + 2) + "|")
-    for cell, every in [pair for pair in found.items() if pair[1]]:
-        lines = [line for run in every for line in run["iterations"]]
+    for cell, found in of.items():
+        lines = [line for run in found.values() for line in run["iterations"]]
         row = []
         for t in range(1, count + 1):
             row.append([line["zero"] for line in lines if line["iteration"] == t])

@@ -88,7 +88,7 @@ class Config:
     fraction: float = option(1.0, "figure", "part of the training questions used, from the first")
     # Teacher and vote
     teacher: str = option("", "ours", "URL of a server with OpenAI's API, or palm (see the end)")
-    teacher_model: str = option("", "review", "at OpenAI gpt-3.5-turbo; else the first listed")
+    teacher_model: str = option("", "review", "gpt-3.5-turbo at OpenAI; ours: else the first")
     samples: int = option(5, "review", "K, samples a question")
     teacher_temperature: float = option(0.7, "review", "the teacher's sampling temperature")
     teacher_tokens: int = option(512, "ours", "longest sample, in the teacher's tokens")
@@ -253,7 +253,7 @@ class Teacher:
     def failure(self, status: int, body: Any) -> InputError:
         """Why this server cannot be used, and what to do: one line, without the key."""
         self.budget = 0  # the other threads stop
-        words = " ".join(str(body).split()).replace(self.key or "no key", "***")[:200]
+        words = fetch_data.fold(str(body)).replace(self.key or "no key", "***")[:200]
         like = {403: 401, 422: 400} | dict.fromkeys((408, 409, *range(500, 600)), 429)
         hint = HINTS.get(like.get(status, status), HINTS[404])
         return InputError(f"teacher {self.url}: status {status}, {words}: {hint}")
@@ -479,7 +479,7 @@ def report_votes(task: Task, examples: list[Example], votes: list[Vote]) -> None
     if len(unread) > (m + k + len(unread)) / 3 or voted <= asked / 2:
         say("warning: the teacher does not keep to the format, or its samples are cut off: look at")
         say("  --show-prompt, try --prompt FILE or more --teacher-tokens. One of its samples:")
-        say(f"  {' '.join(unread[0].split())[:300]!r}" if unread else "  (there is none)")
+        say(f"  {fetch_data.fold(unread[0])[:300]!r}" if unread else "  (there is none)")
     if right < voted / 20:
         say("warning: the majority is hardly ever right; do --answer, labels and prompt fit?")
     require(voted, "no question has a positive rationale: there is nothing to distil")
@@ -1175,8 +1175,10 @@ def test(run: Run) -> None:
     """The student that was best on validation, and the last one, on the test questions ->
     predictions.jsonl, result.json."""
     questions = [run.student.question(example) for example in run.task.test]
-    last = accuracies(evaluate(run, questions, rationales=True))
-    rows = evaluate(load_trained(run.folder, run.config, run.task), questions, rationales=True)
+    rows = evaluate(run, questions, rationales=True)
+    last = accuracies(rows)
+    if run.best["iteration"] != run.iteration:
+        rows = evaluate(load_trained(run.folder, run.config, run.task), questions, rationales=True)
     result = accuracies(rows) | {f"{name}_last": value for name, value in last.items()}
     result |= {"questions": len(rows), "valid_accuracy": run.best["valid"]}
     result["best_iteration"] = run.best["iteration"]

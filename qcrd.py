@@ -393,13 +393,14 @@ def ask_teacher(teacher: Teacher, jobs: list[tuple[list[dict], list[int]]]) -> N
         file.write(b"\n")  # ends a line that a crash tore
     progress = t5.Progress("  teacher", total)
     teacher.filled = teacher.skipped = 0
+    before = teacher.requests
     try:
         with ThreadPool(teacher.config.concurrency) as pool:  # daemons: leaving waits for nobody
             for _ in pool.imap_unordered(lambda job: teacher.fill(*job), jobs):
                 progress.update(teacher.filled)
     finally:
         progress.close()
-        say(f"  {teacher.filled} samples, {teacher.requests} requests")
+        say(f"  {teacher.filled} samples, {teacher.requests - before} requests")
     if teacher.requests >= teacher.budget:
         say("  --teacher-budget is spent; run again, with another one, for the rest")
     if teacher.skipped:

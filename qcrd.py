@@ -463,17 +463,19 @@ def sets_of(vote: Vote, config: Config) -> tuple[list[str], list[str], str | Non
 
 
 def report_votes(task: Task, examples: list[Example], votes: list[Vote]) -> None:
-    """Prints the vote's statistics, counted before repetitions are dropped, and warns of a teacher
-    that cannot be read. Raises InputError where no question has a positive."""
+    """Prints the vote's statistics, counted before repetitions are dropped but for "distinct", and
+    warns of a teacher that cannot be read. Raises InputError where no question has a positive."""
     n = len(votes)
     m = sum(len(vote.positives) for vote in votes)
     k = sum(len(vote.negatives) for vote in votes)
+    distinct = sum(len({v.samples[slot].rationale for slot in v.positives} - {""}) for v in votes)
     voted = sum(bool(vote.positives) for vote in votes)
     alone = sum(bool(vote.positives) and not vote.negatives for vote in votes)
     gold = [fetch_data.answer_key(task.kind, example.label) for example in examples]
     right = sum(vote.best is not None and vote.best == key for vote, key in zip(votes, gold))
     unread = [slot[0] for v in votes for slot, key in zip(v.slots, v.keys) if slot and key is None]
-    say(f"vote: {m / n:.2f} positives per question (paper: 3.87), {k / n:.2f} negatives")
+    counts = f"{distinct / n:.2f} distinct; {k / n:.2f} negatives"
+    say(f"vote: {m / n:.2f} positives per question (paper: 3.87), {counts}")
     say(f"  {alone / n:.0%} of {n} questions with positives only (paper: more than half),")
     say(f"  majority right on {right / n:.1%}, {len(unread)} samples cannot be read")
     asked = sum(any(vote.slots) for vote in votes)

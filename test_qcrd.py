@@ -1346,12 +1346,13 @@ def test_vote():
 
 
 def test_vote_is_reported():
-    """3 + 1 positives and 2 + 0 negatives of two questions; one majority of two is right."""
+    """3 + 1 positives, 2 + 1 distinct, 2 + 0 negatives; one majority of two is right."""
     (vote, _), (alone, _), (nothing, _) = voted(*VOTES), voted(VOTES[3], "no idea"), voted(None)
     report = functools.partial(outcome, qcrd.report_votes, NUMBERS)
     examples, chatter = [Example("a", "1 + 1"), Example("b", "4")], "Well, let me think about that"
     text = report(examples, [vote, alone])
-    assert text.startswith("vote: 2.00 positives per question (paper: 3.87), 1.00 negatives"), text
+    counts = "2.00 positives per question (paper: 3.87), 1.50 distinct; 1.00 negatives"
+    assert text.startswith(f"vote: {counts}\n"), text
     assert "50% of 2 questions with positives only" in text and "warning" not in text
     assert "majority right on 50.0%, 1 samples cannot be read" in text
     text = report(examples, [vote, voted(*[chatter] * 5)[0]])
@@ -1669,7 +1670,7 @@ def test_a_folder_goes_from_teacher_to_student():
     with sums_home() as (flags, asked):
         flags[flags.index("number")] = "text"
         text = qcrd_main(*flags, "teacher", "--stage", "teacher")
-        assert "vote: 4.00 positives per question (paper: 3.87), 1.00 negatives" in text, text
+        assert "vote: 4.00 positives" in text and "; 1.00 negatives" in text, text
         assert "majority right on 100.0%" in text and not Path("teacher").exists()
         for method, labels in (("qcrd", "gold"), ("dss", "teacher"), ("finetune", "gold")):
             qcrd_main(*flags, method, "--method", method, "--labels", labels)

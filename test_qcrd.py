@@ -1838,8 +1838,9 @@ def test_tables_use_flags_that_the_program_knows():
     for table, (seeds, reference, cells) in tables.TABLES.items():
         assert reference in cells and seeds > 0
         assert set(tables.PAPER.get(table, ("", {}))[1]) <= set(cells)
+        of_demo = tables.DEMO.get(table, [])
         for flags in cells.values():
-            qcrd.Config(**vars(qcrd.parser().parse_args(flags.split())))
+            qcrd.Config(**vars(qcrd.parser().parse_args(flags.split() + of_demo)))
 
 
 def test_printed_tables_are_the_recorded_runs():

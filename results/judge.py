@@ -124,10 +124,7 @@ def main() -> int:
         task = json.loads((second / "config.json").read_text("utf-8"))["task"]
         given = {"teacher": args.judge, "teacher_model": args.judge_model, "samples": 1}
         judge = qcrd.connect_teacher(qcrd.Config("judge", teacher_temperature=0.0, **given), True)
-        require(
-            judge and judge.url != "palm",
-            "no judge: name one with --judge URL, or set OPENAI_API_KEY",
-        )
+        require(judge and judge.url != "palm", "no judge: name --judge URL, or set OPENAI_API_KEY")
         counts = compare(args.runs, judge, args.questions, tau, args.seed)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1878,8 +1878,8 @@ def test_table_of_made_up_runs_and_p_by_hand():
     with scratch() as folder, patch.object(tables, "HERE", folder):
         fetch_data.write_lines(folder / "main.jsonl", runs)
         text = command(tables, "--print", "main")
-    cell = "61.0 ± 1.4 | +10.0, 0.500"
-    assert f"| QCRD | {cell} | {cell} | {cell} | 2 | *69.0* |" in text, text
+    cell = "61.0 ± 1.4 (+10.0, p 0.500) | "
+    assert f"| QCRD | {cell * 4}2 | *69.0* |" in text, text
 
 
 def test_judge_is_blind_to_the_order():

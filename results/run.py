@@ -6,11 +6,10 @@
     python results/run.py ablation --task svamp --teacher URL      # the paper's setting, on a GPU
 
 A finished cell is a line of results/<table>.jsonl (with --task T: results/<table>-T.jsonl) and is
-skipped; one that was interrupted is resumed. A cell runs on one thread, so that its numbers do not
-depend on how many cores there are and two processes can work side by side, also on one table.
-Accuracies are percentages: mean ± standard deviation over seeds, the paired difference from the
-table's reference, and p of an exact sign-flip test. p covers the student's randomness: the
-teacher's samples are the same for all seeds.
+skipped; one that was interrupted is resumed. A cell runs on one thread, so that the number of cores
+does not change its result and two processes can share a table. Accuracies are percentages: mean ±
+standard deviation over seeds, in brackets the paired difference from the table's reference with p
+of an exact sign-flip test, which covers the student's randomness: all have the same samples.
 """
 
 import argparse
@@ -115,7 +114,8 @@ PAPER: dict[str, tuple[str, dict[str, float]]] = {
 }
 # Kept of each iteration's line of metrics.jsonl: what plots and tables need.
 KEPT = "iteration L L_pred L_cl L_D l_pos l_neg zero s_pos s_neg pair past right valid s".split()
-SCORES = ("test_accuracy", "rationale_accuracy", "rationale_accuracy_last", "test_accuracy_last")
+SCORES = ("test_accuracy", "test_accuracy_last", "rationale_accuracy", "rationale_accuracy_last")
+SETTING = "task teacher teacher-model model device micro-batch".split()  # flags for qcrd.py
 
 
 def path_of(table: str, task: str) -> Path:
@@ -157,6 +157,8 @@ def run_cell(command: str, folder: Path) -> dict | None:
         lines = records(folder / "metrics.jsonl")
         kept = [{key: line.get(key) for key in KEPT} for line in lines]
         seconds = sum(line["seconds"] for line in lines)
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        result |= {name: config[name.replace("-", "_")] for name in [*SETTING, "precision"]}
         short = json.loads(json.dumps(kept), parse_float=lambda text: float(f"{float(text):.4g}"))
         return {"command": command, "seconds": round(seconds), **result, "iterations": short}
 
@@ -172,7 +174,9 @@ def run_table(table: str, task: str, passed: list[str], seeds: int) -> None:
         name = "-".join(command.replace("--", "").replace("/", "_").split()[1:])
         print(f"== {table}, {cell}, seed {seed}: {command}", flush=True)
         line = finished(task).get(command) or run_cell(command, HERE.parent / "runs/tables" / name)
-        if line is not None:
+        if line is None:
+            print("   another process is at it, or a killed one's; run this again", flush=True)
+        else:
             line = {"cell": cell, "seed": seed, "commit": commit.stdout.decode().strip()} | line
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line | {"cell": cell}) + "\n")
@@ -204,20 +208,19 @@ def runs_of(table: str, task: str, passed: list[str]) -> dict[str, dict[int, dic
 def print_table(table: str, task: str, passed: list[str]) -> None:
     """Markdown: label and rationale accuracy of the selected and the last student."""
     reference, of = TABLES[table][1], runs_of(table, task, passed)
-    parts = ("label", "rationale", "rationale, last student")
-    columns = " | ".join(f"{part} | difference, p" for part in parts) + " | seeds"
+    columns = "label | label, last student | rationale | rationale, last student | seeds"
     setting, paper = PAPER.get(table, ("", {}))
     print(f"\n| {table} | {columns} |" + (f" *paper: {setting}* |" if paper else ""))
-    print("|---" * (9 if paper else 8) + "|")
+    print("|---" * (7 if paper else 6) + "|")
     for cell, found in of.items():
         row = [cell]
-        for key in SCORES[:3]:
+        for key in SCORES:
             values = {s: 100 * run[key] for s, run in found.items() if run[key] is not None}
             base = {s: run[key] for s, run in of.get(reference, {}).items() if run[key] is not None}
-            row.append(spread(list(values.values())) if values else "")
             pairs = [values[s] - 100 * base[s] for s in values if s in base]
-            compared = cell != reference and pairs
-            row.append(f"{statistics.mean(pairs):+.1f}, {exact_p(pairs):.3f}" if compared else "")
+            row.append(spread(list(values.values())) if values else "")
+            if cell != reference and pairs:
+                row[-1] += f" ({statistics.mean(pairs):+.1f}, p {exact_p(pairs):.3f})"
         row.append(str(len(found)))
         if paper:
             row.append(f"*{paper[cell]}*" if cell in paper else "")
@@ -228,15 +231,14 @@ def print_terms(table: str, task: str, passed: list[str]) -> None:
     """Markdown: share of the negative terms at 0 by iteration, and of the student's negatives that
     end in the right answer; percent, means over seeds."""
     of = runs_of(table, task, passed)
-    count = max(len(run["iterations"]) for found in of.values() for run in found.values())
+    counts = [len(run["iterations"]) for found in of.values() for run in found.values()]
+    count = max(counts, default=0)
     numbers = " | ".join(str(t) for t in range(1, count + 1))
     print(f"\n| {table}: terms at 0, iteration | {numbers} | the student's own that are right |")
     print("|---" * (count + 2) + "|")
     for cell, found in of.items():
         lines = [line for run in found.values() for line in run["iterations"]]
-        row = []
-        for t in range(1, count + 1):
-            row.append([line["zero"] for line in lines if line["iteration"] == t])
+        row = [[x["zero"] for x in lines if x["iteration"] == t] for t in range(1, count + 1)]
         row.append([line["right"] for line in lines])
         values = [[100 * value for value in column if value is not None] for column in row]
         means = [f"{statistics.mean(column):.0f}" if column else "" for column in values]
@@ -250,13 +252,13 @@ def main() -> None:
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=", ".join(TABLES))
     parser.add_argument("--print", action="store_true", help="run nothing")
     parser.add_argument("--terms", action="store_true", help="the negative terms too")
-    parser.add_argument("--seeds", type=int, help="instead of the table's own number")
-    for name in ("task", "teacher", "model"):
+    parser.add_argument("--seeds", type=int, help="fewer than the table's own number")
+    for name in SETTING:
         parser.add_argument(f"--{name}", default="", help="passed on to qcrd.py")
     args = parser.parse_args()
-    passed = [
-        w for n in ("task", "teacher", "model") if (v := getattr(args, n)) for w in (f"--{n}", v)
-    ]
+    args.task = "" if args.task == "demo" else args.task
+    given = {f"--{name}": vars(args)[name.replace("-", "_")] for name in SETTING}
+    passed = [word for pair in given.items() if pair[1] for word in pair]
     for table in args.tables:
         if table not in TABLES:
             parser.error(f"{table}: no table; there are {', '.join(TABLES)}")

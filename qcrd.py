@@ -636,7 +636,8 @@ class Discriminator(nn.Module):
 
 def discriminator_loss(s_pos: list[Tensor], s_neg: list[Tensor]) -> Tensor:
     """L_D = E_x[ -log( Σ exp(s_pos) / Σ exp(s_neg) ) ] [eq. 2]: a question's m positives above the
-    line, its k negatives, and they alone, below it. A tensor of scores a question in each list."""
+    line, its k negatives, and they alone, below it. A tensor of scores a question in each list.
+    It stays the same when all scores rise alike: their level, which weighs in eq. (6), is open."""
     terms = [neg.exp().sum().log() - pos.exp().sum().log() for pos, neg in zip(s_pos, s_neg)]
     return torch.stack(terms).mean()
 

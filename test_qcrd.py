@@ -1170,6 +1170,8 @@ def test_eq_2_and_its_gradient():
     L_D.backward()
     expected = [[-2 / 7, -3 / 14], [-5 / 28, -5 / 28, -1 / 7], [1 / 11, 2 / 11, 5 / 22], [0.2, 0.3]]
     assert all(torch.allclose(s.grad, torch.tensor(row)) for s, row in zip(scores, expected))
+    higher = qcrd.discriminator_loss([s + 0.3 for s in scores[:2]], [s + 0.3 for s in scores[2:]])
+    assert abs(L_D.item() - higher.item()) < 1e-6  # the level of s is open
 
 
 def test_eq_3_to_8_by_hand():

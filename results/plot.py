@@ -118,7 +118,7 @@ def draw_fractions(names: list[str], path: Path) -> None:
     picture, ((label, rationale, paper),) = figure(1, 3, 3.0)
     for method, colour in (("DSS", BLUE), ("QCRD", ORANGE)):
         cells = [f"{method}, {part} %" for part in parts]
-        for axis, key in ((label, "test_accuracy"), (rationale, "rationale_accuracy")):
+        for axis, key in ((label, "test_accuracy_last"), (rationale, "rationale_accuracy_last")):
             y = np.full((seeds, len(parts)), np.nan)
             for run in runs:
                 if run["cell"] in cells:
@@ -126,7 +126,7 @@ def draw_fractions(names: list[str], path: Path) -> None:
             band(axis, parts, y, method, colour)
         printed = [tables.PAPER["fractions"][1][cell] for cell in cells]
         paper.plot(parts, printed, "o--", color=colour, alpha=0.5, label=f"{method}, printed")
-    titles = ("label accuracy, %", "rationale accuracy, %", "the paper's: label, SVAMP, T5-base, %")
+    titles = ("last student: labels, %", "rationales, %", "the paper's: labels, SVAMP, T5-base, %")
     for axis, title in zip((label, rationale, paper), titles):
         axis.set(title=title, xticks=parts, xlabel="% of the training set")
         axis.legend()

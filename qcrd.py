@@ -45,6 +45,7 @@ import textwrap
 import threading
 import time
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -449,6 +450,11 @@ def votes_on(teacher: Teacher | None, task: Task, examples: list, ask: bool) -> 
     return [vote_on(task, e.input, row) for e, row in zip(examples, track("  vote", rows))]
 
 
+def distinct(vote: Vote, slots: Iterable[int]) -> list[str]:
+    """The slots' rationales; empty ones and repetitions are dropped [ours]."""
+    return [r for r in dict.fromkeys(vote.samples[slot].rationale for slot in slots) if r]
+
+
 def sets_of(vote: Vote, config: Config) -> tuple[list[str], list[str], str | None]:
     """-> the rationales of S_pos and S_neg, repetitions dropped [ours], and â as its lowest slot
     wrote it. Controls [ours]: --vote first, slot 0, right or wrong; --vote all, every slot."""
@@ -456,10 +462,10 @@ def sets_of(vote: Vote, config: Config) -> tuple[list[str], list[str], str | Non
     if config.vote != "majority":
         positives, negatives = range(len(vote.samples)), []
     voices = positives if config.vote == "first" else vote.positives
-    pos = dict.fromkeys(vote.samples[slot].rationale for slot in positives)
-    neg = dict.fromkeys(vote.samples[slot].rationale for slot in negatives)
+    pos = distinct(vote, positives)
+    neg = [r for r in distinct(vote, negatives) if r not in pos]
     answer = vote.samples[voices[0]].answer if voices else None
-    return [r for r in pos if r], [r for r in neg if r and r not in pos], answer
+    return pos, neg, answer
 
 
 def report_votes(task: Task, examples: list[Example], votes: list[Vote]) -> None:
@@ -468,13 +474,13 @@ def report_votes(task: Task, examples: list[Example], votes: list[Vote]) -> None
     n = len(votes)
     m = sum(len(vote.positives) for vote in votes)
     k = sum(len(vote.negatives) for vote in votes)
-    distinct = sum(len({v.samples[slot].rationale for slot in v.positives} - {""}) for v in votes)
+    unlike = sum(len(distinct(vote, vote.positives)) for vote in votes)
     voted = sum(bool(vote.positives) for vote in votes)
     alone = sum(bool(vote.positives) and not vote.negatives for vote in votes)
     gold = [fetch_data.answer_key(task.kind, example.label) for example in examples]
     right = sum(vote.best is not None and vote.best == key for vote, key in zip(votes, gold))
     unread = [slot[0] for v in votes for slot, key in zip(v.slots, v.keys) if slot and key is None]
-    counts = f"{distinct / n:.2f} distinct; {k / n:.2f} negatives"
+    counts = f"{unlike / n:.2f} distinct; {k / n:.2f} negatives"
     say(f"vote: {m / n:.2f} positives per question (paper: 3.87), {counts}")
     say(f"  {alone / n:.0%} of {n} questions with positives only (paper: more than half),")
     say(f"  majority right on {right / n:.1%}, {len(unread)} samples cannot be read")

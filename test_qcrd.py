@@ -1672,7 +1672,8 @@ def test_a_folder_goes_from_teacher_to_student():
     with sums_home() as (flags, asked):
         flags[flags.index("number")] = "text"
         text = qcrd_main(*flags, "teacher", "--stage", "teacher")
-        assert "vote: 4.00 positives" in text and "; 1.00 negatives" in text, text
+        counts = "4.00 positives per question (paper: 3.87), 4.00 distinct; 1.00 negatives"
+        assert f"vote: {counts}\n" in text, text
         assert "majority right on 100.0%" in text and not Path("teacher").exists()
         for method, labels in (("qcrd", "gold"), ("dss", "teacher"), ("finetune", "gold")):
             qcrd_main(*flags, method, "--method", method, "--labels", labels)

@@ -13,7 +13,6 @@ QCRD_HOME=<folder>: where data/ and weights/ lie, by default beside this file.
 
 import argparse
 import ast
-import fcntl
 import functools
 import hashlib
 import itertools
@@ -26,6 +25,7 @@ import shutil
 import sys
 import threading
 import time
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -34,7 +34,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from operator import add, mul, neg, sub, truediv
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
+import filelock
 import numpy as np
 import requests
 import sentencepiece
@@ -104,8 +106,7 @@ def download(name: str) -> Path:
     target = root() / "data" / "downloads" / name
     part = Path(f"{target}.part")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{target}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # freed by the kernel, also when the process is killed
+    with filelock.FileLock(f"{target}.lock"):  # freed by the kernel when the process is killed
         path = target if target.exists() else part
         if path == part and url.startswith(("http://", "https://")):
             pins += fetch(url, part)
@@ -124,14 +125,27 @@ def download(name: str) -> Path:
     return target
 
 
+def anonymous_session(url: str) -> requests.Session:
+    """A session for `url` with the environment's proxies and certificates, but without ~/.netrc,
+    which `requests` reads for every redirect; loopback goes past the proxies."""
+    session = requests.Session()
+    session.trust_env = False
+    session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
+    host = urlsplit(url).hostname or ""
+    if not (host in ("localhost", "::1") or host.startswith("127.")):
+        session.proxies = requests.utils.get_environ_proxies(url)
+    return session
+
+
 def fetch(url: str, part: Path) -> list[str]:
     """Append to `part` what it lacks -> the sha256 that the server names, if any. InputError."""
     part.touch()
     for seconds in (0.2, 0.4, 0.8, 1.6, 0):
         done = part.stat().st_size
         headers = {"Accept-Encoding": "identity", "Range": f"bytes={done}-"}  # bytes of the file
+        how = {"headers": headers, "stream": True, "timeout": (10, 60)}  # seconds
         try:
-            with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as response:
+            with anonymous_session(url) as session, session.get(url, **how) as response:
                 if response.status_code == 416:  # the part is longer than the file, or whole
                     os.truncate(part, 0)
                 response.raise_for_status()
@@ -150,7 +164,7 @@ def fetch(url: str, part: Path) -> list[str]:
                 tags = " ".join(hop.headers.get("X-Linked-ETag", "") for hop in hops)
                 return re.findall(r"\b[0-9a-f]{64}\b", tags)
             why = f"cut after {done:,} of {total:,} bytes"
-        except requests.RequestException as error:
+        except (requests.RequestException, ValueError) as error:  # ValueError: of a malformed URL
             why = fold(str(error))[:150]
         time.sleep(seconds)
     remedy = f"run again (it resumes), or put it at {part.with_suffix('')} or in a mirror"

@@ -628,6 +628,8 @@ def served(content, pin="", cut=None, ranges=True, etag="", status=()):
         code = codes.pop(0) if codes else usual
         sent = content[start:] if code < 300 else b""
         headers = {"Content-Length": len(sent), "X-Linked-ETag": etag}
+        if code == 302:
+            headers["Location"] = "/there"
         if code == 206:
             headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
         return code, sent[:cut], headers
@@ -646,7 +648,7 @@ def empty_task(kind, options=()):
 
 
 def test_download_resumes_what_was_cut():
-    """Also when several processes want the file: flock tells threads apart as it does those."""
+    """Also when several want the file: the lock tells threads apart as it does processes."""
     content = os.urandom(300_000)
     with served(content, cut=131_072) as (home, asked):
         with multiprocessing.pool.ThreadPool(4) as pool:
@@ -701,6 +703,19 @@ def test_download_without_a_connection_names_the_remedy():
         assert path.exists()
         path.write_bytes(b"content")
         assert FETCH_X().read_bytes() == b"content"
+
+
+def test_download_sends_no_password_and_no_request_to_a_proxy_for_loopback():
+    """requests would take both from the environment, the password anew for every redirect."""
+    with served(b"content", status=[302]) as (home, asked):
+        (home / "netrc").write_text("default login me password secret")
+        environment = {"NETRC": str(home / "netrc"), "http_proxy": "http://127.0.0.1:9"}
+        with patch.dict(os.environ, environment):
+            session = fetch_data.anonymous_session(f"{os.environ['QCRD_MIRROR']}/x")
+            assert FETCH_X().read_bytes() == b"content" and not session.proxies
+            elsewhere = fetch_data.anonymous_session("http://files.example/x")
+            assert elsewhere.proxies["http"] == "http://127.0.0.1:9"
+        assert len(asked) == 2 and not any("Authorization" in headers for headers, _ in asked)
 
 
 def test_students_are_stored_in_the_one_format():

@@ -80,6 +80,12 @@ def option(default: Any, mark: str, help: str, allowed: str = "") -> Any:
     return field(default=default, metadata={"mark": mark, "help": help, "allowed": allowed})
 
 
+COUNT, NUMBER, WEIGHT = "[1, 100000]", "[0, 1e9]", "[0, 1000]"
+SOURCES = "snapshot|fixed|static|sc|none"
+SCHEMES = "minmax|maxmin|sampling|mean|wmean|minmin"
+PRECISIONS = "|float32|bfloat16|float16"
+
+
 @dataclass
 class Config:
     """Every setting; the command line is made from it."""
@@ -88,16 +94,14 @@ class Config:
     task: str = option("demo", "ours", "demo, svamp, cqa, anli1, esnli, or a folder of JSONL files")
     answer: str = option("text", "ours", "a folder's labels; numbers by value", "text|number")
     labels: str = option("gold", "table", "the data's, or the vote's answers", "gold|teacher")
-    fraction: float = option(
-        1.0, "ours", "part of the training questions, from the first", "(0, 1]"
-    )
+    fraction: float = option(1.0, "ours", "part of the training data, from the first", "(0, 1]")
     # Teacher and vote
     teacher: str = option("", "ours", "URL of a server with OpenAI's API, or palm (see the end)")
     teacher_model: str = option("", "review", "gpt-3.5-turbo at OpenAI; ours: else the first")
     samples: int = option(5, "review", "K, samples a question", "[1, 128]")
     teacher_temperature: float = option(0.7, "review", "the teacher's temperature", "[0, 5]")
-    teacher_tokens: int = option(512, "ours", "longest sample, in its tokens", "[1, 1000000]")
-    teacher_budget: int = option(0, "ours", "at most this many requests (0: any)", "[0, inf)")
+    teacher_tokens: int = option(512, "ours", "longest sample, in its tokens", "[1, 1e6]")
+    teacher_budget: int = option(0, "ours", "at most this many requests (0: any)", NUMBER)
     teacher_timeout: float = option(180.0, "ours", "seconds to wait for an answer", "(0, 86400]")
     teacher_fields: str = option("", "ours", "JSON merged into each request; null removes a field")
     concurrency: int = option(8, "ours", "requests under way at once", "[1, 256]")
@@ -110,65 +114,38 @@ class Config:
     rationale_tokens: int = option(256, "DSS", "longest rationale", "[2, 10000]")
     label_tokens: int = option(64, "ours", "longest label", "[3, 10000]")
     # Negatives
-    negative_source: str = option(
-        "snapshot", "table", "who writes them; see the end", "snapshot|fixed|static|sc|none"
-    )
+    negative_source: str = option("snapshot", "table", "who writes them; see the end", SOURCES)
     negative_model: str = option("", "ours", "folder of the fixed student (default: --model)")
-    lag: int = option(
-        5, "review", "j: iteration t samples from the student after t - j", "[1, inf)"
-    )
+    lag: int = option(5, "review", "j: iteration t samples from the student after t - j", COUNT)
     student_temperature: float = option(1.5, "review", "the student's temperature", "(0, 100]")
-    student_temperature_end: float = option(
-        0.0, "overview", "its last value, on a line (0: the same)", "[0, 100]"
-    )
+    student_temperature_end: float = option(0.0, "overview", "its last (0: the same)", "[0, 100]")
     student_samples: int = option(1, "review", "the student's samples a question", "[1, 100]")
     # Discriminator
     discriminator: bool = option(True, "review", "weights s and 1 - s (without: 1)")
-    discriminator_model: str = option(
-        "",
-        "review",
-        "D's encoder: T5-base's for t5-small, t5-base on CUDA; ours: else the student's",
-    )
+    discriminator_model: str = option("", "review", "its encoder; see the end")
     discriminator_loss: str = option("eq2", "eq. 2", "L_D; ce: the figure's CE", "eq2|ce")
-    discriminator_pretrain: int = option(
-        500, "review", "pretraining steps; at most, in the paper", "[0, inf)"
-    )
-    discriminator_every: int = option(
-        1, "ours", "update it before iterations 1 + n, 1 + 2n, ... (0: never)", "[0, inf)"
-    )
-    discriminator_steps: int = option(20, "ours", "steps of an update", "[1, inf)")
-    discriminator_questions: int = option(8, "ours", "questions a step of D", "[1, 4096]")
+    discriminator_pretrain: int = option(500, "review", "pretraining steps, at most there", NUMBER)
+    discriminator_every: int = option(1, "ours", "n: updates before t = 1 + n, 1 + 2n, ...", NUMBER)
+    discriminator_steps: int = option(20, "ours", "steps of an update", COUNT)
+    discriminator_questions: int = option(8, "ours", "questions a step of it", "[1, 4096]")
     discriminator_lr: float = option(1e-4, "ours", "its learning rate", "(0, 1]")
     discriminator_noise: float = option(0.0, "overview", "part with swapped sets", "[0, 1]")
     # Loss
-    scheme: str = option(
-        "minmax",
-        "eq. 4, 5",
-        "which of S_pos and S_neg count",
-        "minmax|maxmin|sampling|mean|wmean|minmin",
-    )
-    delta: float = option(3.0, "review", "δ: a negative with this loss adds nothing", "[0, 1000]")
-    beta: float = option(0.2, "review", "β: weight of the negative term", "[0, 1000]")
-    alpha_pred: float = option(0.5, "review", "α1: weight of L_pred", "[0, 1000]")
-    alpha_cl: float = option(0.5, "review", "α2: weight of L_cl", "[0, 1000]")
-    alpha_d: float = option(0.5, "review", "α3 in iteration 1: weight of L_D", "[0, 1000]")
+    scheme: str = option("minmax", "eq. 4, 5", "which of S_pos and S_neg count", SCHEMES)
+    delta: float = option(3.0, "review", "δ: a negative with this loss adds nothing", WEIGHT)
+    beta: float = option(0.2, "review", "β: weight of the negative term", WEIGHT)
+    alpha_pred: float = option(0.5, "review", "α1: weight of L_pred", WEIGHT)
+    alpha_cl: float = option(0.5, "review", "α2: weight of L_cl", WEIGHT)
+    alpha_d: float = option(0.5, "review", "α3 in iteration 1: weight of L_D", WEIGHT)
     alpha_d_decay: float = option(0.9, "review", "α3 is multiplied by it each iteration", "[0, 1]")
     # Training
-    steps: int = option(10_000, "DSS", "optimizer steps in all", "[0, 100000000]")
-    iterations: int = option(
-        20, "ours", "equal parts that the steps are divided into", "[1, 100000]"
-    )
-    batch: int = option(64, "DSS", "questions an optimizer step", "[1, 100000]")
-    micro_batch: int = option(
-        0, "ours", "questions at once, less memory (0: 16, on CUDA all)", "[0, 100000]"
-    )
+    steps: int = option(10_000, "DSS", "optimizer steps in all", "[0, 1e8]")
+    iterations: int = option(20, "ours", "equal parts that the steps are divided into", COUNT)
+    batch: int = option(64, "DSS", "questions an optimizer step", COUNT)
+    micro_batch: int = option(0, "ours", "questions at once (0: 16, on CUDA all)", NUMBER)
     lr: float = option(5e-5, "DSS", "AdamW's learning rate, falling linearly to 0", "(0, 1]")
-    seed: int = option(
-        0, "ours", "initialisation, order, dropout, student's samples; never data", "[0, inf)"
-    )
-    precision: str = option(
-        "", "ours", "default: float32; on CUDA bf16, else fp16", "|float32|bfloat16|float16"
-    )
+    seed: int = option(0, "ours", "of the student's and D's randomness; never of data", NUMBER)
+    precision: str = option("", "ours", "default: float32; on CUDA bf16, else fp16", PRECISIONS)
     device: str = option("", "ours", "default: cuda where there is one", "|cpu|cuda")
     run: str = option("", "ours", "the run's folder (default: runs/<task>-<method>-<seed>)")
     stage: str = option("all", "ours", "teacher: only ask the teacher", "all|teacher")
@@ -180,7 +157,7 @@ DEMO |= {"discriminator_pretrain": 100}
 DEMO_STUDENT = {"lr": 1e-3, "discriminator_lr": 3e-4}
 METHODS: dict[str, dict[str, Any]] = {
     "qcrd": {},
-    "dss": {"vote": "first", "scheme": "mean"} | dict.fromkeys(["negative_source"], "none"),
+    "dss": {"vote": "first", "scheme": "mean", "negative_source": "none"},  # the mean of one
     "single": {"vote": "first", "negative_source": "none"},
     "finetune": {"negative_source": "none"},
 }
@@ -208,9 +185,8 @@ def check(config: Config, where: str = "") -> None:
             require(value in allowed.split("|"), f"{shown}: not one of {allowed.strip('|')}")
         elif allowed:
             low, high = map(float, allowed[1:-1].split(","))
-            inside = low < value < high or (value == low and allowed[0] == "[")
-            inside = inside or (value == high and allowed[-1] == "]")
-            require(inside, f"{shown}: not in {allowed}")
+            above = low <= value if allowed[0] == "[" else low < value
+            require(above and value <= high, f"{shown}: not in {allowed}")
 
 
 def derive_seed(*purpose: object) -> int:
@@ -277,18 +253,14 @@ def sets_of(vote: Vote, rule: str) -> tuple[list[str], list[str], str | None]:
     rule: majority; first, slot 0's rationale, right, wrong or unreadable [DSS]; all, every slot's
     as a positive [ours].
     """
-    if rule == "first":
-        return distinct(vote, [0][: len(vote.samples)]), [], first_answer(vote, [0])
-    if rule == "all":
-        return distinct(vote, range(len(vote.samples))), [], first_answer(vote, vote.positives)
+    speakers = [0][: len(vote.samples)] if rule == "first" else vote.positives
+    answer = vote.samples[speakers[0]].answer if speakers else None
+    if rule != "majority":
+        members = speakers if rule == "first" else range(len(vote.samples))
+        return distinct(vote, members), [], answer
     positives = distinct(vote, vote.positives)
     negatives = [r for r in distinct(vote, vote.negatives) if r not in positives]
-    return positives, negatives, first_answer(vote, vote.positives)
-
-
-def first_answer(vote: Vote, slots: list[int]) -> str | None:
-    """The answer of the first of some slots."""
-    return vote.samples[slots[0]].answer if slots and vote.samples else None
+    return positives, negatives, answer
 
 
 # ----------------------------------------------------------------------------------- 3. Student
@@ -790,7 +762,9 @@ def iterate(run: Run, t: int) -> None:
             student.model.train()
             L_pred = label_losses(student, part).sum() / len(batch)
             losses = rationale_losses(student, part, picks)  # ℓ of the picks, with gradient
-            L_cl = contrastive(losses, s, picks, config).sum() / len(batch)  #          [eq. 3, 6, 7]
+            L_cl = contrastive(losses, s, picks, config).sum() / len(
+                batch
+            )  #          [eq. 3, 6, 7]
             run.scaler.scale(α1 * L_pred + α2 * L_cl).backward()  # the student's part of [eq. 8]
             take_statistics(run, len(part) / len(batch), picks, losses, s, L_pred, L_cl)
         all_reduce_gradients(student.model)

@@ -13,7 +13,6 @@ QCRD_HOME=<folder>: where data/ and weights/ lie, by default beside this file.
 
 import argparse
 import ast
-import fcntl
 import functools
 import hashlib
 import itertools
@@ -26,6 +25,7 @@ import shutil
 import sys
 import threading
 import time
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -104,8 +104,7 @@ def download(name: str) -> Path:
     target = root() / "data" / "downloads" / name
     part = Path(f"{target}.part")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{target}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # freed by the kernel, also when the process is killed
+    with t5.lock(f"{target}.lock"):
         path = target if target.exists() else part
         if path == part and url.startswith(("http://", "https://")):
             pins += fetch(url, part)
@@ -124,6 +123,11 @@ def download(name: str) -> Path:
     return target
 
 
+def anonymous(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    """As authentication: nothing is sent, where requests would send what ~/.netrc says."""
+    return request
+
+
 def fetch(url: str, part: Path) -> list[str]:
     """Append to `part` what it lacks -> the sha256 that the server names, if any. InputError."""
     part.touch()
@@ -131,7 +135,8 @@ def fetch(url: str, part: Path) -> list[str]:
         done = part.stat().st_size
         headers = {"Accept-Encoding": "identity", "Range": f"bytes={done}-"}  # bytes of the file
         try:
-            with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as response:
+            how = {"stream": True, "timeout": (10, 60), "auth": anonymous}
+            with requests.get(url, headers=headers, **how) as response:
                 if response.status_code == 416:  # the part is longer than the file, or whole
                     os.truncate(part, 0)
                 response.raise_for_status()
@@ -297,8 +302,6 @@ def load_task(name: str, answer: str = "text", archive: str | Path = "") -> Task
         require(len(train) > 1, f"{folder}/train.jsonl: too short to hold out a validation set")
         train, valid = hold_out(train)
         note(f"note: {folder} has no valid.jsonl: the last {len(valid)} training questions are it")
-    if leaked := len({x.input for x in train} & {x.input for x in test}):
-        note(f"warning: {leaked} training questions of {folder} are test questions too")
     options = NLI if kind == "nli" else tuple(sorted({example.label for example in train}))
     few = kind == "nli" or kind == "text" and len(options) <= 20 and len(options) < len(train)
     samples = root() / "data" / folder.resolve().name
@@ -332,8 +335,10 @@ def parse_example(line: bytes, kind: str, where: str) -> Example:
     require(not empty, f"{where}: an empty input or label")
     shown = f"{where}: label {label[:40]!r}"
     require(kind != "nli" or label in NLI, f"{shown} must be one of {', '.join(NLI)}")
-    good = kind != "number" or value(label) is not None
-    require(good, f"{shown} is no number and no equation; --answer text compares text")
+    why = "is no number and no equation; --answer text compares text"
+    require(
+        answer_key(kind, label), f"{shown} {why if kind == 'number' else 'compares to nothing'}"
+    )
     return Example(question, sys.intern(label))  # one object for the 549,367 labels of e-SNLI
 
 
@@ -392,15 +397,19 @@ def value(expression: str) -> float | None:
 
 
 def answer_key(kind: str, answer: str | None) -> str | None:
-    """What equal answers share: the value rounded to 1e-4, or the words in lower case."""
+    """What equal answers share: the value rounded to 1e-4, or the text in NFC, without differences
+    of case and white space, surrounding quotes and final stops [ours; DSS: the text exactly]."""
     if kind == "number":
         number = value(answer or "")
         return None if number is None else f"{round(number, 4) + 0.0:.4f}"  # + 0.0: -0 is 0
-    return fold(re.sub(r"[^\w\s+-]|_", " ", (answer or "")[:1000].lower())) or None
+    text = fold(unicodedata.normalize("NFC", (answer or "")[:1000].casefold()))
+    text = unicodedata.normalize("NFC", text)
+    bare = text.strip("\"'`“”‘’«»„ ").rstrip(".。।").strip("\"'`“”‘’«»„ ")
+    return bare or text or None
 
 
 def is_right(kind: str, answer: str | None, label: str) -> bool:
-    """The metric [DSS]: equal values, else equal texts."""
+    """The metric [DSS]: equal values, else equal texts, as `answer_key` compares them [ours]."""
     key = answer_key(kind, answer)
     return key is not None and key == answer_key(kind, label)
 
@@ -414,7 +423,7 @@ class Sample(NamedTuple):
 MARK = re.compile(
     r"""( ( \*{0,2} (\b(so|thus|hence|therefore),?\s+)? (\b(the|my)\s+)? (\b(final|correct)\s+)?
             (<answer>|\banswer) (\sto\s[^.:\n]{1,40}?)? \**\s* (is|would\sbe|=|:)\s*:?
-          | \#{4} | \\boxed\s*\{ ) [\s$*]* )+""",
+          | \#{4} | \\boxed\s*\{ ) \s* (\*\*(?=\s))? \s* )+""",
     re.IGNORECASE | re.VERBOSE,
 )
 SENTENCE = re.compile(r"(?<!\b[A-Z])(?<!\b[A-Z][a-z])[.;!?](?=\s|\Z)|\n")  # not "Dr. No", "B. the"
@@ -461,17 +470,33 @@ def read_answer(kind: str, options: list[str], text: str, first: bool) -> str | 
     """The first answer of a text, or its last number or the only option that it names."""
     if kind == "number":
         return read_number(text, first)
-    text = re.sub(r"\\[a-zA-Z]+", "", text)  # \text{Monday}
+    text = re.sub(r"\\[a-zA-Z]+(\{([^{}]*)\})?", r"\2", text)  # \text{Monday}
     if not options:
-        return text.strip(" \t.*\"'`_${}")[:200] or None if first else None
+        return unquoted(text)[:200] or None if first else None
     if kind == "choice" and (letter := LETTER.match(text)):
         return dict(zip("abcdefgh", options)).get(letter[1].lower())
-    words = f" {answer_key('text', text)} "
-    places = {option: words.find(f" {answer_key('text', option)} ") for option in options}
+    said = answer_key("text", text) or ""
+    places = {option: place_of(answer_key("text", option) or "", said) for option in options}
     named = [option for option in options if places[option] >= 0]
     if not named or len(named) > 1 and not first:
         return None
     return min(named, key=lambda option: (places[option], -len(option)))  # the longer of two
+
+
+def unquoted(text: str) -> str:
+    """A free answer without the Markdown or LaTeX around the whole of it."""
+    text = text.strip()
+    if text.count("}") > text.count("{"):  # the end of \\boxed{...
+        text = text.rstrip("$.} ")
+    pair = re.fullmatch(r"(\*\*|__|`|\$|\{)(.+?)(\1|\})\.?", text)
+    return pair[2].strip("{} ") if pair else text
+
+
+def place_of(option: str, text: str) -> int:
+    """Where an option stands in a text as words of its own, "c" not in "c#" or "rice"; -1: not."""
+    edge = r"[\w#+%&$€£-]"
+    found = re.search(rf"(?<!{edge}){re.escape(option)}(?!{edge})", text) if option else None
+    return found.start() if found else -1
 
 
 def read_number(text: str, first: bool) -> str | None:
@@ -917,33 +942,30 @@ def ensure_student(name: str) -> Path:
 # --------------------------------------------------------------------------------- 9. Command line
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line -> exit code, 2 with one line on stderr for a mistake of the user's."""
+def main() -> int:
+    """-> exit code, 2 with one line on stderr for a mistake of the user's."""
+    return t5.run_program(run_command)
+
+
+def run_command() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("names", nargs="*", help="tasks, students, serve-teacher, pretrain-demo")
     parser.add_argument("--archive", default="", help="datasets.zip to read tasks and PaLM from")
     parser.add_argument("--port", type=int, default=8000, help="of serve-teacher; 0: a free one")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     if not args.names:
         parser.print_help()
-    try:
-        for name in args.names:
-            if name == "pretrain-demo":
-                print(pretrain_demo())
-            elif name == "serve-teacher":
-                print(demo_teacher(args.port)[0], " (Ctrl-C ends it)", flush=True)
-                threading.Event().wait()
-            else:
-                print(ensure(name, args.archive))
-                if args.archive and name in TASKS and name != "demo":
-                    print(palm_samples(name, args.archive))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    for name in args.names:
+        if name == "pretrain-demo":
+            print(pretrain_demo())
+        elif name == "serve-teacher":
+            print(demo_teacher(args.port)[0], " (Ctrl-C ends it)", flush=True)
+            threading.Event().wait()
+        else:
+            print(ensure(name, args.archive))
+            if args.archive and name in TASKS and name != "demo":
+                print(palm_samples(name, args.archive))
 
 
 if __name__ == "__main__":

@@ -828,7 +828,7 @@ def test_published_questions_and_answers():
         random.Random(row["input"]).shuffle(slots)
         for five in (slots[:5], slots[5:]):
             vote = qcrd.vote_on(task, row["input"], five)
-            unread += vote.keys.count(None)
+            unread += vote.answers.count(None)
             positives += len(vote.positives)
             right += vote.best == gold[fetch_data.fold(row["input"])]
     assert len(turbo) == 564 and unread < 30, unread

@@ -247,9 +247,7 @@ class Attention(nn.Module):
             past[1, :, :, length - 1 : length] = values
             keys, values = past[:, :, :, :length]
         if x.device.type in FUSED:
-            width = keys.shape[2]  # the kernels want rows that start at a multiple of 8
-            bias = F.pad(bias.to(queries.dtype), (0, -width % 8))[..., :width]
-            bias = bias.expand(*queries.shape[:3], width)
+            bias = bias.expand(*queries.shape[:3], keys.shape[2])  # of `aligned`
             p = self.dropout.p if self.training else 0.0
             mixed = F.scaled_dot_product_attention(queries, keys, values, bias, p, scale=1.0)
         else:
@@ -324,6 +322,9 @@ class Stack(nn.Module):
     def forward(self, x, packing, bias, cross=None, cross_bias=None, past=None) -> Tensor:
         """x (N, D) packed embeddings -> (N, D). cross and past: for each layer, see Attention."""
         x = self.dropout(x)
+        if x.device.type in FUSED:
+            bias = aligned(bias)
+            cross_bias = None if cross_bias is None else aligned(cross_bias)
         for i, block in enumerate(self.block):
             x = block.layer[0](x, packing, bias, None, None if past is None else past[i])
             if self.is_decoder:
@@ -547,6 +548,15 @@ class Packing:
         if self.index is not None:
             x = x.new_zeros(self.mask.numel(), *x.shape[1:]).index_copy_(0, self.index, x)
         return x.unflatten(0, (-1, self.mask.shape[1]))
+
+
+def aligned(bias: Tensor) -> Tensor:
+    """A position bias as the fused kernels want it, once for all layers of a stack: in the dtype of
+    the products, rows that start at a multiple of 8. Gain: not measured, no GPU was at hand."""
+    kind = bias.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else bias.dtype
+    width = bias.shape[-1]
+    return F.pad(bias.to(dtype), (0, -width % 8))[..., :width]
 
 
 class Dropout(nn.Dropout):

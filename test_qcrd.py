@@ -1051,6 +1051,34 @@ def test_value_is_arithmetic_and_nothing_else():
     assert not right("text", "-5", "5") and not right("text", "", "")
 
 
+def test_text_answers_compare_as_texts():
+    """By NFC, case, white space, quotes and final stops; nothing else is dropped."""
+    same = [
+        ("e\u0301t\u00e9.", "ÉTÉ"),
+        ("  The  door. ", "the door"),
+        ("“yes”", "Yes"),
+        ("ß", "SS"),
+    ]
+    other = [("की", "का"), ("กี่", "กา"), ("C#", "C"), ("10%", "10"), ("3.5", "3 5"), ("<", ">")]
+    other += [("✓", "✗"), ("-5", "5"), ("$5", "5"), ("a*", "a"), ("_x_", "x"), ("C++", "C#")]
+    for a, b in same + other:
+        keys = [fetch_data.answer_key("text", text) for text in (a, b)]
+        assert all(keys) and (keys[0] == keys[1]) == ((a, b) in same), (a, b, keys)
+    for options in ((), tuple(text for pair in other for text in pair)):
+        task = empty_task("text", options)
+        for label in sum(other, ()):
+            said = f"<Explanation>: It is so. <Answer>: {label}"
+            sample = fetch_data.read_sample(task, "What?", said)
+            for gold in sum(other, ()):
+                right = fetch_data.is_right("text", sample.answer, gold)
+                assert right == (gold == label), (label, gold, sample)
+    words = empty_task("text", ("rice", "ice", "C"))
+    assert fetch_data.read_sample(words, "What?", "It must be ice, of course").answer == "ice"
+    line = b'{"input": "What?", "label": "\\u200b"}'
+    assert fetch_data.parse_example(line, "text", "here").label
+    refused(lambda: fetch_data.parse_example(line.replace(b"200b", b"00a0"), "text", "f:1"), "f:1")
+
+
 def test_broken_data_files_name_line_and_remedy():
     good = b'{"input": "One and one?", "label": "2"}\n'
     misshapen = (b"no JSON", b"[" * 5000, b'{"input": "1?"}', b"[1, 2]", b'"text"')
@@ -1086,7 +1114,6 @@ def test_a_folder_is_a_task():
         assert task.folder == home / "data" / "mine" and task.options == ()
         assert [len(x) for x in (task.train, task.valid, task.test)] == [18, 2, 3]
         assert "the last 2 training questions" in printed.getvalue()
-        assert "warning: 3 training questions" in printed.getvalue()
         assert fetch_data.load_task(str(folder)).options == ("0", "2")  # as text: two labels
         assert fetch_data.read_split(folder / "number.jsonl", "number") == [("0?", "0")]
 

@@ -57,7 +57,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import filelock
 import numpy as np
 import requests
 import torch
@@ -164,8 +163,9 @@ METHODS: dict[str, dict[str, Any]] = {
 FOR_QCRD = "lag student_temperature student_samples delta beta alpha_d".split()  # else ignored
 JUDGED = 100  # validation questions that the rationales and D are watched on [ours]
 FREE_ON_RESUME = ("device", "concurrency", "micro_batch")
-RANK = int(os.environ.get("RANK", 0))  # torchrun's
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
+RANK, WORLD = 0, 1  # torchrun's, where it started this process
+with contextlib.suppress(ValueError):
+    RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def flag(name: str) -> str:
@@ -861,6 +861,8 @@ class Teacher:
         self.filled = 0
         self.refusals: collections.Counter[str] = collections.Counter()  # the server's words
         self.refused_in_a_row = 0
+        self.questions = 1  # asked for, or answered before
+        self.refusals_allowed = 3  # in a row
         self.trouble = ""  # what the last request met
         self.session = requests.Session()
         self.session.auth = self.sign  # else requests would send what ~/.netrc says
@@ -907,7 +909,7 @@ class Teacher:
         """POST, repeated while the server is busy or drops the line, once after a time-out."""
         for repetition in range(REPETITIONS + 1):
             status, answer, wait = self.request("/chat/completions", body)
-            last = repetition == (1 if status in (TIMED_OUT, NO_ANSWER) else REPETITIONS)
+            last = repetition >= {TIMED_OUT: 1, NO_ANSWER: 3}.get(status, REPETITIONS)
             if status not in (*BUSY, TIMED_OUT, NO_ANSWER) or last or self.stopped.is_set():
                 break
             if wait > PATIENCE:
@@ -1242,11 +1244,18 @@ def student_folder(model: str) -> Path:
 BEGUN = {"config.json", "task.json", "metrics.jsonl", "snapshots", "lock"}  # before a checkpoint
 
 
-def claim(config: Config) -> tuple[Path, filelock.BaseFileLock | None]:
+def hold(folder: Path) -> contextlib.AbstractContextManager:
+    """Keeps other processes out of a run's folder; rank 0 does so for all. Raises InputError."""
+    if RANK > 0:
+        return contextlib.nullcontext()
+    return t5.lock(folder / "lock", f"{folder}: another process has this run; name another --run")
+
+
+def claim(config: Config) -> tuple[Path, contextlib.AbstractContextManager]:
     """A new run's folder, held while this process lives: --run, or the first free default name. One
     without a checkpoint that nobody holds is taken again. Raises InputError."""
     if RANK > 0:
-        return gather([None])[0], None  # rank 0 claims for all
+        return gather([None])[0], contextlib.nullcontext()  # rank 0 claims for all
     name = f"runs/{Path(config.task).name}-{config.method}-{config.seed}"
     names = (
         [config.run]
@@ -1259,7 +1268,7 @@ def claim(config: Config) -> tuple[Path, filelock.BaseFileLock | None]:
             entries = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
             foreign = [e for e in entries if e not in BEGUN and not e.endswith(".tmp")]
             require(not foreign and not folder.is_file(), f"--run {folder}: exists; {remedy}")
-            held = t5.lock(folder / "lock", f"--run {folder}: another process has it; {remedy}")
+            held = hold(folder)
         except InputError:
             if config.run:
                 raise
@@ -1414,7 +1423,7 @@ def selected(lines: list[dict]) -> dict[str, Any]:
     return [line for line in later if line["valid"] >= best - error][-1]
 
 
-def train(run: Run, resumed: bool) -> None:
+def train(run: Run) -> None:
     """A whole run, new or resumed. Raises InputError."""
     config, folder = run.config, run.folder
     if (folder / "checkpoint.pt").exists():
@@ -1896,8 +1905,8 @@ def start(given: dict[str, Any], show_prompt: bool) -> None:
         prepare(config, task, Path(), ask=True)
         return say("the teacher is done; without --stage teacher its samples are trained on")
     folder, held = claim(config)
-    run = prepare(config, task, folder, ask=True)
-    train(run, resumed=False)
+    with held:
+        train(prepare(config, task, folder, ask=True))
 
 
 def reopen(named: list[str], given: dict[str, Any], as_json: bool) -> None:
@@ -1928,8 +1937,9 @@ def reopen(named: list[str], given: dict[str, Any], as_json: bool) -> None:
         with t5.reading(folder / "result.json", "no result of a run"):
             print_result(folder, json.loads((folder / "result.json").read_text("utf-8")))
     else:
-        held = t5.lock(folder / "lock", f"{folder}: another process has it") if RANK == 0 else None
-        train(prepare(config, load_task(config), folder, ask=held is None), resumed=True)
+        with hold(folder):
+            ask = not (folder / "checkpoint.pt").exists()  # it may have ended while it asked
+            train(prepare(config, load_task(config), folder, ask))
 
 
 def main() -> int:

@@ -1304,32 +1304,29 @@ def load_data(run: Run, task: Task, votes: list[Vote]) -> None:
 def report_data(run: Run, task: Task) -> None:
     """What the data lose on the way in, an example each."""
     config, questions = run.config, run.train + run.valid
-    unknown = [q for q in questions if t5.UNK in q.x or t5.UNK in q.target]
-    cut = [q for q in questions if len(q.x) == config.input_tokens]
-    labels = [q for q in questions if len(q.target) == config.label_tokens]
-    if config.method == "single":
-        labels = []
-    rationales = [
-        q for q in questions if any(len(r) == config.rationale_tokens for r in q.S_pos + q.minority)
-    ]
     labels_of = collections.defaultdict(set)
     for q in questions:
         labels_of[q.example.input].add(q.example.label)
-    twice = [q for q in questions if len(labels_of[q.example.input]) > 1]
     tested = {example.input for example in task.test}
-    leaked = [q for q in questions if q.example.input in tested]
-    for found, what in (
-        (cut, "reach --input-tokens and may be cut"),
-        (labels, "have labels that reach --label-tokens and may be cut"),
-        (rationales, "have rationales that reach --rationale-tokens and may be cut"),
-        (unknown, "hold characters that the student's vocabulary lacks"),
-        (twice, "stand there with different labels"),
-        (leaked, "are test questions too: the test's accuracy is too high"),
-    ):
+    single, longest = config.method == "single", config.rationale_tokens
+    losses: dict[str, Callable] = {
+        "reach --input-tokens": lambda q: len(q.x) == config.input_tokens,
+        "have labels that reach --label-tokens": lambda q: (
+            not single and len(q.target) == config.label_tokens
+        ),
+        "have rationales that reach --rationale-tokens": lambda q: any(
+            len(r) == longest for r in q.S_pos + q.minority
+        ),
+        "hold what the student's vocabulary lacks": lambda q: t5.UNK in q.x or t5.UNK in q.target,
+        "stand there with different labels": lambda q: len(labels_of[q.example.input]) > 1,
+        "are test questions too": lambda q: q.example.input in tested,
+    }
+    for what, loses in losses.items():
+        found = [q for q in questions if loses(q)]
         if found:
-            serious = found is leaked or (found is labels and len(labels) == len(questions))
+            wrong = "test" in what or ("label" in what and len(found) == len(questions))
             shown = fetch_data.fold(found[0].example.input)[:60]
-            start = "warning" if serious else "note"
+            start = "warning" if wrong else "note"
             say(f"{start}: {len(found)} of {len(questions)} questions {what}, as {shown!r}")
 
 
@@ -1534,32 +1531,20 @@ def accuracies(rows: list[dict]) -> dict[str, float | None]:
 def judge_validation(run: Run) -> dict[str, Any]:
     """What D makes of validation questions: mean s of the teacher's positives and negatives and of
     the student's samples, and how often a positive scores above a negative of its question."""
-    sets = [
-        (q, kind, r)
-        for q in run.judged
-        for kind, members in (
-            ("positives", q.S_pos),
-            ("teacher", q.minority),
-            ("student", q.from_past),
-        )
-        for r in members
-    ]
-    s = run.discriminator.score([(q.x, r) for q, _, r in sets]).tolist()
-    scores: dict[str, list] = {"positives": [], "teacher": [], "student": []}
-    of = collections.defaultdict(list)
-    for (q, kind, _), score in zip(sets, s):
-        scores[kind].append(score)
-        of[q.place, kind].append(score)
-    line: dict[str, Any] = {"s": {kind: mean(values) for kind, values in scores.items()}}
-    for kind, name in (("teacher", "pair"), ("student", "pair_student")):
-        pairs = [
-            (a > b) + 0.5 * (a == b)
-            for q in run.judged
-            for a in of[q.place, "positives"]
-            for b in of[q.place, kind]
-        ]
-        line[name] = mean(pairs)
-    return line
+    pairs = [(q.x, r) for q in run.judged for r in q.S_pos + q.S_neg]
+    scores = iter(run.discriminator.score(pairs).tolist())
+    s: dict[str, list] = {"positives": [], "teacher": [], "student": []}
+    above: dict[str, list] = {"teacher": [], "student": []}
+    for q in run.judged:
+        sizes = {"positives": q.S_pos, "teacher": q.minority, "student": q.from_past}
+        own = {kind: [next(scores) for _ in members] for kind, members in sizes.items()}
+        for kind in s:
+            s[kind] += own[kind]
+        for kind in above:
+            both = itertools.product(own["positives"], own[kind])
+            above[kind] += [(a > b) + 0.5 * (a == b) for a, b in both]
+    means = {kind: mean(values) for kind, values in s.items()}
+    return {"s": means, "pair": mean(above["teacher"]), "pair_student": mean(above["student"])}
 
 
 def metrics(run: Run, t: int, start: float) -> dict[str, Any]:
@@ -1588,7 +1573,8 @@ def metrics(run: Run, t: int, start: float) -> dict[str, Any]:
 
 
 COLUMNS = """iteration:2d:t L:6.3f L_pred:6.3f L_cl:6.3f L_D:6.3f s_pos:5.2f zero:4.0%
-pair:4.0% past:4.2f right:5.0% valid:5.1%:label valid_rationale:9.1%:rationale seconds:6.1f:sec"""
+pair:4.0% past:4.2f right:5.0%
+valid:5.1%:label valid_rationale:9.1%:rationale seconds:6.1f:sec"""
 LEGEND = """t: iteration, 0 before training; L: eq. (8) and its parts; s_pos: s of r⁺; zero: negative
 terms that are 0; pair: how often a positive scores above a negative of its question;
 past: negatives a question by the student's past; right: those that end in the right

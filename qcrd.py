@@ -1573,12 +1573,13 @@ def metrics(run: Run, t: int, start: float) -> dict[str, Any]:
 
 
 COLUMNS = """iteration:2d:t L:6.3f L_pred:6.3f L_cl:6.3f L_D:6.3f s_pos:5.2f zero:4.0%
-pair:4.0% past:4.2f right:5.0%
-valid:5.1%:label valid_rationale:9.1%:rationale seconds:6.1f:sec"""
-LEGEND = """t: iteration, 0 before training; L: eq. (8) and its parts; s_pos: s of r⁺; zero: negative
-terms that are 0; pair: how often a positive scores above a negative of its question;
-past: negatives a question by the student's past; right: those that end in the right
-answer; label, rationale: greedy answers and rationales that are right, on validation"""
+pair:4.0% past:4.2f right:5.0% valid:5.1%:label
+valid_rationale:9.1%:rationale seconds:6.1f:sec"""
+LEGEND = """t: iteration, 0 before training; L: eq. (8) and its parts; s_pos: s of r⁺;
+zero: negative terms that are 0; pair: how often a positive scores above a
+negative of its question; past: negatives a question by the student's past;
+right: those of them that end in the right answer; label, rationale: greedy
+answers and rationales that are right, on validation questions"""
 
 
 def table_row(line: dict[str, Any] | None) -> str:

@@ -1174,18 +1174,25 @@ def toy_run(seed: int = 0, **changes):
     with scratch() as folder:
         model = tiny_folder(folder / "tiny", seed)
         student = qcrd.Student(model, tiny_config(model=str(model), **changes))
-        run = qcrd.Run(student.config, NUMBERS, student, folder)
+        D = qcrd.discriminator_of(student, student.config)
+        run = qcrd.Run(student.config, student, D, folder)
+        run.task = NUMBERS
         for i, both in enumerate(sets):
             example = Example(f"Tom has {i + 2} apples and {3 * i} pears. All?", f"{i + 2} + {i}")
-            run.train.append(student.question(example, *both))
+            run.train.append(student.question(example, f"train {i}", *both))
         run.train[0].from_past.append(array("i", student.tokenizer.encode("the student's own")))
         run.train[3].from_past.append(array("i", [7, 8, 9, 4, 11]))
-        run.valid = run.judged = run.train
+        run.valid = run.train
         yield run
 
 
 def fingerprint(model: torch.nn.Module) -> float:
     return sum(p.double().abs().sum().item() for p in model.parameters())
+
+
+def gradients(model: torch.nn.Module) -> torch.Tensor:
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    return torch.cat([grad.flatten() for grad in grads])
 
 
 def test_eq_2_and_its_gradient():
@@ -1201,46 +1208,89 @@ def test_eq_2_and_its_gradient():
     assert abs(L_D.item() - higher.item()) < 1e-6  # the level of s is open
 
 
+def test_cross_entropy_of_the_discriminator_by_hand():
+    """s is 1/2, 3/4 of A's positives and 3/4 of its negative; 1/2 of B's, and 1/4, 1/2."""
+    s = [[1 / 2, 3 / 4], [1 / 2], [3 / 4], [1 / 4, 1 / 2]]
+    logits = [torch.tensor(row).logit() for row in s]
+    A = (math.log(2) + math.log(4 / 3)) / 2 + math.log(4)
+    B = math.log(2) + (math.log(4 / 3) + math.log(2)) / 2
+    value = qcrd.discriminator_cross_entropy(logits[:2], logits[2:]).item()
+    assert abs(value - (A + B) / 2) < 1e-6
+    ce, eq_2 = (tiny_config(discriminator_loss=form) for form in ("ce", "eq2"))
+    assert qcrd.L_D_of(logits[:2], logits[2:], ce).item() == value
+    s = [torch.tensor(row) for row in s]  # eq. 2 is on scores, not on logits
+    value = qcrd.L_D_of(logits[:2], logits[2:], eq_2).item()
+    assert abs(value - qcrd.discriminator_loss(s[:2], s[2:]).item()) < 1e-6
+
+
 def test_eq_3_to_8_by_hand():
     """Two questions, β 0.2, δ 3. A: two positives, three negatives. B: one and two. A negative adds
     0.2 (1 - s) (3 - ℓ), and 0 from ℓ = 3 on."""
     losses = [0.9, 0.4, 2.0, 2.5, 1.0, 1.5, 3.2, 0.5]
-    s = torch.tensor([0.8, 0.5, 0.3, 0.1, 0.6, 1.0, 0.2, 0.9], requires_grad=True)
-    positive = torch.tensor([True, True, False, False, False, True, False, False])
+    s = torch.tensor([0.8, 0.5, 0.3, 0.1, 0.6, 1.0, 0.2, 0.9])
+    rows, positive = [0] * 5 + [1] * 3, [True, True, False, False, False, True, False, False]
+    A, B = 0.2 * (0.7 * 1 + 0.9 * 0.5 + 0.4 * 2), 0.2 * (0 + 0.1 * 2.5)  # all negatives' terms
     by_hand = {  # picked, A + B
         "minmax": ([1, 3, 5, 6], (0.5 * 0.4 + 0.2 * 0.9 * 0.5) + (1.5 + 0)),
         "maxmin": ([0, 4, 5, 7], (0.8 * 0.9 + 0.2 * 0.4 * 2.0) + (1.5 + 0.2 * 0.1 * 2.5)),
         "minmin": ([1, 4, 5, 7], (0.5 * 0.4 + 0.2 * 0.4 * 2.0) + (1.5 + 0.2 * 0.1 * 2.5)),
-        "mean": ([*range(8)], 1.3 / 2 + 0.2 * (1 + 0.5 + 2) / 3 + 1.5 + 0.2 * (0 + 2.5) / 2),
-        "wmean": ([*range(8)], 0.92 / 2 + 0.2 * (0.7 + 0.45 + 0.8) / 3 + 1.5 + 0.2 * 0.25 / 2),
+        "mean": ([*range(8)], (0.72 + 0.2) / 2 + A / 3 + 1.5 + B / 2),
+        "wmean": ([*range(8)], (0.72 + 0.2) / 1.3 + A / 2.0 + 1.5 + B / 0.9),  # Σ s, Σ (1 - s)
     }
-    questions = [qcrd.Question(Example(text, "1"), *[array("i")] * 2, [], []) for text in "AB"]
-    for scheme, (picked, expected) in by_hand.items():
+    questions = [qcrd.Question(Example("", "1"), place, *[array("i")] * 2) for place in "AB"]
+
+    def candidates(losses: list, rows=rows, positive=positive) -> list[qcrd.Candidate]:
+        found = [qcrd.Candidate(row, array("i"), p, "teacher") for row, p in zip(rows, positive)]
+        for c, loss in zip(found, losses):
+            c.loss = loss
+        return found
+
+    def picked(members: list, config, step: int = 1) -> list[int]:
+        return [members.index(c) for c in qcrd.pick(members, questions, config, step)]
+
+    for scheme, (places, expected) in by_hand.items():
         config, values = tiny_config(scheme=scheme), torch.tensor(losses, requires_grad=True)
-        rows = zip([0] * 5 + [1] * 3, positive.tolist(), losses)
-        candidates = [qcrd.Candidate(i, array("i"), p, "teacher", loss) for i, p, loss in rows]
-        qcrd.pick(candidates, questions, config, 1)
-        share = torch.tensor([c.share for c in candidates])
-        assert share.nonzero()[:, 0].tolist() == picked, (scheme, share)
-        assert not any(w.requires_grad for w in qcrd.weights_of(s, config))  # no gradient for D
-        L_cl = qcrd.contrastive_terms(values, s, positive, share, config).sum()
-        assert abs(L_cl.item() - expected) < 1e-6, (scheme, L_cl.item(), expected)
-        L_cl.backward()
+        members = candidates(losses)
+        assert picked(members, config) == places, scheme
+        picks = [members[i] for i in places]
+        terms = qcrd.contrastive(values[places], s[places], picks, config)
+        assert terms.shape == (len(picks),) and abs(terms.sum().item() - expected) < 1e-6, scheme
+        terms.sum().backward()
         if scheme == "minmax":  # s of r⁺, -β (1 - s) of r⁻, nothing for B's, which is beyond δ
             assert torch.allclose(values.grad, torch.tensor([0, 0.5, 0, -0.18, 0, 1, 0, 0]))
-    for scheme, places in {"minmax": (1, 2), "maxmin": (2, 1), "minmin": (1, 1)}.items():
-        ties = [qcrd.chosen([2, 1, 3, 1, 3], positive, scheme, None) for positive in (True, False)]
-        assert ties == [[place] for place in places], scheme  # the first of equals
-    drawn = {tuple(qcrd.chosen(losses[:3], True, "sampling", random.Random(i))) for i in range(50)}
-    assert drawn == {(0,), (1,), (2,)}
-    assert all(w.eq(1).all() for w in qcrd.weights_of(s, tiny_config(discriminator=False)))
+        if scheme == "wmean":  # where Σ w = 0
+            s_zero = torch.tensor([0.0, 0, 1, 1, 1, 0, 1, 1])
+            assert qcrd.contrastive(values, s_zero, picks, config).eq(0).all()
+        weight, share = qcrd.weights_and_shares(picks, None, config)  # without a discriminator
+        sizes = torch.tensor([2, 2, 3, 3, 3, 1, 2, 2]) if "mean" in scheme else torch.ones(4)
+        assert weight.eq(1).all() and torch.allclose(share, 1 / sizes), scheme
+    for scheme, places in {"minmax": [1, 7], "maxmin": [2, 6], "minmin": [1, 6]}.items():
+        ties = candidates([2, 1, 3, 1, 3] * 2, [0] * 10, [True] * 5 + [False] * 5)
+        assert picked(ties, tiny_config(scheme=scheme)) == places, scheme  # the first of equals
+    members, config = candidates(losses), tiny_config(scheme="sampling")
+    drawn = [picked(members, config, step) for step in range(60)]
+    assert drawn[7] == picked(members, config, 7)
+    assert [len(set(column)) for column in zip(*drawn)] == [2, 3, 1, 2]
     eq_8 = qcrd.total_loss(qcrd.alphas_of(tiny_config(), 3), 2.0, 3.0, 4.0)
     assert abs(eq_8 - (1 + 1.5 + 1.62)) < 1e-9  # α3 is 0.5, 0.45, 0.405
 
 
-def plain_loss(run: qcrd.Run, questions: list, n: int, peers=(), drawn=None) -> torch.Tensor:
-    """What `qcrd.step_loss` computes, done plainly: for each rationale a row, an encoding of its
-    question, whole logits, gradient and score. On `peers`, or on our T5 used that way."""
+def one_step(run: qcrd.Run) -> float:
+    """A step on all questions, as they are, by `iterate` -> α1 · L_pred + α2 · L_cl. The gradients
+    stay in the model, no weight moves."""
+    run.config.batch, run.step = len(run.train), 0
+    order = list(range(len(run.train)))
+    with patch("qcrd.visits", return_value=order), patch("qcrd.descend") as descend:
+        with patch("qcrd.add_past_negatives"):  # it would replace those that are there
+            qcrd.iterate(run, 1)
+    assert descend.call_count == run.step == 1
+    alphas = qcrd.alphas_of(run.config, 1)
+    return float(alphas[0] * run.sums["L_pred"][0] + alphas[1] * run.sums["L_cl"][0])
+
+
+def plain_loss(run: qcrd.Run, questions: list, n: int, peers=()) -> torch.Tensor:
+    """What a step's loss is, done plainly: for each rationale a row, an encoding of its question,
+    whole logits, gradient and score. On `peers`, or on our T5 used that way. n: the batch."""
     student, D, config = run.student, run.discriminator, run.config
     network, encoder = peers or (student.model, D and D.encoder.eval())
 
@@ -1256,75 +1306,68 @@ def plain_loss(run: qcrd.Run, questions: list, n: int, peers=(), drawn=None) -> 
         logits = (logits[0] if peers else logits).float().transpose(1, 2)
         return (F.cross_entropy(logits, y, reduction="none") * y_mask).sum(1) / y_mask.sum(1)
 
-    sets = [(q, True, q.S_pos) for q in questions]
-    if config.negative_source != "none":
-        sets += [(q, False, q.minority + q.from_past) for q in questions]
-    pairs = [(q, r) for q, _, members in sets for r in members]
-    of_pairs = losses(student.explain, pairs)
-    values, shares = iter(of_pairs.tolist()), []
-    for _, positive, members in sets:
-        own = list(itertools.islice(values, len(members)))
-        if config.scheme == "sampling":
-            shares += [drawn[id(r)] for r in members]
-        elif own:  # by the scheme's definition, which has a test of its own
-            picked = qcrd.chosen(own, positive, config.scheme, None)
-            shares += [(i in picked) / len(picked) for i in range(len(own))]
-    positive = [positive for _, positive, members in sets for _ in members]
-    positive, shares = (torch.tensor(row, device=student.device) for row in (positive, shares))
-    margins = -config.beta * (of_pairs - config.delta).clamp(max=0)
-    terms = shares * torch.where(positive, of_pairs, margins)
-    if D and config.scheme != "mean":
+    L_pred = losses(student.predict, [(q, q.target) for q in questions]).sum()
+    if config.method in ("finetune", "single"):
+        return L_pred / n
+    candidates = qcrd.candidates_of(questions, config)
+    of_all = losses(student.explain, [(questions[c.row], c.r) for c in candidates])
+    for c, loss in zip(candidates, of_all.tolist()):
+        c.loss = loss
+    w = [1.0] * len(candidates)
+    if D:
         with torch.no_grad(), student.autocast():
-            x, mask = padded([q.x + r for q, r in pairs])
+            x, mask = padded([questions[c.row].x + c.r for c in candidates])
             memory = encoder(x, mask)[0] if peers else encoder.encode(x, mask)
             logits = D.head(memory.masked_fill(~mask[..., None], -torch.inf).amax(1))
-        s = logits.float().sigmoid().squeeze(1)
-        terms = terms * torch.where(positive, s, 1 - s)
-    L_pred = losses(student.predict, [(q, q.label) for q in questions]).sum()
-    alphas = (1.0, 0.0) if config.method == "finetune" else (config.alpha_pred, config.alpha_cl)
-    return (alphas[0] * L_pred + alphas[1] * terms.sum()) / n
-
-
-def gradients(model: torch.nn.Module) -> torch.Tensor:
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
-    return torch.cat([grad.flatten() for grad in grads])
+        s = logits.float().sigmoid().squeeze(1).tolist()
+        w = [score if c.positive else 1 - score for c, score in zip(candidates, s)]
+    picks = qcrd.pick(candidates, questions, config, 0)  # by definitions with a test of their own
+    L_cl = 0.0
+    for row, positive in itertools.product(range(len(questions)), (True, False)):
+        own = [i for i, c in enumerate(candidates) if (c.row, c.positive) == (row, positive)]
+        own = [i for i in own if any(c is candidates[i] for c in picks)]
+        terms = [
+            w[i] * (of_all[i] if positive else (of_all[i] - config.delta).clamp(max=0)) for i in own
+        ]
+        total = sum(w[i] for i in own) if config.scheme == "wmean" else len(own)
+        L_cl += sum(terms) / max(total, 1e-30) * (1 if positive else -config.beta)
+    return (config.alpha_pred * L_pred + config.alpha_cl * L_cl) / n
 
 
 def test_step_equals_the_plain_mathematics():
     """Value and every gradient, whatever the micro-batch; D gets none. Some sets are empty, some
     negatives beyond δ, which are not run again."""
-    cases = [{"scheme": x, "discriminator": y} for x in qcrd.SCHEMES for y in (True, False)]
+    schemes = qcrd.Config.__dataclass_fields__["scheme"].metadata["allowed"].split("|")
+    cases = [{"scheme": x, "discriminator": y} for x in schemes for y in (True, False)]
     cases += [{"method": "dss"}, {"method": "finetune"}, {"negative_source": "none"}]
-    left_out, loss_of = 0, qcrd.Student.loss
+    cases += [{"method": "single"}, {"alpha_pred": 0.2, "alpha_cl": 0.7}]
+    left_out, losses_of = 0, qcrd.Student.losses
     for number, case in enumerate(cases):
         with toy_run(number, **case) as run:
             config, model = run.config, run.student.model
-            for q in run.train if config.method == "dss" else ():
+            for q in run.train if config.method in ("dss", "single") else ():
                 del q.S_pos[1:]  # slot 0's rationale, with weight 1
             candidates = qcrd.candidates_of(run.train, config)
             qcrd.measure(run.student, run.train, candidates)
             config.delta = sum(sorted(c.loss for c in candidates if not c.positive)[2:4]) / 2
-            qcrd.pick(candidates, run.train, config, run.step)
-            shares = {id(c.r): c.share for c in candidates}
-            expected = plain_loss(run, run.train, 7, drawn=shares)
+            expected = plain_loss(run, run.train, 5)
             expected.backward()
             plain = gradients(model)
-            model.zero_grad()
-            with patch.object(qcrd.Student, "loss", autospec=True, side_effect=loss_of) as spy:
-                loss = qcrd.step_loss(run, run.train, 7, 1)
-            assert abs(loss.item() - expected.item()) < 1e-5 * abs(expected.item()), case
-            theirs = plain_loss(run, run.train, 7, peers_of(run), shares)
-            assert abs(loss.item() - theirs.item()) < 1e-5 * abs(loss.item()), case
-            loss.backward()
+            with patch.object(qcrd.Student, "losses", autospec=True, side_effect=losses_of) as spy:
+                loss = one_step(run)
+            assert abs(loss - expected.item()) < 1e-5 * abs(expected.item()), case
+            theirs = plain_loss(run, run.train, 5, peers_of(run)).item()
+            assert abs(loss - theirs) < 1e-5 * abs(loss), case
             assert (gradients(model) - plain).norm() < 1e-5 * plain.norm(), case
-            again = [c for c in candidates if c.share and (c.positive or c.loss < config.delta)]
-            last = spy.call_args.args[3] if config.method != "finetune" else [c.r for c in again]
-            assert [id(r) for r in last] == [id(c.r) for c in again]
-            left_out += sum(c.share > 0 for c in candidates) - len(again)
-            config.micro_batch = number % 5  # train_step divides by the batch, here 5
-            with patch.object(qcrd, "descend"):
-                qcrd.train_step(run, run.train, 1, 10)
-            assert (gradients(model) * 5 / 7 - plain).norm() < 1e-5 * plain.norm(), case
+            if config.method not in ("finetune", "single"):
+                picks = qcrd.pick(candidates, run.train, config, 0)
+                again = [c for c in picks if c.positive or c.loss < config.delta]
+                last = spy.call_args.args[3]
+                assert sorted(map(id, last)) == sorted(id(c.r) for c in again), case
+                left_out += len(picks) - len(again)
+            config.micro_batch = 1 + number % 4
+            assert abs(one_step(run) - loss) < 1e-5 * abs(loss), case
+            assert (gradients(model) - plain).norm() < 1e-5 * plain.norm(), case
             assert not run.discriminator or gradients(run.discriminator).norm() == 0
     assert left_out > 5
 
@@ -1334,27 +1377,42 @@ def test_step_in_half_precision():
     results = []
     for precision in ("float32", "bfloat16"):
         with toy_run(precision=precision, delta=30.0) as run:
-            loss = qcrd.step_loss(run, run.train, 5, 1)
-            loss.backward()
-            results += [loss.item(), gradients(run.student.model)]
+            results += [one_step(run), gradients(run.student.model)]
     a, full, b, half = results
     assert a != b and abs(a - b) < 0.02 * a and (full - half).norm() < 0.1 * full.norm()
     with toy_run(precision="float16", delta=30.0) as run:
-        assert run.scaler.is_enabled()
+        assert run.scaler.is_enabled() and run.d_scaler.is_enabled()
         check = Checks()
-        skipped = overflow("toy", run, run.train, check)
+        skipped = overflow("toy", run, check)
         norm = gradients(run.student.model).norm() / full.norm().clamp(max=1)  # unscaled, clipped
         assert not check and skipped > 2 and 0.98 < norm < 1.02, (check, skipped, norm)
+
+
+def test_single_target_is_rationale_then_label():
+    with toy_run(method="single") as run:
+        student = run.student
+
+        def target(label: str, *S_pos: str) -> list[int]:
+            return student.question(Example("How many?", label), "", S_pos).target.tolist()
+
+        end = student.tokenizer.encode("answer: 7")
+        assert (
+            target("7", "one and one", "no") == student.tokenizer.encode("one and one")[:-1] + end
+        )
+        assert target("7") == end  # an empty slot 0
+        cut = target("7", "one and one " * 60)  # the rationale first, at 20 + 64 tokens
+        assert len(cut) == 84 and cut[-len(end) :] == end and len(target("7 " * 200)) == 84
+        assert student.predict == [] and qcrd.alphas_of(run.config, 1) == (1, 0, 0)
 
 
 VOTES = "One and one.= 2; One and one.= ( 1 + 1 ); So two.= 2.00001; Three.= 3; So two.= 5"
 VOTES = ["<Explanation>: " + text.replace("=", " <Answer>:") for text in VOTES.split("; ")]
 
 
-def voted(*texts: str | None, finish: str = "stop", **changes) -> tuple[qcrd.Vote, tuple]:
+def voted(*texts: str | None, finish="stop", rule="majority") -> tuple[qcrd.Vote, tuple]:
     slots = [text if text is None else (text, finish) for text in texts]
     vote = qcrd.vote_on(NUMBERS, "How many?", slots)
-    return vote, qcrd.sets_of(vote, tiny_config(**changes))
+    return vote, qcrd.sets_of(vote, rule)
 
 
 def test_vote():
@@ -1365,9 +1423,11 @@ def test_vote():
     vote, sets = voted(*VOTES)
     assert (vote.positives, vote.negatives) == ([0, 1, 2], [3, 4])
     assert sets == (["One and one.", "So two."], ["Three."], "2")
-    assert voted(*VOTES, vote="all")[1] == (["One and one.", "So two.", "Three."], [], "2")
-    assert voted(VOTES[3], method="dss")[1] == (["Three."], [], "3")
-    assert voted("<Explanation>: Perhaps.", vote="first")[1] == (["Perhaps."], [], None)
+    assert voted(*VOTES, rule="all")[1] == (["One and one.", "So two.", "Three."], [], "2")
+    assert voted(*VOTES[::-1], rule="first")[1] == (["So two."], [], "5")
+    assert {tiny_config(method=method).vote for method in ("dss", "single")} == {"first"}
+    assert voted("<Explanation>: Perhaps.", rule="first")[1] == (["Perhaps."], [], None)
+    assert voted(rule="first")[1] == voted(None, rule="first")[1] == ([], [], None)
     vote, sets = voted("<Explanation>: Perhaps. <Answer>: none", None, VOTES[3])
     assert (vote.positives, vote.negatives, *sets) == ([2], [], ["Three."], [], "3")
     vote, sets = voted("<Explanation>: He has 3 and then 4", finish="length")
@@ -1393,7 +1453,7 @@ def test_vote_is_reported():
 
 
 def test_negatives_come_from_the_student_of_j_iterations_ago():
-    small = {"iterations": 4, "lag": 2, "iteration_steps": 1, "batch": 3, "discriminator_steps": 1}
+    small = {"iterations": 4, "steps": 4, "lag": 2, "batch": 3, "discriminator_steps": 1}
     small |= {"lr": 1e-2, "rationale_tokens": 4, "label_tokens": 4}
     original, writers = qcrd.past_student, []
 
@@ -1402,38 +1462,51 @@ def test_negatives_come_from_the_student_of_j_iterations_ago():
         writers.append(past and fingerprint(past.model))
         return past
 
-    for source in qcrd.SOURCES:
+    for source in (
+        qcrd.Config.__dataclass_fields__["negative_source"].metadata["allowed"].split("|")
+    ):
         writers.clear()
         with toy_run(negative_source=source, **small) as run:
             after = [fingerprint(run.student.model)]
+            run.lines.append(qcrd.metrics(run, 0, 0.0))
             with patch.object(qcrd, "past_student", spy):
-                for _ in range(4):
-                    outcome(qcrd.train_iteration, run)
+                for t in range(1, 5):
+                    qcrd.iterate(run, t)
+                    run.lines.append(qcrd.metrics(run, t, 0.0) | {"valid": float(t == 1)})
+                    qcrd.save(run)
                     after.append(fingerprint(run.student.model))
-            kept = sorted(int(path.stem) for path in run.folder.glob("snapshots/*.pt"))
-            past = [line["past"] > 0 for line in lines_of(run.folder / "metrics.jsonl")]
+            kept = {int(path.stem) for path in run.folder.glob("snapshots/*.pt")}
+            past = [line["past"] > 0 for line in lines_of(run.folder / "metrics.jsonl")[1:]]
         assert len(set(after)) == 5  # else the next lines say nothing
-        expected = {"fixed": [after[0]] * 4, "snapshot": [None, None, after[1], after[2]]}
+        expected = {"snapshot": [None, None, after[1], after[2]]}
+        expected |= dict.fromkeys(["fixed", "static"], [after[0]] * 4)
         assert writers == expected.get(source, [None] * 4), source
         assert past == [writer is not None for writer in writers]
-        assert kept == ([2, 3, 4] if source == "snapshot" else [])  # what t = 5 and a crash need
+        # the selected one, the last, and what t = 5 needs
+        assert kept == ({1, 3, 4} if source == "snapshot" else {1, 4}), (source, kept)
 
 
 def test_negatives_are_kept_as_sampled():
+    """Each question's are its own: whatever the source, other questions and the batches."""
     with toy_run(negative_source="fixed", rationale_tokens=6, student_samples=3) as run:
 
-        def sampled(t: int, seed: int = 0) -> list:
+        def sampled(t: int, seed: int = 0, questions=run.train) -> list:
             run.config.seed = seed
-            for q in run.train:
-                q.from_past = []
-            qcrd.add_past_negatives(run, t, run.train)
+            qcrd.add_past_negatives(run, t, questions)
             return [list(r) for q in run.train for r in q.from_past]
 
         rows, q = sampled(6), run.train[1]
         assert rows == sampled(6) and rows != sampled(7) and rows != sampled(6, seed=1)
         assert len(rows) > 9 and max(map(max, rows)) < run.student.tokenizer.size
         assert all(t5.EOS not in row[:-1] and (len(row) == 6 or row[-1] == t5.EOS) for row in rows)
-        q.from_past, run.config.student_samples = [], 6
+        of_q = [list(r) for r in q.from_past]
+        assert sampled(6) == rows and len(of_q) > 1
+        assert sampled(6, questions=[q]) == [list(r) for r in q.from_past] == sampled(6)[3:6]
+        with patch.object(qcrd.Student, "rows_at_once", return_value=2):
+            assert sampled(6) == rows
+        run.config.negative_source = "static"
+        assert sampled(6) == sampled(7) != sampled(6, seed=1)
+        run.config.negative_source, run.config.student_samples = "fixed", 6
         written = [array("i", row) for row in ([1], [], [0, 1], q.S_pos[0], [5, 1], [5, 1])]
         run.config.student_temperature, run.config.iterations = 2.0, 5
         with patch.object(qcrd.Student, "write", return_value=written) as write:
@@ -1445,21 +1518,28 @@ def test_negatives_are_kept_as_sampled():
 
 
 def test_discriminator_learns_a_separable_toy():
-    with toy_run(discriminator_lr=1e-2) as run:
-        D, student = run.discriminator, run.student
-        for i in range(12):
-            sets = [f"{i} pears are right", f"{i} are right"], [f"{i} apples are wrong"]
-            run.train.append(student.question(Example(f"Ann has {i} pears.", "1"), *sets))
-        del run.train[:5]
-        before, encoder = fingerprint(student.model), fingerprint(D.encoder)
-        assert encoder == fingerprint(student.model.encoder_only())  # a copy
-        s = run.score([(q.x, r) for q in run.train for r in q.S_pos])
-        assert s.shape == (24,) and s.min() > 0 and s.max() < 1 and not s.requires_grad
-        qcrd.train_discriminator(run, 0, run.train, 60, 0.5)
-        judged = qcrd.judge_validation(run)
-        assert run.L_D < 0 and judged["pair"] > 0.95 and judged["pair_student"] is None
-        assert judged["s"]["positives"] > judged["s"]["teacher"] + 0.3, judged
-        assert fingerprint(student.model) == before and fingerprint(D.encoder) != encoder
+    for form in ("eq2", "ce"):
+        how = {"discriminator_lr": 1e-2, "discriminator_pretrain": 60, "discriminator_loss": form}
+        with toy_run(**how) as run:
+            D, student = run.discriminator, run.student
+            for i in range(12):
+                sets = [f"{i} pears are right", f"{i} are right"], [f"{i} apples are wrong"]
+                run.train.append(
+                    student.question(Example(f"Ann has {i} pears.", "1"), f"{i}", *sets)
+                )
+            del run.train[:5]
+            before, encoder = fingerprint(student.model), fingerprint(D.encoder)
+            assert encoder == fingerprint(student.model.encoder_only())  # --model's, not shared
+            pairs = [(q.x, r) for q in run.train for r in q.S_pos]
+            s = D.train().score(pairs)
+            assert s.shape == (24,) and s.min() > 0 and s.max() < 1 and not s.requires_grad
+            assert torch.equal(s, D(pairs).sigmoid()) and not D.training
+            qcrd.train_discriminator(run, 0, run.train)
+            judged = qcrd.judge_validation(run)
+            assert run.L_D < (0 if form == "eq2" else 0.7), (form, run.L_D)  # at s = 1/2: 0, 2 ln 2
+            assert judged["pair"] > 0.95 and judged["pair_student"] is None
+            assert judged["s"]["positives"] > judged["s"]["teacher"] + 0.3, judged
+            assert fingerprint(student.model) == before and fingerprint(D.encoder) != encoder
 
 
 def test_discriminator_balances_its_sets():
@@ -1468,12 +1548,12 @@ def test_discriminator_balances_its_sets():
         rng, last = np.random.default_rng(0), run.train[4]
         for q in run.train[:2]:
             given = q.minority + q.from_past
-            S_pos, S_neg = qcrd.discriminator_sets(run.student, q, ["x"], rng)
+            S_pos, S_neg = qcrd.balanced_sets(run.student, q, ["x"], rng)
             assert S_pos == q.S_pos and S_neg[: len(given)] == given == q.minority + q.from_past
             assert len(S_neg) == len(S_pos)
         last.from_past = [array("i", [5, 1]), array("i", [6, 1])]
         run.config.discriminator_noise = 1.0
-        S_neg, S_pos = qcrd.discriminator_sets(run.student, last, ["x"], rng)
+        S_neg, S_pos = qcrd.balanced_sets(run.student, last, ["x"], rng)
         assert S_pos == last.S_pos and len(S_neg) == 3  # k > m stays
     words = "one two three four five six seven eight nine ten".split()
     texts = [qcrd.corrupt(words, ["x"], rng).split() for _ in range(300)]
@@ -1482,25 +1562,70 @@ def test_discriminator_balances_its_sets():
     assert 0.4 < replaced / sum(10 - k for k in kept) < 0.6
 
 
-def test_discriminator_rate_follows_alpha_3():
-    how = {"discriminator_lr": 1e-3, "discriminator_every": 2, "discriminator_steps": 2, "batch": 2}
-    how |= {"iterations": 4, "iteration_steps": 1, "rationale_tokens": 4, "label_tokens": 4}
-    with toy_run(negative_source="sc", **how) as run, patch("qcrd.descend") as spy:
-        qcrd.train_discriminator(run, 0, run.train, 1, alpha_d=0.25)
-        for _ in range(4):
-            outcome(qcrd.train_iteration, run)
-    rates = [c.args[2] for c in spy.call_args_list if c.args[0] is run.d_optimizer]
-    assert np.allclose(rates, [5e-4, 9e-4, 9e-4, 1e-3 * 0.9**3, 1e-3 * 0.9**3]), rates
+def test_discriminator_descends_alpha_3_at_a_falling_rate():
+    """The gradient is α3 times L_D's, which the norm's clipping would not show; the rate falls."""
+
+    def trained(t: int, step: int, **changes) -> tuple[float, list[float]]:
+        how = {"steps": 10, "iterations": 5, "discriminator_lr": 1e-3, "discriminator_pretrain": 2}
+        with toy_run(**how, discriminator_steps=3, **changes) as run, patch("qcrd.descend") as spy:
+            run.step = step
+            qcrd.train_discriminator(run, t, run.train)
+            assert all(c.args[:2] == (run.d_optimizer, run.d_scaler) for c in spy.call_args_list)
+            return gradients(run.discriminator).norm().item(), [
+                c.args[2] for c in spy.call_args_list
+            ]
+
+    third, rates = trained(3, 4)
+    assert third > 0 and np.allclose(rates, [6e-4] * 3), rates
+    for factor, changes in {0.5: {"alpha_d": 0.25}, 1 / 0.81: {"alpha_d_decay": 1.0}}.items():
+        assert abs(trained(3, 4, **changes)[0] / third / factor - 1) < 1e-5, changes
+    assert trained(3, 4, alpha_d=0.0) == (0, [])
+    first, rates = trained(0, 0)
+    assert rates == [1e-3] * 2  # constant in pretraining, under --alpha-d 0 of 1 · L_D
+    assert abs(trained(0, 0, alpha_d=0.0)[0] / first - 2) < 1e-5
+    for n, expected in {1: [2, 3, 4, 5, 6, 7], 2: [3, 5, 7], 3: [4, 7], 0: []}.items():
+        config = tiny_config(discriminator_every=n)
+        assert [t for t in range(8) if qcrd.updates_discriminator(config, t)] == expected, n
+    small = {"iterations": 4, "steps": 8, "batch": 2, "discriminator_every": 2, "lr": 1e-2}
+    with toy_run(
+        negative_source="sc", discriminator_steps=1, discriminator_lr=1e-3, **small
+    ) as run:
+        with patch("qcrd.descend") as spy:
+            for t in range(1, 5):
+                qcrd.iterate(run, t)
+        calls = [(c.args[0] is run.d_optimizer, c.args[2]) for c in spy.call_args_list]
+    assert [i for i, (of_D, _) in enumerate(calls) if of_D] == [4], calls  # before step 5, t = 3
+    assert np.allclose(
+        [rate for _, rate in calls],
+        [1e-2, 8.75e-3, 7.5e-3, 6.25e-3, 5e-4, 5e-3, 3.75e-3, 2.5e-3, 1.25e-3],
+    )
 
 
 def test_order_visits_every_question():
-    config = tiny_config(batch=4)
-    first, second = (qcrd.visits(config, 10, t) for t in (3, 4))
-    assert sorted(first) == sorted(second) == list(range(10)) and first != second
-    assert qcrd.visits(tiny_config(batch=4, seed=1), 10, 3) != first
-    config.iteration_steps = 3  # 12 questions an iteration: passes go on across iterations
-    stream = [i for t in range(1, 6) for i in qcrd.visits(config, 10, t)]
-    assert [sorted(stream[i : i + 10]) for i in range(0, 60, 10)] == [list(range(10))] * 6
+    """Ten steps of 4 questions in three iterations are 3, 3, 4; passes of 10 go on across them."""
+    config = tiny_config(batch=4, steps=10, iterations=3)
+    parts = [qcrd.visits(config, 10, t) for t in (1, 2, 3)]
+    stream = sum(parts, [])
+    assert [len(part) for part in parts] == [12, 12, 16]
+    passes = [stream[i : i + 10] for i in range(0, 40, 10)]
+    assert all(sorted(order) == list(range(10)) for order in passes)
+    assert len(set(map(tuple, passes))) == 4
+    assert qcrd.visits(tiny_config(batch=4, steps=10, iterations=3, seed=1), 10, 1) != parts[0]
+    assert sorted(qcrd.visits(tiny_config(batch=7, steps=1, iterations=1), 3, 1)[:6:2]) != [0] * 3
+    assert (
+        len(qcrd.visits(tiny_config(batch=7, steps=1, iterations=1), 3, 1)) == 7
+    )  # several passes
+
+
+def test_selected_student_is_the_latest_within_a_standard_error():
+    """Of 100 questions: 5 points at 50 %."""
+
+    def chosen(*valid: float) -> int:
+        lines = [{"iteration": t, "valid": p, "questions": 100} for t, p in enumerate(valid)]
+        return qcrd.selected(lines)["iteration"]
+
+    assert chosen(0.9, 0.5, 0.46, 0.44) == 2 and chosen(0.9, 0.44, 0.5, 0.46, 0.5) == 4
+    assert chosen(0.9) == 0 and chosen(0.9, 0.1) == 1 and chosen(0.2, 1.0, 0.99) == 1
 
 
 def said(*texts: object, usage: object = None) -> tuple:
@@ -2005,6 +2130,7 @@ def random_run(shape: str, device: str, precision: str = "", dropout: float = 0.
     again nor any of 32,128 alike: else tokens compare nothing. precision "": bf16 on CUDA."""
     precision = precision or ("bfloat16" if device == "cuda" else "float32")
     config = qcrd.Config(model="demo", device=device, precision=precision)
+    config.steps = config.iterations = 100  # an iteration is a step
     student = qcrd.Student(HERE / "weights/demo", config)
     torch.manual_seed(0)
     model = t5.T5(t5.T5Config(dropout_rate=dropout, **SHAPES[shape]))
@@ -2014,7 +2140,7 @@ def random_run(shape: str, device: str, precision: str = "", dropout: float = 0.
         for stack in (model.encoder, model.decoder):
             stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight.normal_()
     student.model = model.to(device)
-    return qcrd.Run(config, None, student, Path())
+    return qcrd.Run(config, student, qcrd.Discriminator(student, model.encoder_only()), Path())
 
 
 def svamp_like(n: int, longest: int = 256, vocab: int = 32000) -> list[qcrd.Question]:
@@ -2025,7 +2151,8 @@ def svamp_like(n: int, longest: int = 256, vocab: int = 32000) -> list[qcrd.Ques
         lengths = [*np.clip(rng.normal(42, 9, 1), 22, 65), rng.integers(8, 14)]
         lengths += [*np.clip(np.exp(rng.normal(4.45, 0.65, 7)), 2, longest)]
         ids = [array("i", [*rng.integers(3, vocab, int(k) - 1), t5.EOS]) for k in lengths]
-        questions.append(qcrd.Question(Example(f"question {i}", ""), *ids[:2], ids[2:7], ids[7:]))
+        question = qcrd.Question(Example(f"question {i}", ""), str(i), *ids[:2], ids[2:7], ids[7:])
+        questions.append(question)
     return questions
 
 
@@ -2054,11 +2181,12 @@ def step_figures(kind: str, shape: str, device: str, n: int, size: int) -> None:
     """Prints JSON of a step's seconds, peak memory in GiB, and on CUDA operations. kind: qcrd.py
     or plain. size: questions at once, 0: the default."""
     run, questions = random_run(shape, device, dropout=0.1), svamp_like(n)
+    run.train, run.config.batch = questions, n
     run.config.micro_batch, size = size, size or n
     peers = peers_of(run) if kind == "plain" else []
     parameters = list((peers or [run.student.model])[0].parameters())
     if peers:  # our weights' memory is given back
-        run.parts = run.optimizer = run.d_optimizer = None
+        run.optimizer = run.d_optimizer = None
         run.student.model = run.discriminator.encoder = None
     if kind == "plain":
         kind = f"plain on {'transformers' if peers else 't5.py'}, {size} questions at once"
@@ -2066,7 +2194,7 @@ def step_figures(kind: str, shape: str, device: str, n: int, size: int) -> None:
 
     def step() -> None:
         if kind == "qcrd.py":
-            return qcrd.train_step(run, questions, 1, 10_000)
+            return qcrd.iterate(run, 1)
         optimizer.zero_grad()
         for i in range(0, n, size):
             plain_loss(run, questions[i : i + size], n, peers).backward()
@@ -2168,8 +2296,8 @@ def parity(shape: str, device: str, check: Checks, *lengths: int) -> None:
     def figures(run: qcrd.Run, dtype: torch.dtype) -> list[torch.Tensor]:
         run.student.model.eval()
         run.student.dtype = dtype
-        losses = run.student.loss(run.student.explain, questions, targets, rows)
-        return [losses, run.score([(questions[row].x, r) for row, r in pairs])]
+        losses = run.student.losses(run.student.explain, questions, targets, rows)
+        return [losses, run.discriminator.score([(questions[row].x, r) for row, r in pairs])]
 
     expected = figures(here, torch.float32)
     for dtype, bound in ((torch.bfloat16, 0.02), (torch.float16, 0.02), (torch.float32, 1e-4)):
@@ -2178,13 +2306,11 @@ def parity(shape: str, device: str, check: Checks, *lengths: int) -> None:
 
     def step(run: qcrd.Run, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         run.student.dtype = dtype
-        run.student.model.zero_grad(set_to_none=True)
+        run.train = questions
         run.config.delta = 30.0  # random weights' ℓ is near 18: negatives count too
         with torch.enable_grad():
-            loss = qcrd.step_loss(run, questions, len(questions), t=1)
-            loss.backward()
-        parameters = run.student.model.eval().parameters()
-        return loss, torch.cat([p.grad.flatten().cpu() for p in parameters])
+            loss = one_step(run)
+        return torch.tensor(loss), gradients(run.student.model.eval()).cpu()
 
     loss, gradient = step(here, torch.float32)
     for dtype, bound, far in ((torch.bfloat16, 0.02, 0.1), (torch.float32, 1e-4, 1e-3)):
@@ -2206,14 +2332,16 @@ def parity(shape: str, device: str, check: Checks, *lengths: int) -> None:
         check(f"{shape}, τ {tau}: next-token probabilities", gap, 1e-4)
 
 
-def overflow(name: str, run: qcrd.Run, questions: list, check: Checks) -> int:
+def overflow(name: str, run: qcrd.Run, check: Checks) -> int:
     """float16: a scale that overflows falls, its steps change nothing -> how many did so."""
     device, moved = run.student.device.type, []
     run.scaler = torch.amp.GradScaler(device, init_scale=2.0**60, backoff_factor=2.0**-12)
+    run.config.batch, run.config.steps, run.config.iterations = len(run.train), 100, 100
     weight = run.student.model.shared.weight
     while len(moved) < 8 and True not in moved:
         before, scale = weight.detach().clone(), run.scaler.get_scale()
-        qcrd.train_step(run, questions, 1, 100)
+        with patch("qcrd.add_past_negatives"):  # those that are there stay
+            qcrd.iterate(run, 1)
         moved.append(not torch.equal(weight, before))
         fell = run.scaler.get_scale() < scale
         check(f"{name}, scale {scale:.0e}: skipped and moved", fell == moved[-1])
@@ -2224,15 +2352,15 @@ def overflow(name: str, run: qcrd.Run, questions: list, check: Checks) -> int:
 
 def demo_on(check: Checks, *flags: str) -> None:
     """The demo in four small iterations: every stage, a kill, a resume, an audit."""
-    small = "--iterations 4 --iteration-steps 5 --lag 1 --discriminator-pretrain 10"
+    small = "--iterations 4 --steps 20 --lag 1 --discriminator-pretrain 10"
     words = f"{small} --discriminator-steps 2 --run run".split()
     with empty_home():
-        child = started([*words, *flags], 32, signal.SIGKILL)  # in the second iteration
+        child = started([*words, *flags], 26, signal.SIGKILL)  # in the second iteration
         child.join()
         check("the demo's process ended before it was killed", child.exitcode != -signal.SIGKILL)
-        check("iterations before that, not 1", abs(1 - len(lines_of("run/metrics.jsonl"))))
+        check("iterations before that, not 1", abs(2 - len(lines_of("run/metrics.jsonl"))))
         qcrd_main("--resume", "run")
-        check("iterations that are missing", 4 - len(lines_of("run/metrics.jsonl")))
+        check("iterations that are missing", 5 - len(lines_of("run/metrics.jsonl")))
         items = json.loads(qcrd_main("--audit", "run", 4, "--json"))
         sources = [candidate["source"] for item in items for candidate in item["candidates"]]
         check("an audit without negatives of the past", "student" not in sources)
@@ -2257,7 +2385,7 @@ def two_ranks(check: Checks, bound: float, *words: str) -> None:
         start, one, two = (t5.T5.load(folder).state_dict() for folder in folders)
         moved = max((one[name] - start[name]).abs().max().item() for name in one)
         apart = max((one[name] - two[name]).abs().max().item() for name in one)
-        lines = [lines_of(f"{run}/metrics.jsonl") for run in ("one", "two")]
+        lines = [lines_of(f"{run}/metrics.jsonl")[1:] for run in ("one", "two")]
     check("two ranks: weights that stay where they were", moved <= 1e-3)
     check("two ranks: weights apart", apart, bound)
     for name in "L_pred L_cl L_D l_pos l_neg s_pos s_neg past".split():
@@ -2276,8 +2404,8 @@ def speed(shape: str, device: str, n: int, rate: float) -> None:
         spent = seconds([lambda: rows.append(run.student.model.generate(*batch, 96, 1.5))], device)
     tokens = int((rows[-1] != t5.PAD).sum()) / spent[0]
     print(f"  {tokens:,.0f} tokens a second sampled, {2 * n} rows at once")
-    # svamp: 100 iterations of 100 steps, each sampling some 105 tokens for 720 questions
-    hours, sampling = 10_000 * ours["seconds"] / 3600, 100 * 720 * 105 / tokens / 3600
+    # svamp: before 15 of 20 iterations 720 questions and 80 of validation, some 105 tokens each
+    hours, sampling = 10_000 * ours["seconds"] / 3600, 15 * 800 * 105 / tokens / 3600
     print(f"  the paper's 10,000 steps on svamp: {hours:.1f} h, and {sampling:.1f} h of sampling")
 
 
@@ -2292,7 +2420,9 @@ def cuda() -> int:
     for shape in shapes:
         with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):  # refused masks are errors
             parity(shape, device, check)
-        overflow(shape, random_run(shape, device, "float16"), svamp_like(4), check)
+        run = random_run(shape, device, "float16")
+        run.train = svamp_like(4)
+        overflow(shape, run, check)
     demo_on(check, "--device", device)
     if torch.cuda.device_count() > 1:
         fixed = "--device cuda --precision float32 --negative-source fixed"  # the same negatives

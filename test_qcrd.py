@@ -7,7 +7,7 @@
     python test_qcrd.py                # all tests, without a network
     python test_qcrd.py vote teacher   # those whose name contains one of the words
     python test_qcrd.py bench          # speed and memory beside the plain way
-    python test_qcrd.py cuda           # the proof on a GPU
+    python test_qcrd.py cuda           # the proof on a GPU; --minutes N: its first stages
 
 Tests that need transformers, or files that are not there, say so and are left out. Every run ends
 with the line `N passed, N failed`.
@@ -36,11 +36,17 @@ import threading
 import time
 import traceback
 import tracemalloc
+import warnings
 import zipfile
 from array import array
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
+
+if sys.argv[1:2] not in (["cuda"], ["bench"]):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # ordinary tests are of the CPU, their children too
 
 import numpy as np
 import requests
@@ -2110,6 +2116,7 @@ def test_pictures_and_mistakes_of_the_user():
 
 SHAPES = {
     "tiny": dict(vocab_size=1300, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_decoder_layers=2),
+    "gated": dict(feed_forward_proj="gated-gelu", tied=False, scaled=False),
     "t5-small": {},
     "t5-base": dict(d_model=768, d_ff=3072, num_layers=12, num_decoder_layers=12, num_heads=12),
 }
@@ -2145,11 +2152,13 @@ def random_run(shape: str, device: str, precision: str = "", dropout: float = 0.
 
 def svamp_like(n: int, longest: int = 256, vocab: int = 32000) -> list[qcrd.Question]:
     """Random ids, as long as SVAMP's questions and gpt-3.5-turbo's rationales are in T5's ids:
-    42 tokens (22 to 65), and 88 in the median, a tenth above 190."""
+    42 tokens (22 to 65), and 88 in the median, a tenth above 190. From 512 on, inputs are that
+    long too."""
     rng, questions = np.random.default_rng(0), []
     for i in range(n):
         lengths = [*np.clip(rng.normal(42, 9, 1), 22, 65), rng.integers(8, 14)]
         lengths += [*np.clip(np.exp(rng.normal(4.45, 0.65, 7)), 2, longest)]
+        lengths[0] = longest if longest >= 512 else lengths[0]
         ids = [array("i", [*rng.integers(3, vocab, int(k) - 1), t5.EOS]) for k in lengths]
         question = qcrd.Question(Example(f"question {i}", ""), str(i), *ids[:2], ids[2:7], ids[7:])
         questions.append(question)
@@ -2285,6 +2294,63 @@ def differing_rows(a, b, logits, tau: float, uniforms) -> list[int]:
     return counts
 
 
+def low_precision(device: str) -> torch.dtype:
+    """bfloat16 where the card computes in it, else float16."""
+    if device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
+
+
+@torch.no_grad()
+def generation(shape: str, device: str, check: Checks, *lengths: int) -> None:
+    """What is written in low precision follows the teacher-forced logits of that precision: a
+    greedy token is nearly the best one, a sampled one lies nearly where its number fell."""
+    for dtype in {low_precision(device), torch.float16}:
+        run = random_run(shape, device, str(dtype).removeprefix("torch."))
+        model = run.student.model
+        batch = run.student.inputs(run.student.explain, svamp_like(8, *lengths))
+        uniforms = torch.rand(8, 24, generator=torch.Generator().manual_seed(1))
+        for tau in (0.0, 1.5):
+            with run.student.autocast():
+                tokens = model.generate(*batch, 24, tau, uniforms=uniforms)
+                logits = model(*batch, F.pad(tokens, (1, 0))[:, :-1]).float()
+            p = (logits / (tau or 1)).softmax(-1)
+            own = p.gather(2, tokens[..., None])[..., 0]
+            gap = p.amax(-1) - own
+            if tau:  # how far the number lies outside of the token's part of [0, 1)
+                end = p.cumsum(-1).gather(2, tokens[..., None])[..., 0]
+                drawn = uniforms[:, : tokens.shape[1]].to(end.device)
+                gap = torch.maximum(drawn - end, end - own - drawn)
+            written = (tokens == t5.PAD).cumsum(1) == 0
+            check(f"{shape}, {dtype}, τ {tau}: tokens beside the logits", gap[written].max(), 0.03)
+
+
+def waits(device: str) -> dict[str, Any]:
+    """Waits for the GPU in a step of 16 questions at t5-small's shape, and peaks of memory, GiB."""
+    run, found = random_run("t5-small", device), {}
+    run.train = svamp_like(16)
+    one_step(run)
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        one_step(run)
+    torch.cuda.set_sync_debug_mode("default")
+    found["waits of a step"] = sum("synchroniz" in str(warning.message) for warning in seen)
+    batch = run.student.inputs(run.student.explain, svamp_like(128))
+    for name, call in {
+        "step": lambda: one_step(run),
+        "D's training": lambda: qcrd.train_discriminator(run, 0, run.train),
+        "generation": lambda: run.student.model.generate(*batch, 96, 1.5),
+    }.items():
+        run.config.discriminator_pretrain = 2
+        torch.cuda.reset_peak_memory_stats()
+        with run.student.autocast():
+            call()
+        found[f"GiB, {name}"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    print(f"  {found}")
+    return found
+
+
 @torch.no_grad()
 def parity(shape: str, device: str, check: Checks, *lengths: int) -> None:
     """Losses, scores, gradients, probabilities, tokens on `device` beside the CPU's float32."""
@@ -2300,7 +2366,11 @@ def parity(shape: str, device: str, check: Checks, *lengths: int) -> None:
         return [losses, run.discriminator.score([(questions[row].x, r) for row, r in pairs])]
 
     expected = figures(here, torch.float32)
-    for dtype, bound in ((torch.bfloat16, 0.02), (torch.float16, 0.02), (torch.float32, 1e-4)):
+    for dtype, bound in (
+        (low_precision(device), 0.02),
+        (torch.float16, 0.02),
+        (torch.float32, 1e-4),
+    ):
         for name, value, right in zip(("ℓ", "s"), figures(there, dtype), expected):
             check(f"{shape}, {dtype}: {name}, relative", relative(value, right), bound)
 
@@ -2308,12 +2378,17 @@ def parity(shape: str, device: str, check: Checks, *lengths: int) -> None:
         run.student.dtype = dtype
         run.train = questions
         run.config.delta = 30.0  # random weights' ℓ is near 18: negatives count too
-        with torch.enable_grad():
+        measure = qcrd.measure
+
+        def on_the_cpu(student, part, candidates):  # else low precision may pick others
+            measure(here.student, part, candidates)
+
+        with torch.enable_grad(), patch("qcrd.measure", on_the_cpu):
             loss = one_step(run)
         return torch.tensor(loss), gradients(run.student.model.eval()).cpu()
 
     loss, gradient = step(here, torch.float32)
-    for dtype, bound, far in ((torch.bfloat16, 0.02, 0.1), (torch.float32, 1e-4, 1e-3)):
+    for dtype, bound, far in ((low_precision(device), 0.02, 0.1), (torch.float32, 1e-4, 1e-3)):
         value, g = step(there, dtype)
         check(f"{shape}, {dtype}: a step's loss, relative", relative(value, loss), bound)
         distance = ((g - gradient).norm() / gradient.norm()).item()
@@ -2409,33 +2484,128 @@ def speed(shape: str, device: str, n: int, rate: float) -> None:
     print(f"  the paper's 10,000 steps on svamp: {hours:.1f} h, and {sampling:.1f} h of sampling")
 
 
+def kept_efficient(shape: str, device: str, check: Checks, *lengths: int) -> None:
+    """`parity` with the kernel that the masks are made for: refused masks are errors."""
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+        parity(shape, device, check, *lengths)
+
+
+def in_float16(shape: str, device: str, check: Checks) -> None:
+    run = random_run(shape, device, "float16")
+    run.train = svamp_like(4)
+    overflow(shape, run, check)
+
+
+def speeds(shape: str, device: str) -> dict[str, Any]:
+    """A step, sampling, and t5.py beside transformers, with the card's own rate of products."""
+    a = torch.randn(8192, 8192, device=device, dtype=low_precision(device))
+    rate = 2 * len(a) ** 3 * 20 / seconds([lambda: [a @ a for _ in range(20)]], device)[0]
+    print(f"  products of matrices run at {rate / 1e12:.0f} TFLOP/s")
+    torch.cuda.empty_cache()
+    speed(shape, device, 64, rate)
+    beside_transformers(shape, device, 64, 64)
+    return {"TFLOP/s": round(rate / 1e12)}
+
+
+def cuda_stages(check: Checks, device: str = "cuda") -> dict[str, Callable]:
+    """The stages of the proof in order of worth."""
+    stages: dict[str, Callable] = {}
+    for shape in ("t5-small", "t5-base"):
+        stages[f"parity {shape}"] = functools.partial(kept_efficient, shape, device, check)
+        stages[f"generation {shape}"] = functools.partial(generation, shape, device, check)
+        stages[f"float16 {shape}"] = functools.partial(in_float16, shape, device, check)
+    stages["parity gated"] = functools.partial(kept_efficient, "gated", device, check)
+    stages["parity 512 tokens"] = functools.partial(
+        kept_efficient, "tiny", device, check, 512, 1000
+    )
+    stages["demo"] = functools.partial(demo_on, check, "--device", device)
+    fp16 = ("--device", device, "--precision", "float16")
+    stages["demo float16"] = functools.partial(demo_on, check, *fp16)
+    stages["waits, memory"] = functools.partial(waits, device)
+    if torch.cuda.device_count() > 1:
+        fixed = "--device cuda --precision {} --negative-source fixed"  # the same negatives
+        for precision, bound in (("float32", 1e-3), ("bfloat16", 0.05)):
+            words = fixed.format(precision).split()
+            stages[f"two ranks {precision}"] = functools.partial(two_ranks, check, bound, *words)
+    for shape in ("t5-base", "t5-small"):
+        stages[f"speed {shape}"] = functools.partial(speeds, shape, device)
+    return stages
+
+
+def run_stages(stages: dict[str, Callable], check: Checks, minutes: float) -> dict[str, Any]:
+    """Each stage stands alone: what one raises is printed, and the next one runs."""
+    found: dict[str, Any] = {}
+    start = time.monotonic()
+    for name, stage in stages.items():
+        spent, missed = time.monotonic() - start, len(check)
+        if spent > 60 * minutes:
+            found[name] = "left out: --minutes"
+            continue
+        print(f"== {name}, after {spent:.0f} s", flush=True)
+        try:
+            figures = stage()
+            found[name] = figures or ("ok" if len(check) == missed else "missed")
+        except Exception as error:
+            traceback.print_exc()
+            found[name] = f"raised {type(error).__name__}: {fetch_data.fold(str(error))[:200]}"
+    return found
+
+
 def cuda() -> int:
     """`cuda`: whether all of it works on a GPU, how fast, and what fits. -> exit code."""
     if not torch.cuda.is_available():
         print("cuda: skipped, torch sees no GPU here")
         return 0
-    check, device, shapes = Checks(), "cuda", ("t5-small", "t5-base")
+    minutes = float(sys.argv[3]) if sys.argv[2:3] == ["--minutes"] else math.inf
     torch.backends.cuda.matmul.allow_tf32 = False
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    for shape in shapes:
-        with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):  # refused masks are errors
-            parity(shape, device, check)
-        run = random_run(shape, device, "float16")
-        run.train = svamp_like(4)
-        overflow(shape, run, check)
-    demo_on(check, "--device", device)
-    if torch.cuda.device_count() > 1:
-        fixed = "--device cuda --precision float32 --negative-source fixed"  # the same negatives
-        two_ranks(check, 1e-3, *fixed.split())
-    a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
-    rate = 2 * len(a) ** 3 * 20 / seconds([lambda: [a @ a for _ in range(20)]], device)[0]
-    for shape in shapes:
-        print(f"{shape}'s shape, bf16; products of matrices run at {rate / 1e12:.0f} TFLOP/s")
-        torch.cuda.empty_cache()
-        speed(shape, device, 64, rate)
-        beside_transformers(shape, device, 64, 64)
+    check = Checks()
+    card = {"card": torch.cuda.get_device_name(), "torch": torch.__version__}
+    card |= {"cuda": torch.version.cuda, "capability": torch.cuda.get_device_capability()}
+    with contextlib.suppress(OSError):
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        card["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    print(card)
+    found = run_stages(cuda_stages(check), check, minutes)
+    print("\n".join(f"{name}: {result}" for name, result in found.items()))
     print("\n".join(["missed:", *check]) if check else "every bound is kept")
-    return int(bool(check))
+    print(json.dumps(card | {"stages": found, "missed": check}))
+    return int(bool(check) or any("raised" in str(result) for result in found.values()))
+
+
+def test_a_stage_of_the_proof_stands_alone():
+    def broken():
+        raise RuntimeError("no kernel")
+
+    stages = {"first": broken, "second": lambda: {"GiB": 1}, "third": lambda: None}
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        found = run_stages(stages, Checks(), math.inf)
+        late = run_stages(stages, Checks(), -1.0)
+    assert "RuntimeError: no kernel" in found["first"] and "Traceback" in printed.getvalue()
+    assert found["second"] == {"GiB": 1} and found["third"] == "ok"
+    assert set(late.values()) == {"left out: --minutes"}
+
+
+def test_ordinary_tests_see_no_gpu():
+    """Where torch would see one unless CUDA_VISIBLE_DEVICES is empty."""
+    stand_in = "import os, torch; torch.cuda.is_available = lambda: "
+    stand_in += "os.environ.get('CUDA_VISIBLE_DEVICES') != ''; import sys; sys.argv = ['x'{}]; "
+    stand_in += "import test_qcrd, qcrd; print(qcrd.torch.cuda.is_available())"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    seen = [python("-c", stand_in.format(word)) for word in ("", ", 'cuda'")]
+    assert seen[0] == "False\n"
+    with patch.dict(os.environ):
+        del os.environ["CUDA_VISIBLE_DEVICES"]
+        seen = [python("-c", stand_in.format(word)) for word in ("", ", 'cuda'")]
+    assert seen == ["False\n", "True\n"], seen
+
+
+def test_generation_beside_logits_on_the_cpu():
+    check = Checks()
+    generation("tiny", "cpu", check, 30, 1000)
+    assert not check, check
+    with patch("t5.draw", lambda logits, uniforms: logits.argmin(1)):
+        generation("tiny", "cpu", check, 30, 1000)
+    assert check
 
 
 def test_two_ranks_compute_what_one_does():
@@ -2462,7 +2632,7 @@ def test_comparisons_of_the_gpu_proof_on_the_cpu():
 def main() -> int:
     """Runs what the command line names -> 1 where something failed."""
     words = sys.argv[1:]
-    if words in (["bench"], ["cuda"]):
+    if words[:1] in (["bench"], ["cuda"]):
         return (bench if words == ["bench"] else cuda)() or 0
     passed, failed = 0, 0
     for name, test in list(globals().items()):

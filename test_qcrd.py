@@ -40,7 +40,7 @@ import zipfile
 from array import array
 from collections import Counter
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import numpy as np
 import requests
@@ -367,8 +367,7 @@ def test_t5_generation_and_sampling():
     assert sum("forward" in vars(module) for module in model.modules()) == 1
     uniforms = torch.rand(16, 25, generator=torch.Generator().manual_seed(5))
     for rows in ([3], [15, 0, 7], [9, 8, 7, 6, 5]):
-        with patch("torch.rand", lambda *size, generator: uniforms[rows]):
-            alone = model.generate(x[rows], x_mask[rows], 25, temperature=1.5)
+        alone = model.generate(x[rows], x_mask[rows], 25, 1.5, uniforms=uniforms[rows])
         assert torch.equal(F.pad(alone, (0, written.shape[1] - alone.shape[1])), written[rows])
     tokens, done = torch.zeros(16, 1, dtype=torch.long), torch.zeros(16, dtype=torch.bool)
     for t in range(written.shape[1]):
@@ -383,8 +382,7 @@ def test_t5_generation_and_sampling():
     logits = model(x[:1], x_mask[:1], torch.zeros(1, 1, dtype=torch.long))[0, 0].detach()
     for temperature, limit in ((0.7, None), (1.5, None), (1.5, 140)):
         expected = (logits[:limit] / temperature).softmax(-1) * 20000
-        with patch("torch.rand", lambda *size, generator: grid):
-            drawn = model.generate(x, x_mask, 1, temperature=temperature, limit=limit)[:, 0]
+        drawn = model.generate(x, x_mask, 1, temperature, limit=limit, uniforms=grid)[:, 0]
         seen = torch.bincount(drawn, minlength=len(expected))
         assert len(seen) == len(expected) and (seen - expected).abs().max() < 1.1
     logits = torch.full((6, 260), float("-inf"))  # what has no probability is never drawn
@@ -601,6 +599,40 @@ def test_t5_atomic_files_and_progress():
     with contextlib.redirect_stderr(io.StringIO()) as stream:  # not a terminal, short work
         assert list(t5.track("work", range(3))) == [0, 1, 2]
     assert stream.getvalue() == ""
+
+
+def test_t5_programs_end_in_one_line_or_a_traceback():
+    full, missing = OSError(28, "No space left", "a/b"), RuntimeError("CUDA out of memory. Tried")
+    cases = [
+        (t5.InputError("so \n\x1b[2Jis"), 2, "error: so  [2Jis\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ]
+    cases += [
+        (full, 2, "error: a/b: No space left\n"),
+        (missing, 2, "error: out of memory; help\n"),
+    ]
+    cases += [(MemoryError(), 2, "error: out of memory; help\n")]
+    for error, code, text in cases:
+        with contextlib.redirect_stderr(io.StringIO()) as printed:
+            assert t5.run_program(Mock(side_effect=error), "help") == code
+        assert printed.getvalue() == text, (error, printed.getvalue())
+    for error in (RuntimeError("a bug"), KeyError("a bug")):
+        refused(lambda: t5.run_program(Mock(side_effect=error)), "a bug", kind=type(error))
+    assert (t5.run_program(lambda: None), t5.run_program(lambda: 3)) == (0, 3)
+
+
+def test_t5_lock_is_held_by_one():
+    with scratch() as folder, contextlib.redirect_stderr(io.StringIO()) as printed:
+        path, taken = folder / "new/lock", []
+        held = t5.lock(path, "taken")
+        refused(lambda: t5.lock(path, "taken"), "taken")
+        waiting = threading.Thread(target=lambda: taken.append(t5.lock(path)))
+        waiting.start()
+        waiting.join(0.3)
+        assert waiting.is_alive() and not taken and f"holds {path}" in printed.getvalue()
+        held.release()
+        waiting.join(5)
+        assert taken
 
 
 # ----------------------------------------------------------------------------------- fetch_data.py

@@ -131,12 +131,12 @@ class Config:
     )
     discriminator_loss: str = option("eq2", "eq. 2", "L_D; ce: the figure's CE", "eq2|ce")
     discriminator_pretrain: int = option(
-        500, "review", "pretraining steps; at most, in the paper", "[0, inf)"
+        500, "review", "pretraining steps; at most, in the paper", "[0, 100000000]"
     )
     discriminator_every: int = option(
         1, "ours", "update it before iterations 1 + n, 1 + 2n, ... (0: never)", "[0, inf)"
     )
-    discriminator_steps: int = option(20, "ours", "steps of an update", "[1, inf)")
+    discriminator_steps: int = option(20, "ours", "steps of an update", "[1, 100000000]")
     discriminator_questions: int = option(8, "ours", "questions a step of D", "[1, 4096]")
     discriminator_lr: float = option(1e-4, "ours", "its learning rate", "(0, 1]")
     discriminator_noise: float = option(0.0, "overview", "part with swapped sets", "[0, 1]")
@@ -790,7 +790,9 @@ def iterate(run: Run, t: int) -> None:
             student.model.train()
             L_pred = label_losses(student, part).sum() / len(batch)
             losses = rationale_losses(student, part, picks)  # ℓ of the picks, with gradient
-            L_cl = contrastive(losses, s, picks, config).sum() / len(batch)  #          [eq. 3, 6, 7]
+            L_cl = contrastive(losses, s, picks, config).sum() / len(
+                batch
+            )  #          [eq. 3, 6, 7]
             run.scaler.scale(α1 * L_pred + α2 * L_cl).backward()  # the student's part of [eq. 8]
             take_statistics(run, len(part) / len(batch), picks, losses, s, L_pred, L_cl)
         all_reduce_gradients(student.model)
@@ -958,7 +960,8 @@ class Teacher:
         self.stopped.set()
         said = self.words(answer)
         hint = HINTS.get(429 if status in BUSY else 401 if status == 403 else status, "")
-        named = [name for name in body or {} if re.search(rf"\b{name}\b", said)]
+        optional = set(body or {}) - {"model", "messages", "n"}
+        named = [name for name in optional if re.search(rf"\b{re.escape(name)}\b", said)]
         if status in (400, 422) and named:
             hint = f"""--teacher-fields '{{"{named[0]}": null}}' leaves that field out"""
         shown = f"status {status}, " if status > 0 else ""
@@ -1407,7 +1410,7 @@ def save(run: Run) -> None:
     t5.write_pt(folder / "checkpoint.pt", state | {name: getattr(run, name) for name in SAVED})
     needed = {t, selected(run.lines)["iteration"]}
     if config.negative_source == "snapshot":
-        needed |= set(range(t + 1 - config.lag, t))  # those of iterations t + 1, t + 2, …
+        needed |= set(range(max(1, t + 1 - config.lag), t))  # those of iterations t + 1, t + 2, …
     for path in (folder / "snapshots").glob("*.pt"):
         if path.stem.isdecimal() and int(path.stem) not in needed:
             path.unlink()
@@ -1955,7 +1958,8 @@ def reopen(named: list[str], given: dict[str, Any], as_json: bool) -> None:
             print_result(folder, json.loads((folder / "result.json").read_text("utf-8")))
     else:
         held = t5.lock(folder / "lock", f"{folder}: another process has it") if RANK == 0 else None
-        train(prepare(config, load_task(config), folder, ask=held is None), resumed=True)
+        begun = (folder / "checkpoint.pt").exists()  # else the teacher may not be done
+        train(prepare(config, load_task(config), folder, ask=not begun), resumed=True)
 
 
 def main() -> int:

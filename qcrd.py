@@ -934,7 +934,8 @@ class Teacher:
         self.stopped.set()
         said = self.words(answer)
         hint = HINTS.get(429 if status in BUSY else 401 if status == 403 else status, "")
-        named = [name for name in body or {} if re.search(rf"\b{name}\b", said)]
+        optional = set(body or {}) - {"model", "messages", "n"}
+        named = [name for name in optional if re.search(rf"\b{re.escape(name)}\b", said)]
         if status in (400, 422) and named:
             hint = f"""--teacher-fields '{{"{named[0]}": null}}' leaves that field out"""
         shown = f"status {status}, " if status > 0 else ""
@@ -1387,7 +1388,7 @@ def save(run: Run) -> None:
     t5.write_pt(folder / "checkpoint.pt", state | {name: getattr(run, name) for name in SAVED})
     needed = {t, selected(run.lines)["iteration"]}
     if config.negative_source == "snapshot":
-        needed |= set(range(t + 1 - config.lag, t))  # those of iterations t + 1, t + 2, …
+        needed |= set(range(max(1, t + 1 - config.lag), t))  # those of iterations t + 1, t + 2, …
     for path in (folder / "snapshots").glob("*.pt"):
         if path.stem.isdecimal() and int(path.stem) not in needed:
             path.unlink()

@@ -43,7 +43,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 if sys.argv[1:2] not in (["cuda"], ["bench"]):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # ordinary tests are of the CPU, their children too
@@ -123,7 +123,8 @@ def serving(answer):
             for name, value in ({"Content-Length": len(raw)} | headers).items():
                 self.send_header(name, str(value))
             self.end_headers()
-            self.wfile.write(raw)
+            with contextlib.suppress(ConnectionError):  # of a client that did not wait
+                self.wfile.write(raw)
 
     with patch.object(fetch_data, "Handler", Stub):
         url, server = fetch_data.demo_teacher()
@@ -373,8 +374,7 @@ def test_t5_generation_and_sampling():
     assert sum("forward" in vars(module) for module in model.modules()) == 1
     uniforms = torch.rand(16, 25, generator=torch.Generator().manual_seed(5))
     for rows in ([3], [15, 0, 7], [9, 8, 7, 6, 5]):
-        with patch("torch.rand", lambda *size, generator: uniforms[rows]):
-            alone = model.generate(x[rows], x_mask[rows], 25, temperature=1.5)
+        alone = model.generate(x[rows], x_mask[rows], 25, 1.5, uniforms=uniforms[rows])
         assert torch.equal(F.pad(alone, (0, written.shape[1] - alone.shape[1])), written[rows])
     tokens, done = torch.zeros(16, 1, dtype=torch.long), torch.zeros(16, dtype=torch.bool)
     for t in range(written.shape[1]):
@@ -389,8 +389,7 @@ def test_t5_generation_and_sampling():
     logits = model(x[:1], x_mask[:1], torch.zeros(1, 1, dtype=torch.long))[0, 0].detach()
     for temperature, limit in ((0.7, None), (1.5, None), (1.5, 140)):
         expected = (logits[:limit] / temperature).softmax(-1) * 20000
-        with patch("torch.rand", lambda *size, generator: grid):
-            drawn = model.generate(x, x_mask, 1, temperature=temperature, limit=limit)[:, 0]
+        drawn = model.generate(x, x_mask, 1, temperature, limit=limit, uniforms=grid)[:, 0]
         seen = torch.bincount(drawn, minlength=len(expected))
         assert len(seen) == len(expected) and (seen - expected).abs().max() < 1.1
     logits = torch.full((6, 260), float("-inf"))  # what has no probability is never drawn
@@ -607,6 +606,40 @@ def test_t5_atomic_files_and_progress():
     with contextlib.redirect_stderr(io.StringIO()) as stream:  # not a terminal, short work
         assert list(t5.track("work", range(3))) == [0, 1, 2]
     assert stream.getvalue() == ""
+
+
+def test_t5_programs_end_in_one_line_or_a_traceback():
+    full, missing = OSError(28, "No space left", "a/b"), RuntimeError("CUDA out of memory. Tried")
+    cases = [
+        (t5.InputError("so \n\x1b[2Jis"), 2, "error: so  [2Jis\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ]
+    cases += [
+        (full, 2, "error: a/b: No space left\n"),
+        (missing, 2, "error: out of memory; help\n"),
+    ]
+    cases += [(MemoryError(), 2, "error: out of memory; help\n")]
+    for error, code, text in cases:
+        with contextlib.redirect_stderr(io.StringIO()) as printed:
+            assert t5.run_program(Mock(side_effect=error), "help") == code
+        assert printed.getvalue() == text, (error, printed.getvalue())
+    for error in (RuntimeError("a bug"), KeyError("a bug")):
+        refused(lambda: t5.run_program(Mock(side_effect=error)), "a bug", kind=type(error))
+    assert (t5.run_program(lambda: None), t5.run_program(lambda: 3)) == (0, 3)
+
+
+def test_t5_lock_is_held_by_one():
+    with scratch() as folder, contextlib.redirect_stderr(io.StringIO()) as printed:
+        path, taken = folder / "new/lock", []
+        held = t5.lock(path, "taken")
+        refused(lambda: t5.lock(path, "taken"), "taken")
+        waiting = threading.Thread(target=lambda: taken.append(t5.lock(path)))
+        waiting.start()
+        waiting.join(0.3)
+        assert waiting.is_alive() and not taken and f"holds {path}" in printed.getvalue()
+        held.release()
+        waiting.join(5)
+        assert taken
 
 
 # ----------------------------------------------------------------------------------- fetch_data.py
@@ -1634,10 +1667,10 @@ def test_selected_student_is_the_latest_within_a_standard_error():
     assert chosen(0.9) == 0 and chosen(0.9, 0.1) == 1 and chosen(0.2, 1.0, 0.99) == 1
 
 
-def said(*texts: object, usage: object = None) -> tuple:
+def said(*texts: object) -> tuple:
     """A good answer: status, content, headers."""
     choices = [{"message": {"content": text}, "finish_reason": "stop"} for text in texts]
-    return 200, {"choices": choices, "usage": usage}, {}
+    return 200, {"choices": choices}, {}
 
 
 def sums(body: dict, number: int = 0) -> tuple:
@@ -1647,36 +1680,52 @@ def sums(body: dict, number: int = 0) -> tuple:
     return said(*texts[: body["n"]])
 
 
-def samples_of(url: str, count: int = 4, **changes) -> tuple[list, int, str]:
-    """Asks `count` questions -> slots, how many are filled, what was printed."""
+def ask_sums(url: str, count: int = 4, **changes) -> list:
+    """Asks `count` questions without long pauses -> slots."""
     config = tiny_config(**{"concurrency": 2, "teacher": url, "task": "sums"} | changes)
     examples = [Example(f"What is {i} plus {i}?", str(2 * i)) for i in range(count)]
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
+    with patch.object(qcrd, "BACKOFF", 0.002):
         teacher = qcrd.connect_teacher(config, ask=True)
-        slots = qcrd.teacher_samples(teacher, NUMBERS, examples, ask=True)
+        return qcrd.teacher_samples(teacher, NUMBERS, examples, ask=True)
+
+
+def samples_of(url: str, count: int = 4, **changes) -> tuple[list, int, str]:
+    """-> slots, how many are filled, what was printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        slots = ask_sums(url, count, **changes)
     return slots, sum(slot is not None for row in slots for slot in row), printed.getvalue()
+
+
+def kept_samples(folder: Path | str = "data/sums") -> list[str]:
+    """The texts in a teacher's one file of samples."""
+    (cache,) = Path(folder).glob("teacher-*.jsonl")
+    return [json.loads(line)["text"] for line in cache.read_bytes().splitlines() if line]
 
 
 def test_teacher_survives_what_servers_do():
     once, huge = set(), json.dumps(said("")) * 1000 + '{"a":' * 5000 + "9**9**9 " * 100_000
-    usages = [{"prompt_tokens": x, "completion_tokens": 1} for x in (math.nan, 1e999, "many", 9)]
-    goods = [said(*["<Answer>: 1"] * 4, huge, usage=usage) for usage in (*usages, None, {})]
+    good = said(*["<Answer>: 1"] * 4, huge)
+    parts = {"content": [{"type": "text", "text": "<Answer>:"}, None, {"text": " 1"}, {"text": 2}]}
+    parts = (200, {"choices": [{"message": parts, "finish_reason": "stop"}] * 5}, {})
+    bare = (200, {"choices": [{"text": "<Answer>: 1", "finish_reason": "stop"}] * 5}, {})
     trouble = [b"<html>bad gateway</html>", b"", b"[" * 100_000, {}, [], None, {"choices": []}]
     trouble += [{"choices": "none"}, {"choices": {"a": 1}}, {"choices": [None]}]
-    trouble = [(200, content, {}) for content in trouble] + [said(None), said("")]
-    trouble += [(408, {}, {}), (500, {"error": "down"}, {}), (503, b"<html>", {"Retry-After": "7"})]
-    trouble += [(429, {}, {"Retry-After": "11"}), (200, goods[0][1], {"Content-Length": 9_999_999})]
+    trouble += [{"error": {"message": "overloaded"}}, {"error": None}]
+    trouble = [(200, content, {}) for content in trouble] + [said(None), said(""), said([{}])]
+    trouble += [(408, {}, {}), (500, {"error": "down"}, {}), (503, b"<html>", {"Retry-After": "x"})]
+    trouble += [(429, {}, {"Retry-After": "1"}), (200, good[1], {"Content-Length": 9_999_999})]
     count = len(trouble)
 
     def flaky(body: dict, number: int) -> tuple:
         i = int(body["messages"][-1]["content"].split()[2])
-        return goods[i % 6] if i in once else once.add(i) or trouble[i]
+        return (good, parts, bare)[i % 3] if i in once else once.add(i) or trouble[i]
 
     with empty_home(), serving(flaky) as (url, asked):
+        start = time.monotonic()
         slots, filled, _ = samples_of(url, count)
+        assert time.monotonic() - start > 1  # Retry-After is kept to
         assert filled == 5 * count and all(row[0] == ("<Answer>: 1", "stop") for row in slots)
-        waits = {call.args[0] for call in time.sleep.call_args_list}
-        assert {7, 11} <= waits and len(asked) == 2 * count  # Retry-After is kept to
+        assert len(asked) == 2 * count
         sent = {(b["model"], b["n"], b["temperature"], b["max_tokens"]) for _, b in asked}
         assert sent == {("demo-teacher", 5, 0.7, 512)}
         assert qcrd.vote_on(NUMBERS, "How many?", slots[0]).positives == [0, 1, 2, 3]
@@ -1700,38 +1749,109 @@ def test_teacher_meets_servers_that_know_less():
             slots, filled, _ = samples_of(url, concurrency=1)
             assert (filled, len(asked)) == (20, expected)
             assert len({slot[0] for slot in slots[0]}) >= 3  # a seed a request
-    with empty_home(), serving(lambda body, _: knows(body, "seed", 5)) as (url, asked):
-        text = outcome(samples_of, url, concurrency=1)
-        assert "--teacher-fields" in text and "unknown: seed" in text and len(asked) <= 4
-        assert samples_of(url, teacher_fields='{"seed": null, "top_p": 0.9}')[1] == 20
-        assert asked[-1][1]["top_p"] == 0.9
+    for name in ("seed", "max_tokens"):
+        with empty_home(), serving(lambda body, _: knows(body, name, 5)) as (url, asked):
+            text, remedy = outcome(ask_sums, url, concurrency=1), '{"%s": null}' % name
+            assert f"--teacher-fields '{remedy}'" in text and f"unknown: {name}" in text, text
+            assert len(asked) <= 6
+            assert samples_of(url, teacher_fields=f'{remedy[:-1]}, "top_p": 0.9}}')[1] == 20
+            assert asked[-1][1]["top_p"] == 0.9
     censor = serving(lambda body, _: sums(body) if "3 p" not in str(body) else (400, "policy", {}))
     with empty_home(), censor as (url, asked):
         slots, filled, printed = samples_of(url, 8, concurrency=1)
-        assert filled == 35 and slots[3] == [None] * 5 and "1 questions left out" in printed
+        assert filled == 35 and slots[3] == [None] * 5
+        assert "\n  1 questions refused: status 400, policy\n" in printed, printed
 
 
 def test_teacher_stops_where_no_retry_helps():
     key = "sk-Secret/0123+456"
     echo = {"error": {"message": f"Incorrect API key provided: {key}."}}
     hints = {401: "OPENAI_API_KEY", 403: "OPENAI_API_KEY", 404: "--teacher-model", 301: "301"}
-    for status, hint in hints.items():
+    for status, hint in (hints | {402: "402"}).items():
         server = serving(lambda *_: (status, echo, {"Location": "/v1/models"}))
         with empty_home(OPENAI_API_KEY=key) as folder, server as (url, asked):
-            text = outcome(samples_of, url, 50, concurrency=1)
+            text = outcome(ask_sums, url, 50, concurrency=1)
             assert f"status {status}" in text and "provided: ***." in text and hint in text
             assert len(asked) < 5 and asked[0][0]["Authorization"] == f"Bearer {key}"
             texts = [path.read_text() for path in folder.rglob("*") if path.is_file()]
             assert not any("Secret" in part for part in [text, *texts])
-    with empty_home(), serving(lambda *_: said("")) as (url, asked):
-        assert "--teacher-tokens" in outcome(samples_of, url, 50) and len(asked) < 40
     with empty_home(OPENAI_API_KEY=key):
         for url in ("gpt-4", "ftp://a", f"http://me:{key}@127.0.0.1:9", f"http://a/v1?key={key}"):
-            text = outcome(samples_of, url)
+            text = outcome(ask_sums, url)
             assert "error: --teacher" in text and "Secret" not in text
-        assert "is the server running" in outcome(samples_of, "http://127.0.0.1:9/v1")
+        assert "is the server running" in outcome(ask_sums, "http://127.0.0.1:9/v1")
     with empty_home(OPENAI_API_KEY="sk-1\ncut"):
-        assert "error: OPENAI_API_KEY" in outcome(samples_of, "http://127.0.0.1:9/v1")
+        assert "error: OPENAI_API_KEY" in outcome(ask_sums, "http://127.0.0.1:9/v1")
+
+
+def test_teacher_gives_up_early_and_keeps_what_was_served():
+    """After `good` answers only bad ones come, one request at a time: a few of them, the server's
+    words, what to do, and all good samples on disk."""
+    unloaded, html = (400, {"error": "model \x1b[2J unloaded"}, {}), (200, b"<p>Log in</p>", {})
+    later = (429, {"error": "slow down"}, {"Retry-After": "3600"})
+    cases = [  # the answer, good ones before, bad ones at most, the words
+        (unloaded, 5, 10, "status 400, model [2J unloaded"),
+        (unloaded, 0, 6, "status 400, model [2J unloaded"),
+        (said(""), 5, 15, "a model that thinks first needs more --teacher-tokens"),
+        (said(""), 0, 9, "a model that thinks first needs more --teacher-tokens"),
+        (html, 0, 9, "Log in"),
+        (later, 5, 1, "slow down (wait 3600 s); run again later: what was answered is kept"),
+        ((503, {"error": "busy"}, {}), 5, qcrd.REPETITIONS + 1, "status 503, busy; run again"),
+        ((402, {"error": "Insufficient credit"}, {}), 5, 1, "402, Insufficient credit\n"),
+        ((200, None, {}), 5, 2, "is the server running"),
+    ]
+    for bad, good, most, words in cases:
+        server = serving(lambda body, number: sums(body) if number <= good else bad)
+        with empty_home(), server as (url, asked):
+            text = outcome(ask_sums, url, 50, concurrency=1)
+            last = text.strip().splitlines()[-1] + "\n"
+            assert last.startswith("error: teacher http") and words in last, text
+            assert good < len(asked) <= good + most, (words, len(asked))
+            assert len(kept_samples()) == 5 * good
+    # the third of four at once is refused; the others answer later, and are kept
+    late = threading.Event()
+    unauthorized = (401, {"error": "expired"}, {})
+
+    def expires(body: dict, number: int) -> tuple:
+        if number == 8:
+            threading.Timer(0.3, late.set).start()
+            return unauthorized
+        return (number < 5 or late.wait(5)) and number < 9 and sums(body) or unauthorized
+
+    with empty_home(), serving(expires) as (url, asked):
+        text = outcome(ask_sums, url, 50, concurrency=4)
+        assert "status 401, expired; set OPENAI_API_KEY" in text and len(asked) == 8, len(asked)
+        assert len(kept_samples()) == 35 and "  35 samples, 8 requests\n" in text, text
+
+
+def test_teacher_that_is_slow_says_what_is_waited_for():
+    def slow(body: dict, number: int) -> tuple:
+        time_out = number > 1 or not hurry.wait(0.5)
+        return sums(body) if time_out else None
+
+    hurry = threading.Event()
+    with empty_home(), serving(slow) as (url, _), patch.object(qcrd, "QUIET", 0.1):
+        assert f"  waiting for {url} for 0 s: no answer yet\n" in samples_of(url)[2]
+    server = serving(lambda body, number: sums(body, hurry.wait(1)))
+    with empty_home(), server as (url, asked):
+        text = outcome(ask_sums, url, teacher_timeout=0.2, concurrency=1)
+        assert "no answer in 0.2 s; --teacher-timeout SECONDS waits longer" in text, text
+        assert len(asked) == 2
+
+
+def test_teacher_gets_the_key_and_nothing_else():
+    """Not what ~/.netrc says (0.0.0.0 is this machine, but not known to be); no proxy is asked on
+    the way to this machine."""
+    proxies = dict.fromkeys(("HTTP_PROXY", "http_proxy"), "http://127.0.0.1:9")
+    with serving(sums) as (url, asked), scratch() as folder:
+        (folder / "netrc").write_text("default login me password secret\n")
+        elsewhere = url.replace("127.0.0.1", "0.0.0.0")
+        for address, more in ((url, proxies), (elsewhere, {"NO_PROXY": "*"})):
+            for key, expected in (("sk-1", "Bearer sk-1"), ("", None)):
+                environment = {"NETRC": str(folder / "netrc"), "OPENAI_API_KEY": key} | more
+                with empty_home(**environment):
+                    assert samples_of(address, 1)[1] == 5
+                    assert asked[-1][0].get("Authorization") == expected
 
 
 def test_teacher_budget_and_cache():
@@ -1748,40 +1868,44 @@ def test_teacher_budget_and_cache():
         late.set()
     with empty_home(), serving(sums) as (url, asked):
         samples_of(url)
-        (cache,) = Path("data/sums").glob("*")
+        cache = Path("data/sums/teacher-demo-teacher.jsonl")
         lines = cache.read_bytes().strip().splitlines(True)
-        assert cache.name == "teacher-demo-teacher.jsonl" and len(asked) == 4 and len(lines) == 20
+        assert len(asked) == 4 and len(lines) == 20
         cache.write_bytes(b"".join(lines)[:-20])  # a kill in the middle of a line
         assert samples_of(url)[1] == 20 and len(asked) == 5 and asked[-1][1]["n"] == 1
 
 
-TINY = "--iterations 3 --iteration-steps 2 --lag 1 --batch 4 --rationale-tokens 8 --label-tokens 8"
+TINY = "--steps 6 --iterations 3 --lag 1 --batch 4 --rationale-tokens 8 --label-tokens 8 --lr 1e-3"
 TINY += " --discriminator-pretrain 2 --discriminator-steps 1 --discriminator-questions 2"
-TINY = [*TINY.split(), "--lr", "1e-3", "--concurrency", "2"]
+TINY = [*TINY.split(), "--concurrency", "2"]
 qcrd_main = functools.partial(command, qcrd)
 
 
-def qcrd_child(words: list, environment: dict, event: int, sign: int) -> None:
-    """The command line; it gets a signal before its event-th optimizer step or renaming."""
+def qcrd_child(words: list, environment: dict, event: int | str, sign: int) -> None:
+    """The command line; it gets a signal before its event-th optimizer step or renaming, or before
+    a file gets its name for the n-th time ("checkpoint.pt 2")."""
     os.chdir(environment["QCRD_HOME"])
     os.environ.update(environment)
     sys.stdout = sys.stderr = open("log", "a", buffering=1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     importlib.reload(qcrd)  # reads torchrun's variables
-    events = itertools.count(1)
+    events, names = itertools.count(1), Counter()
 
     def before(call, *args):
-        if next(events) == event:
+        name = Path(args[1]).name if call is rename else ""
+        names[name] += 1
+        if event in (next(events), f"{name} {names[name]}"):
             os.kill(os.getpid(), sign)
         return call(*args)
 
+    rename = os.replace
     qcrd.descend = functools.partial(before, qcrd.descend)
-    os.replace = functools.partial(before, os.replace)
+    os.replace = functools.partial(before, rename)
     sys.argv = ["qcrd.py", *words]
     sys.exit(qcrd.main())
 
 
-def started(words: list, event: int = 0, sign: int = 0, **environment: str):
+def started(words: list, event: int | str = 0, sign: int = 0, **environment: str):
     """qcrd_child in a new process, which need not import torch; its output is the file `log`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "qcrd"])
@@ -1791,10 +1915,19 @@ def started(words: list, event: int = 0, sign: int = 0, **environment: str):
     return child
 
 
+def until(condition) -> None:
+    """Waits for it, a minute at most."""
+    for _ in range(600):
+        if condition():
+            return
+        threading.Event().wait(0.1)
+    raise AssertionError("waited for a minute")
+
+
 @contextlib.contextmanager
-def sums_home(dropout: float = 0.0):
+def sums_home(dropout: float = 0.0, answer=sums):
     """An empty home with a folder task, a tiny student and a teacher -> flags, requests so far."""
-    with empty_home() as home, serving(sums) as (url, asked):
+    with empty_home() as home, serving(answer) as (url, asked), patch.object(qcrd, "BACKOFF", 0.01):
         rows = [(f"What is {i} plus {i}?", str(2 * i)) for i in range(22)]
         task_folder(home / "sums", train=rows[:12], valid=rows[12:16], test=rows[16:])
         tiny_folder(home / "tiny", dropout=dropout)
@@ -1803,27 +1936,64 @@ def sums_home(dropout: float = 0.0):
 
 
 def test_kill_and_resume_ends_in_the_same_bytes():
-    """The run has 11 steps, the discriminator's included, and more than 20 renamings."""
-    weights, rng = "student/model.safetensors", random.Random(0)
+    """The run has 10 steps, the discriminator's included, and some 18 renamings."""
+    weights, events = "student/model.safetensors", random.Random(0)
     with sums_home(dropout=0.1) as (flags, asked):
         qcrd_main(*flags, "whole")
         count, expected = len(asked), Path("whole", weights).read_bytes()
-        for name, first in (("early", 4), ("late", 16)):
-            child = started([*flags, name], rng.randrange(first, first + 12), signal.SIGKILL)
+        (result,) = lines_of("whole/result.json")
+        cases = [events.randrange(2, 13), events.randrange(13, 24)]
+        # before the snapshot has its name, after it, and after the student is written
+        cases += ["2.pt 1", "checkpoint.pt 2", "predictions.jsonl 1"]
+        for name, event in zip("abcde", cases):
+            child = started([*flags, name], event, signal.SIGKILL)
             child.join()
             assert child.exitcode == -signal.SIGKILL and not Path(name, "result.json").exists()
             assert f"run folder: {name}" in qcrd_main("--resume", name)
-            assert Path(name, weights).read_bytes() == expected, name
-            assert len(lines_of(f"{name}/metrics.jsonl")) == 3
-        child = started([*flags, "stopped"], 16, signal.SIGINT)
+            assert Path(name, weights).read_bytes() == expected, event
+            assert [line["iteration"] for line in lines_of(f"{name}/metrics.jsonl")] == [0, 1, 2, 3]
+            assert lines_of(f"{name}/result.json") == [result]
+            assert not list(Path(name).rglob("*.tmp"))
+        child = started([*flags, "stopped"], "2.pt 1", signal.SIGINT)
         child.join()
         log = Path("log").read_text()
         assert child.exitcode == 130 and "--resume stopped goes on after iteration" in log
         assert "Traceback" not in log
         qcrd_main(*flags, "other", "--seed", 1)
         assert Path("other", weights).read_bytes() != expected and len(asked) == count
+        for name in ("test", "train"):  # other data now
+            path = Path(f"sums/{name}.jsonl")
+            before = path.read_bytes()
+            path.write_bytes(before.replace(b"plus", b"and", 1))
+            text = qcrd_main("--resume", "stopped", code=2)
+            assert "other questions or samples" in text or "no sample" in text, text
+            path.write_bytes(before)
         Path("stopped/checkpoint.pt").write_bytes(Path("whole/checkpoint.pt").read_bytes()[:5000])
         assert "checkpoint.pt" in qcrd_main("--resume", "stopped", code=2)
+
+
+def test_selected_student_is_the_one_tested_and_kept():
+    """The latest iteration within √(p(1 - p)/n) of the best one; row zero only where it is alone."""
+    for accuracies, n, t in (
+        ([0.9, 0.5, 0.46, 0.44], 100, 2),
+        ([0.9, 0.5, 0.46, 0.44], 10, 3),
+        ([0.0, 0.2, 1.0, 0.99], 100, 2),
+        ([0.0, 0.0, 0.0], 100, 2),
+        ([0.7], 100, 0),
+    ):
+        lines = [{"iteration": i, "valid": p, "questions": n} for i, p in enumerate(accuracies)]
+        assert qcrd.selected(lines) == lines[t], accuracies
+    with sums_home() as (flags, _), patch.object(qcrd, "selected", lambda lines: lines[:2][-1]):
+        qcrd_main(*flags, "run")
+        assert lines_of("run/result.json")[0]["best_iteration"] == 1
+        assert {path.name for path in Path("run/snapshots").iterdir()} == {"1.pt", "3.pt"}
+        first, last = (t5.read_pt(f"run/snapshots/{t}.pt") for t in (1, 3))
+        kept = t5.T5.load("run/student").state_dict()
+        assert same_weights(kept, first["student"]) and not same_weights(kept, last["student"])
+        judge = t5.read_pt("run/student/discriminator.pt")
+        assert [*judge] == ["config", "weights"]
+        assert same_weights(judge["weights"], first["discriminator"])
+        assert not {"student", "discriminator"} & t5.read_pt("run/checkpoint.pt").keys()
 
 
 def test_a_folder_goes_from_teacher_to_student():
@@ -1832,40 +2002,186 @@ def test_a_folder_goes_from_teacher_to_student():
         text = qcrd_main(*flags, "teacher", "--stage", "teacher")
         counts = "4.00 positives per question (paper: 3.87), 4.00 distinct; 1.00 negatives"
         assert f"vote: {counts}\n" in text, text
+        assert "to ask for: 80 samples of 16 questions" in text and text.count("to ask for") == 1
         assert "majority right on 100.0%" in text and not Path("teacher").exists()
-        for method, labels in (("qcrd", "gold"), ("dss", "teacher"), ("finetune", "gold")):
+        methods = ("qcrd", "gold"), ("dss", "teacher"), ("single", "gold"), ("finetune", "gold")
+        for method, labels in methods:
             qcrd_main(*flags, method, "--method", method, "--labels", labels)
             (result,) = lines_of(f"{method}/result.json")
             assert (result["rationale_accuracy"] is None) == (method == "finetune")
             (item,) = json.loads(qcrd_main("--audit", method, 1, "--json"))
             assert 2 * int(item["question"].split()[2]) == int(item["label"])
-            assert item["L_total"] > 0
+            assert item["L_total"] > 0 and len(item["candidates"]) == {"qcrd": 5, "dss": 1}.get(
+                method, 0
+            )
+            scores = {c["score"] for c in item["candidates"]}
+            assert method == "qcrd" or scores <= {1.0}, scores
         assert len(asked) == 16 and Path("qcrd/student/discriminator.pt").exists()
+        # a run needs neither its task's folder nor to be asked from where it was made
+        Path("sums").rename("elsewhere")
+        Path("tiny").rename("moved")
+        with scratch() as folder:
+            Path("qcrd").rename(folder / "mine")
+            with contextlib.chdir(folder / "mine"):
+                text = qcrd_main("--ask", "../mine", "What is 3 plus \x1b[2J3?")
+                assert re.fullmatch(r"label: .*\nrationale: .*\nquality: +0\.\d+\n", text), text
+                assert "\x1b" not in text
+            Path(folder / "mine").rename("qcrd")
+        assert "sums" in qcrd_main("--eval", "qcrd", code=2)
+
+
+def test_one_process_has_a_run_and_its_teacher():
+    """A second one under the default name gets -2 and reads the first one's samples; under the same
+    --run, or with --resume, it is refused."""
+    gate = threading.Event()
+    with sums_home(answer=lambda *asked: (gate.wait(60), sums(*asked))[1]) as (flags, asked):
+        first = started(flags[:-1])
+        until(lambda: asked)
+        named = "runs/sums-qcrd-0"
+        for words in ([*flags, named], ["--resume", named]):
+            assert "another process has it" in qcrd_main(*words, code=2)
+        second = started([*flags[:-1], "--beta", "5"])
+        until(lambda: Path(f"{named}-2/config.json").exists())
+        until(lambda: "waiting for another process" in Path("log").read_text())
+        gate.set()
+        first.join()
+        second.join()
+        assert (first.exitcode, second.exitcode) == (0, 0), Path("log").read_text()
+        assert len(asked) == 16 and len(kept_samples("sums")) == 80
+        for name, beta in (("", 0.2), ("-2", 5.0)):
+            assert lines_of(f"{named}{name}/config.json")[0]["beta"] == beta
+            assert lines_of(f"{named}{name}/config.json")[0]["teacher_model"] == "demo-teacher"
+        one, two = (Path(f"{named}{x}/student/model.safetensors") for x in ("", "-2"))
+        assert one.read_bytes() != two.read_bytes()
+
+
+def test_folders_that_a_run_takes():
+    with sums_home() as (flags, _):
+        small = [*flags[:-1], "--method", "finetune"]
+        Path("begun/snapshots").mkdir(parents=True)
+        for name in ("config.json", "metrics.jsonl", "checkpoint.pt.5.tmp", "lock"):
+            Path("begun", name).write_text("torn")
+        qcrd_main(*small, "--run", "begun")
+        assert lines_of("begun/result.json") and not list(Path("begun").glob("*.tmp"))
+        task_folder(Path("notes"))
+        Path("notes/mine.txt").write_text("mine")
+        for name in ("begun", "tiny", "notes", "notes/mine.txt"):
+            before = sorted(Path(name).parent.rglob("*"))
+            assert f"--run {name}: exists" in qcrd_main(*small, "--run", name, code=2)
+            assert sorted(Path(name).parent.rglob("*")) == before
+        for bad in ("notes/mine.txt/below", "n" * 300):
+            text = qcrd_main(*small, "--run", bad, code=2)
+            assert bad in text.splitlines()[-1], text
+        for number in ("", "-2"):
+            text = qcrd_main(*small)
+            assert f"run folder: runs/sums-finetune-0{number}\n" in text, text
+
+
+def test_stopped_asking_keeps_what_was_served():
+    """Ctrl-C waits for two requests under way; a server that breaks ends the run; the next asks for
+    the rest alone."""
+    gate, broken = threading.Event(), [(400, {"error": "model unloaded"}, {})] * 50
+
+    def answer(body: dict, number: int) -> tuple:
+        gate.wait(60)
+        return sums(body) if number <= 5 or not broken else broken.pop()
+
+    with sums_home(answer=answer) as (flags, asked):
+        child = started([*flags, "run"])
+        until(lambda: len(asked) == 2)
+        os.kill(child.pid, signal.SIGINT)
+        until(lambda: "stopping; answers under way" in Path("log").read_text())
+        gate.set()
+        child.join()
+        assert child.exitcode == 130 and len(asked) == 2 and len(kept_samples("sums")) == 10
+        text = qcrd_main(*flags, "run", "--concurrency", 1, code=2)
+        assert text.splitlines()[-1].endswith("status 400, model unloaded"), text
+        assert "questions refused: status 400, model unloaded\n" in text
+        assert len(kept_samples("sums")) == 25
+        broken.clear()
+        count = len(asked)
+        qcrd_main("--resume", "run")  # it had no checkpoint
+        assert len(asked) == count + 11 and lines_of("run/result.json")
 
 
 def test_wrong_use_gets_one_line():
-    """It names the longest word of the mistake."""
+    """It names the longest word of the mistake, before anything is asked."""
     wrong = """--samples 0; --fraction 2; --lr nan; --micro-batch -1; --discriminator-questions 0
         --teacher-fields {no; --teacher-fields [1]; --teacher http://127.0.0.1:9/v1; --run tiny
-        --unknown; --task nowhere; --model missing; --prompt no-such-file
-        --student-temperature hot; --negative-source fixed --negative-model nowhere-to-be-found"""
+        --unknown; --task nowhere; --model missing; --prompt no-such-file; --prompt latin-1-text
+        --student-temperature hot; --negative-source fixed --negative-model nowhere-to-be-found
+        --discriminator-lr -1; --alpha-d -1; --discriminator-noise 2; --discriminator-noise nan
+        --student-temperature-end -3; --discriminator-every -1; --lr 1e30; --lr 0; --beta inf
+        --input-tokens -3; --input-tokens 0; --label-tokens 2; --label-tokens 0; --beta nan
+        --rationale-tokens 100000; --concurrency 1000000; --steps 9999999999999; --lr 1e999
+        --discriminator-pretrain 99999999999999999999; --seed -1; --iterations 7; --steps 2.5
+        --method dss --scheme minmax; --method finetune --negative-source fixed
+        --scheme best; --precision int8; --device tpu; --teacher-budget -1; --lag 0; --json"""
     with sums_home() as (flags, asked):
+        Path("latin-1-text").write_bytes(b"\xe9\xff")
         for words in map(str.split, re.split("[;\n]", wrong)):
             line = qcrd_main(*flags, "new", *words, code=2).splitlines()[-1]
             assert max(words, key=len) in line and not asked, line  # nothing was paid for
-        Path("broken").mkdir()
-        Path("broken/config.json").write_text("[1]")
+            assert not Path("new").exists() or words[0] in ("--teacher", "--prompt")
         assert "none: no run" in qcrd_main("--resume", "none", code=2)
-        assert "broken: no run" in qcrd_main("--resume", "broken", code=2)
         assert "one at a time" in qcrd_main("--resume", "none", "--ask", "none", code=2)
+        # what is unusual but allowed
+        large = ["--lag", 10**12, "--discriminator-every", 10**12, "--seed", 10**30]
+        qcrd_main(*flags, "large", *large, "--steps", 0)
+        assert len(lines_of("large/metrics.jsonl")) == 1 and len(asked) == 16
+
+
+def test_settings_of_a_run_are_checked_like_flags():
+    changes = [{"foo": 1}, {"negative_source": "foo"}, {"lr": "hot"}, {"lr": None}, {"steps": 6.5}]
+    changes += [{"beta": math.nan}, {"discriminator": 1}, {"task": 3}, {"batch": True}, {"lag": []}]
+    changes += [{"scheme": {}}, {"samples": -1}]
+    with sums_home() as (flags, _):
+        qcrd_main(*flags, "run", "--method", "finetune")
+        path = Path("run/config.json")
+        good = lines_of(path)[0]
+        texts = [
+            "[1]",
+            "",
+            "{",
+            "null",
+            "\0",
+            "[" * 100_000,
+            *(good | change for change in changes),
+        ]
+        Path("run/result.json").rename("result.json")
+        for text in texts:
+            path.write_text(text if isinstance(text, str) else json.dumps(text))
+            for words in (["--resume"], ["--ask"], ["--audit"], ["--eval"]):
+                more = {"--ask": ["What?"], "--audit": [1]}.get(*words, [])
+                line = qcrd_main(*words, "run", *more, code=2).splitlines()[-1]
+                assert str(path) in line, (text, line)
+        path.write_text(json.dumps(good))
+        for name, words in (
+            ("checkpoint.pt", ["--resume", "run"]),
+            ("checkpoint.pt", ["--audit", "run", 1]),
+            ("result.json", ["--resume", "run"]),
+            ("task.json", ["--ask", "run", "What?"]),
+            ("student/config.json", ["--ask", "run", "What?"]),
+        ):
+            path = Path("run", name)
+            before = path.read_bytes() if path.exists() else Path("result.json").read_bytes()
+            for garbled in (b"", before[:-9], b"[]", b"\xff", b"{}"):
+                path.write_bytes(garbled)
+                assert name in qcrd_main(*words, code=2).splitlines()[-1], (name, garbled)
+            path.write_bytes(before)
+        assert "5000 digits" or qcrd_main("--audit", "run", "9" * 5000, code=2)
 
 
 def test_a_loss_that_is_no_number_stops_the_run():
-    with sums_home() as (flags, _):
-        for method in ("qcrd", "dss", "finetune"):
-            text = qcrd_main(*flags, method, "--method", method, "--lr", "1e30", code=2)
+    def descend(optimizer, *_):
+        for weight in optimizer.param_groups[0]["params"]:
+            weight.data.fill_(math.inf)
+
+    with sums_home() as (flags, _), patch.object(qcrd, "descend", descend):
+        for method in ("qcrd", "dss", "single", "finetune"):
+            text = qcrd_main(*flags, method, "--method", method, code=2)
             last = text.splitlines()[-1]
-            assert last.startswith("error: a loss became infinite or NaN; try a lower --lr"), last
+            assert last.startswith("error: a loss became infinite or NaN; check --lr"), last
 
 
 def test_help_names_every_flag_with_mark_and_default():
@@ -1877,7 +2193,20 @@ def test_help_names_every_flag_with_mark_and_default():
         mark, words = setting.metadata["mark"], " ".join(setting.metadata["help"].split())
         shown = f"[{mark}]" if setting.default == "" else f"({setting.default}) [{mark}]"
         assert qcrd.flag(setting.name) in text and f"{words} {shown}" in text, setting.name
-        assert re.fullmatch("ours|DSS|review|abstract|table|figure|eq. 4, 5", mark), setting.name
+        marks = "ours|DSS|review|abstract|overview|table|figure|eq. 2|eq. 4, 5"
+        assert re.fullmatch(marks, mark), setting.name
+
+
+def test_pipes_and_terminals():
+    """A reader that leaves is no error; what a terminal lacks is shown otherwise."""
+    words, how = [sys.executable, HERE / "qcrd.py"], {"stdout": subprocess.PIPE}
+    for more in (["--help"], ["--show-prompt"]):
+        child = subprocess.Popen([*words, *more], **how, stderr=subprocess.PIPE)
+        child.stdout.close()
+        assert child.stderr.read() == b"" and child.wait() in (0, 141), more
+    ascii = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "COLUMNS": "80"}
+    done = subprocess.run([*words, "--help"], env=os.environ | ascii, check=True, **how)
+    assert rb"\u03b2" in done.stdout and done.stdout.isascii()
 
 
 DEMO = {}  # the finished run's temporary folder, which goes with the process, and its output
@@ -2645,7 +2974,7 @@ def main() -> int:
             print(f"ok   {name} ({time.perf_counter() - start:.1f} s)", flush=True)
         except Skip as why:
             print(f"skip {name}: {why}", flush=True)
-        except Exception:
+        except (Exception, SystemExit):  # argparse's own
             failed += 1
             print(f"FAIL {name}\n{traceback.format_exc()}", flush=True)
     print(f"{passed} passed, {failed} failed")

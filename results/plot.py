@@ -29,6 +29,7 @@ import run as tables  # noqa: E402
 from judge import load_run, read_lines  # noqa: E402
 
 import qcrd  # noqa: E402
+import t5  # noqa: E402
 from t5 import InputError, require  # noqa: E402
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#666666"
@@ -78,20 +79,23 @@ def density(scores: list[float], grid: np.ndarray, width: float = 0.025) -> np.n
 
 def score_sets(run: qcrd.Run) -> dict[str, list[float]]:
     """s of the teacher's rationales and of the student's samples for the validation questions."""
-    config, task, student = run.config, run.task, run.student
-    require(run.discriminator, f"{run.folder}: has no discriminator, so that there is no s to show")
-    teacher = qcrd.connect_teacher(config, ask=False)
-    slots = qcrd.teacher_samples(teacher, task, task.valid, ask=False)
-    votes = [qcrd.vote_on(task, e.input, row) for e, row in zip(task.valid, slots)]
-    sets = [qcrd.sets_of(vote, config)[:2] for vote in votes]
-    questions = [student.question(e, *both) for e, both in zip(task.valid, sets)]
+    config, student, D = run.config, run.student, run.discriminator
+    require(D is not None, f"{run.folder}: has no discriminator, so that there is no s to show")
+    task = qcrd.load_task(config)
+    examples = task.valid[: qcrd.JUDGED]
+    slots = qcrd.teacher_samples(qcrd.connect_teacher(config, False), task, examples, ask=False)
+    questions = []
+    for i, (example, row) in enumerate(zip(examples, slots)):
+        vote = qcrd.vote_on(task, example.input, row)
+        S_pos, minority, _ = qcrd.sets_of(vote, config.vote)
+        questions.append(student.question(example, f"valid {i}", S_pos, minority))
     pairs = {"teacher's positives": [(q.x, r) for q in questions for r in q.S_pos]}
     pairs["teacher's negatives"] = [(q.x, r) for q in questions for r in q.minority]
     for tau in (1.5, 2.0):
         seed = (config.seed, "score figure", tau)
         written = student.write(student.explain, questions, config.rationale_tokens, tau, seed)
         pairs[f"student's samples, τ = {tau}"] = [(q.x, r) for q, r in zip(questions, written)]
-    return {name: run.score(of).tolist() for name, of in pairs.items()}
+    return {name: D.score(of).tolist() for name, of in pairs.items()}
 
 
 def draw_scores(names: list[str], path: Path) -> None:
@@ -124,7 +128,7 @@ def draw_fractions(names: list[str], path: Path) -> None:
                 if run["cell"] in cells:
                     y[run["seed"], cells.index(run["cell"])] = 100 * run[key]
             band(axis, parts, y, method, colour)
-        printed = [tables.PAPER["fractions"][1][cell] for cell in cells]
+        printed = [tables.PAPER["svamp", "t5-base"]["fractions"][cell] for cell in cells]
         paper.plot(parts, printed, "o--", color=colour, alpha=0.5, label=f"{method}, printed")
     titles = ("last student: labels, %", "rationales, %", "the paper's: labels, SVAMP, T5-base, %")
     for axis, title in zip((label, rationale, paper), titles):
@@ -146,6 +150,7 @@ PANELS = {
     | {"s.teacher": ("teacher's negatives", ORANGE), "s.student": ("student's samples", PINK)},
     "validation questions, %": {
         "valid": ("label", BLUE),
+        "valid_rationale": ("rationale", PINK),
         "pair": ("positive above negative", GREY),
     },
 }
@@ -186,11 +191,13 @@ def draw_curves(names: list[str], path: Path) -> None:
     parts = []
     for (title, delta, runs), (style, dashes) in zip(settings, STYLES.items()):
         parts.append(f"{style}: {title}" + (f", {len(runs)} seeds" if len(runs) > 1 else ""))
+        iterations = series(runs, "iteration")[0]  # from 0, the student before training
         for axis, (panel, keys) in zip(axes.flat, PANELS.items()):
             for key, (name, colour) in keys.items():
                 y = series(runs, key) * (100 if "%" in panel else 1)
-                band(axis, range(1, 1 + y.shape[1]), y, name, colour, dashes)
+                band(axis, iterations, y, name, colour, dashes)
             axis.set_title(panel)
+            axis.set_xlim(left=-0.25)
             if "%" in panel:
                 axis.set_ylim(-4, 104)
             axis.locator_params(axis="x", integer=True)
@@ -306,7 +313,11 @@ COMMANDS |= {"curves": (draw_curves, "+"), "audit": (write_audit, 2)}
 
 
 def main() -> int:
-    """-> exit code: 0; 2 after one line for a user's mistake."""
+    """-> exit code, 2 after one line for what comes from outside."""
+    return t5.run_program(run_command)
+
+
+def run_command() -> None:
     how: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(description=__doc__, **how)
     commands = parser.add_subparsers(dest="what", required=True)
@@ -317,12 +328,7 @@ def main() -> int:
     args = parser.parse_args()
     folder = Path(*args.names[:1]) if args.what == "audit" else HERE
     suffix = "html" if args.what == "audit" else "png"
-    try:
-        COMMANDS[args.what][0](args.names, args.out or folder / f"{args.what}.{suffix}")
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    COMMANDS[args.what][0](args.names, args.out or folder / f"{args.what}.{suffix}")
 
 
 if __name__ == "__main__":

@@ -91,12 +91,8 @@ PAPER["svamp", "t5-base"] |= {
     "fractions": dict(zip(CELLS["fractions"], (34.0, 47.0, 61.0, 65.5, 35.5, 49.0, 62.0, 69.0))),
 }
 PAPER["cqa", "t5-base"] |= {
-    "fractions": {
-        "DSS, 75 %": 62.16,
-        "DSS, 100 %": 63.23,
-        "QCRD, 75 %": 62.34,
-        "QCRD, 100 %": 63.64,
-    },
+    "fractions": {"DSS, 75 %": 62.16, "DSS, 100 %": 63.23}
+    | {"QCRD, 75 %": 62.34, "QCRD, 100 %": 63.64},
     "llm-labels": {"DSS": 59.15, "QCRD": 59.80},
 }
 PAPER["anli1", "t5-base"] |= {
@@ -127,11 +123,6 @@ def records(path: Path) -> list[dict]:
     """The lines of a JSONL file; none where it is not there."""
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     return [json.loads(line) for line in lines]
-
-
-def is_early(run: dict) -> bool:
-    """Whether a line is of the method up to commit 2fc418e, which had no --steps in equal parts."""
-    return "steps" not in run
 
 
 def is_early(run: dict) -> bool:

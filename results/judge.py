@@ -47,12 +47,17 @@ def read_lines(path: Path) -> list[dict]:
     return records
 
 
-def load_run(folder: Path) -> qcrd.Run:
-    """A finished run's selected student and discriminator. Raises InputError."""
+def config_of(folder: Path) -> qcrd.Config:
+    """A run's settings, on this machine's device. Raises InputError."""
     path = folder / "config.json"
     with t5.reading(path, "not the settings of a run, a folder like runs/demo-qcrd-0: {}"):
-        config = qcrd.Config(**json.loads(path.read_text("utf-8")))
-    return qcrd.load_trained(folder, qcrd.resolve(config, f"{path}: "))
+        config = qcrd.Config(**json.loads(path.read_text("utf-8")) | {"device": ""})
+    return qcrd.resolve(config, f"{path}: ")
+
+
+def load_run(folder: Path) -> qcrd.Run:
+    """A finished run's selected student and discriminator. Raises InputError."""
+    return qcrd.load_trained(folder, config_of(folder))
 
 
 def sample_rationales(folder: Path, rows: list[dict], temperature: float, seed: int) -> list[str]:
@@ -123,9 +128,7 @@ def run_command() -> None:
     require(args.questions > 0 and tau >= 0, "--questions, --temperature: too small")
     named = args.judge or os.environ.get("OPENAI_BASE_URL") or os.environ.get("OPENAI_API_KEY")
     require(named, "no judge: name --judge URL, or set OPENAI_API_KEY")
-    path = second / "config.json"
-    with t5.reading(path, "not the settings of a run, a folder like runs/demo-qcrd-0: {}"):
-        task = json.loads(path.read_text("utf-8"))["task"]
+    task = config_of(second).task
     given = {"teacher": args.judge, "teacher_model": args.judge_model, "samples": 1}
     judge = qcrd.connect_teacher(qcrd.Config("judge", teacher_temperature=0.0, **given), True)
     counts = compare(args.runs, judge, args.questions, tau, args.seed)

@@ -11,6 +11,7 @@ with a band from lowest to highest. Pictures need matplotlib (pip install matplo
 """
 
 import argparse
+import dataclasses
 import io
 import json
 import math
@@ -26,7 +27,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import run as tables  # noqa: E402
-from judge import load_run, read_lines  # noqa: E402
+from judge import config_of, load_run, read_lines  # noqa: E402
 
 import qcrd  # noqa: E402
 import t5  # noqa: E402
@@ -86,8 +87,7 @@ def score_sets(run: qcrd.Run) -> dict[str, list[float]]:
     slots = qcrd.teacher_samples(qcrd.connect_teacher(config, False), task, examples, ask=False)
     questions = []
     for i, (example, row) in enumerate(zip(examples, slots)):
-        vote = qcrd.vote_on(task, example.input, row)
-        S_pos, minority, _ = qcrd.sets_of(vote, config.vote)
+        S_pos, minority, _ = qcrd.sets_of(qcrd.vote_on(task, example.input, row), config.vote)
         questions.append(student.question(example, f"valid {i}", S_pos, minority))
     pairs = {"teacher's positives": [(q.x, r) for q in questions for r in q.S_pos]}
     pairs["teacher's negatives"] = [(q.x, r) for q in questions for r in q.minority]
@@ -100,10 +100,9 @@ def score_sets(run: qcrd.Run) -> dict[str, list[float]]:
 
 def draw_scores(names: list[str], path: Path) -> None:
     run = load_run(Path(names[0]))
-    scores = score_sets(run)
     picture, ((axis,),) = figure(1, 1, 3.6)
     grid = np.linspace(0, 1, 401)
-    for (name, s), colour in zip(scores.items(), (GREEN, ORANGE, BLUE, PINK)):
+    for (name, s), colour in zip(score_sets(run).items(), (GREEN, ORANGE, BLUE, PINK)):
         if s:
             label = f"{name} ({len(s)}, mean {np.mean(s):.2f})"
             axis.plot(grid, density(s, grid), color=colour, label=label)
@@ -135,8 +134,11 @@ def draw_fractions(names: list[str], path: Path) -> None:
         axis.set(title=title, xticks=parts, xlabel="% of the training set")
         axis.legend()
     paper.set_facecolor("#f2f2f2")
-    task = table.stem.removeprefix("fractions").strip("-") or "demo"
-    save(picture, path, f"White: {task}, {seeds} seeds, mean and range. Grey: the paper's numbers")
+    save(
+        picture,
+        path,
+        f"White: {table.stem}, {seeds} seeds, mean and range. Grey: the paper's numbers",
+    )
 
 
 # title -> {key of metrics.jsonl: (name, colour)}
@@ -148,11 +150,8 @@ PANELS = {
     "s of the picks": {"s_pos": ("s of r⁺", GREEN), "s_neg": ("s of r⁻", ORANGE)},
     "mean s, validation questions": {"s.positives": ("teacher's positives", GREEN)}
     | {"s.teacher": ("teacher's negatives", ORANGE), "s.student": ("student's samples", PINK)},
-    "validation questions, %": {
-        "valid": ("label", BLUE),
-        "valid_rationale": ("rationale", PINK),
-        "pair": ("positive above negative", GREY),
-    },
+    "validation questions, %": {"valid": ("label", BLUE), "valid_rationale": ("rationale", PINK)}
+    | {"pair": ("positive above negative", GREY)},
 }
 STYLES = {"solid": "-", "dashed": "--", "dotted": ":"}
 
@@ -168,11 +167,10 @@ def read_runs(names: list[str]) -> list[tuple[str, float, list[list[dict]]]]:
                 setting = (run["cell"], delta, [])
                 settings.setdefault(run["cell"], setting)[2].append(run["iterations"])
         else:
-            lines = read_lines(path / "metrics.jsonl")
-            config = json.loads((path / "config.json").read_text("utf-8"))
-            setting = (path.resolve().name, config["delta"], [])
-            same = json.dumps(config | {"seed": 0, "run": ""}, sort_keys=True)
-            settings.setdefault(same, setting)[2].append(lines)
+            config = config_of(path)
+            setting = (path.resolve().name, config.delta, [])
+            same = repr(dataclasses.replace(config, seed=0, run=""))
+            settings.setdefault(same, setting)[2].append(read_lines(path / "metrics.jsonl"))
     return list(settings.values())
 
 

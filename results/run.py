@@ -9,7 +9,7 @@
 A finished cell is a line of results/<table>.jsonl (with --task T: results/<table>-T.jsonl) and is
 skipped; one that was interrupted is resumed. A cell runs on one thread, so that the number of cores
 does not change its result and two processes can share a table. Accuracies are percentages: mean ±
-standard deviation over seeds. Compare the last students: in brackets the paired difference of
+standard deviation over seeds. Compare the last iteration's students: in brackets the paired difference of
 theirs from the table's reference, where a table has six seeds or more with p of an exact sign-flip
 test, which covers the student's randomness: all have the same samples.
 """
@@ -28,17 +28,16 @@ sys.path.insert(0, str(HERE.parent))
 import t5  # noqa: E402
 from t5 import InputError, require  # noqa: E402
 
-BEFORE = {"before": "--steps 0"}
 DSS = "--method dss"
 ED = "--negative-source none --no-discriminator"  # extended and denoised positives
 PARTS = (25, 50, 75)  # percent of the training set
 
 # table -> {cell: flags}
 CELLS: dict[str, dict[str, str]] = {
-    "main": BEFORE
-    | {"finetuning": "--method finetune", "single task": "--method single", "DSS": DSS, "QCRD": ""},
-    "ablation": BEFORE
-    | {"none": DSS, "ED": ED, "ED + NK": "--no-discriminator", "ED + NK + QJ": ""},
+    "main": {"before": "--steps 0", "finetuning": "--method finetune"}
+    | {"single task": "--method single", "DSS": DSS, "QCRD": ""},
+    "ablation": {"before": "--steps 0", "none": DSS, "ED": ED}
+    | {"ED + NK": "--no-discriminator", "ED + NK + QJ": ""},
     "schemes": {"MinMax": "", "MaxMin": "--scheme maxmin", "Sampling": "--scheme sampling"}
     | {"Mean": "--scheme mean", "W-mean": "--scheme wmean", "MinMin": "--scheme minmin"},
     "negatives": {f"j = {j}": f"--lag {j}" if j != 5 else "" for j in (1, 3, 5, 10)}
@@ -108,10 +107,10 @@ PAPER["esnli", "t5-base"] |= {
 # Kept of each iteration's line of metrics.jsonl: what plots and tables need.
 KEPT = "iteration L L_pred L_cl L_D l_pos l_neg zero s_pos s_neg pair pair_student minor past right"
 KEPT = f"{KEPT} valid valid_rationale s".split()
-LAST = {"label, last student": "test_accuracy_last"}
-LAST |= {"rationale, last student": "rationale_accuracy_last"}
+LAST = {"label, last": "test_accuracy_last", "rationale, last": "rationale_accuracy_last"}
 SELECTED = {"label, selected": "test_accuracy", "rationale, selected": "rationale_accuracy"}
 WHOLE = ("main", "ablation")  # tables that show the selected student too
+JUDGED = "discriminator"  # the table that shows what D makes of validation questions
 SETTING = "task teacher teacher-model model device micro-batch".split()  # flags for qcrd.py
 
 
@@ -150,8 +149,7 @@ def run_cell(command: str, folder: Path) -> dict | None:
         words = [sys.executable, *command.split(), "--run", str(folder)]
         if (folder / "config.json").exists():
             words = [sys.executable, "qcrd.py", "--resume", str(folder)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(words, cwd=HERE.parent, env=environment)
+        done = subprocess.run(words, cwd=HERE.parent, env=os.environ | {"OMP_NUM_THREADS": "1"})
         if done.returncode:
             sys.exit(done.returncode)
         result = json.loads((folder / "result.json").read_text("utf-8"))
@@ -159,20 +157,18 @@ def run_cell(command: str, folder: Path) -> dict | None:
         config = json.loads((folder / "config.json").read_text("utf-8"))
     kept = [{key: line.get(key) for key in KEPT} for line in lines]
     seconds = sum(line["seconds"] for line in lines)
-    for name in [*SETTING, "precision", "steps"]:
-        result[name] = config[name.replace("-", "_")]
+    result |= {name: config[name.replace("-", "_")] for name in [*SETTING, "precision", "steps"]}
     short = json.loads(json.dumps(kept), parse_float=lambda text: float(f"{float(text):.4g}"))
     return {"command": command, "seconds": round(seconds), **result, "iterations": short}
 
 
 def run_table(table: str, task: str, passed: list[str], seeds: int) -> None:
     """Runs what is missing, seed by seed, and records it. Raises InputError."""
-    early = any(map(is_early, records(path_of(table, task))))
-    require(not early, f"{path_of(table, task)}: of the method up to 2fc418e; remove it first")
+    path = path_of(table, task)
+    require(not any(map(is_early, records(path))), f"{path}: 2fc418e's method; remove it first")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True)
     for seed, (cell, flags) in itertools.product(range(seeds), TABLES[table][2].items()):
         command = command_of(flags, seed, passed)
-        path = path_of(table, task)
         if command in [run["command"] for run in records(path)]:
             continue
         name = "-".join(command.replace("--", "").replace("/", "_").split()[1:])
@@ -212,59 +208,49 @@ def runs_of(table: str, task: str, passed: list[str]) -> dict[str, dict[int, dic
     return {cell: found for cell, found in of.items() if found}
 
 
-def paper_of(table: str, task: str, of: dict[str, dict[int, dict]]) -> tuple[str, dict]:
-    """Heading and cells of what the paper prints for the task and the student that were run."""
-    models = {
-        Path(run.get("model", "demo")).name for found in of.values() for run in found.values()
-    }
-    student = models.pop() if len(models) == 1 else ""
-    cells = PAPER.get((Path(task).name, student), {}).get(table, {})
-    return f" *paper: {task}, {student}* |" if cells else "", cells
-
-
 def accuracy_cell(key: str, found: dict[int, dict], base: dict[int, dict], with_p: bool) -> str:
     """Mean ± deviation of an accuracy over seeds and its paired difference from the reference."""
     values = {seed: 100 * run[key] for seed, run in found.items() if run[key] is not None}
-    if not values:
-        return ""
     others = {seed: 100 * run[key] for seed, run in base.items() if run[key] is not None}
     pairs = [values[seed] - others[seed] for seed in values if seed in others]
-    if not pairs or found is base:
-        return spread(list(values.values()))
+    text = spread(list(values.values())) if values else ""
+    if found is base or not pairs:
+        return text
     p = f", p {exact_p(pairs):.3f}" if with_p else ""
-    return f"{spread(list(values.values()))} ({statistics.mean(pairs):+.1f}{p})"
+    return f"{text} ({statistics.mean(pairs):+.1f}{p})"
 
 
 def judge_cells(found: dict[int, dict]) -> list[str]:
-    """What the last D makes of validation questions: pairs in order, percent, and mean s."""
+    """What the last D makes of validation questions: pairs in order, and mean s of each kind."""
     lines = [run["iterations"][-1] for run in found.values()]
     columns = [[line["pair"] for line in lines]]
     columns += [[line["s"][kind] for line in lines] for kind in ("positives", "teacher", "student")]
     known = [[value for value in column if value is not None] for column in columns]
-    first, *others = [statistics.mean(column) if column else None for column in known]
-    cells = ["" if first is None else f"{100 * first:.0f}"]
-    return cells + ["" if value is None else f"{value:.2f}" for value in others]
+    return [f"{statistics.mean(column):.2f}" if column else "" for column in known]
 
 
 def print_table(table: str, task: str, passed: list[str]) -> None:
-    """Markdown: label and rationale accuracy of the last student, and what else belongs to it."""
+    """Markdown: accuracies of the last student and what belongs to them; the paper's numbers where
+    it has some for the task and the student that were run."""
     seeds, reference, _ = TABLES[table]
     of = runs_of(table, task, passed)
-    columns = LAST | (SELECTED if table in WHOLE else {})
     if not of:
         return print(f"\n{table}: no run of these commands is recorded")
-    heading, paper = paper_of(table, task, of)
-    names = [*columns]
-    if table == "discriminator":
-        names += ["pairs in order, %", "s: positives", "minority", "student's"]
-    print(f"\n| {table} | {' | '.join(names)} | seeds |{heading}")
-    print("|---" * (len(names) + (3 if paper else 2)) + "|")
+    runs = [run for found in of.values() for run in found.values()]
+    student = " or ".join({Path(run.get("model", "demo")).name for run in runs})
+    paper = PAPER.get((Path(task).name, student), {}).get(table, {})
+    columns = LAST | (SELECTED if table in WHOLE else {})
+    names = [table, *columns]
+    if table == JUDGED:
+        names += ["pairs in order", "s: positives", "minority", "student's"]
+    names += ["seeds", *([f"*paper: {task}, {student}*"] if paper else [])]
+    print(f"\n| {' | '.join(names)} |\n{'|---' * len(names)}|")
     for cell, found in of.items():
         row = [cell]
         for key in columns.values():
             base = of.get(reference, {}) if key in LAST.values() else {}
             row.append(accuracy_cell(key, found, base, with_p=seeds >= 6))
-        if table == "discriminator":
+        if table == JUDGED:
             row += judge_cells(found)
         row.append(str(len(found)))
         if paper:
@@ -278,9 +264,8 @@ def print_paper() -> None:
         for table, cells in of.items():
             print(f"\n| *paper: {task}, {student}* | {table} | python |\n|---|---|---|")
             for cell, value in cells.items():
-                flags = TABLES[table][2].get(cell)
-                words = ["qcrd.py --task", task, "--model", student, flags or ""]
-                command = "not built here" if flags is None else " ".join(words).strip()
+                flags = f"--task {task} --model {student} {CELLS[table].get(cell)}"
+                command = f"qcrd.py {flags}".strip() if cell in CELLS[table] else "not built here"
                 print(f"| {cell} | *{value}* | {command} |")
 
 
@@ -288,10 +273,10 @@ def print_terms(table: str, task: str, passed: list[str]) -> None:
     """Markdown: share of the negative terms at 0 by iteration, and of the student's negatives that
     end in the right answer; percent, means over seeds."""
     of = runs_of(table, task, passed)
-    runs = [run for found in of.values() for run in found.values()]
-    count = max([line["iteration"] for run in runs for line in run["iterations"]], default=0)
-    numbers = " | ".join(str(t) for t in range(1, count + 1))
-    print(f"\n| {table}: terms at 0, iteration | {numbers} | the student's own that are right |")
+    numbers = {x["iteration"] for r in of.values() for run in r.values() for x in run["iterations"]}
+    count = max(numbers, default=0)
+    heading = " | ".join(str(t) for t in range(1, count + 1))
+    print(f"\n| {table}: terms at 0, iteration | {heading} | the student's own that are right |")
     print("|---" * (count + 2) + "|")
     for cell, found in of.items():
         lines = [line for run in found.values() for line in run["iterations"]]
@@ -308,9 +293,8 @@ def main() -> int:
 
 
 def run_command() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=", ".join(TABLES))
     parser.add_argument("--print", action="store_true", help="run nothing")
     parser.add_argument("--paper", action="store_true", help="the paper's numbers, commands")
@@ -324,9 +308,8 @@ def run_command() -> None:
     passed = [word for pair in given.items() if pair[1] for word in pair]
     if args.paper:
         return print_paper()
-    for table in args.tables:
-        if table not in TABLES:
-            parser.error(f"{table}: no table; there are {', '.join(TABLES)}")
+    for table in set(args.tables) - set(TABLES):
+        parser.error(f"{table}: no table; there are {', '.join(TABLES)}")
     for table in args.tables:
         where = (table, args.task or "demo", passed + ([] if args.task else DEMO.get(table, [])))
         if not args.print:

@@ -790,9 +790,7 @@ def iterate(run: Run, t: int) -> None:
             student.model.train()
             L_pred = label_losses(student, part).sum() / len(batch)
             losses = rationale_losses(student, part, picks)  # ℓ of the picks, with gradient
-            L_cl = contrastive(losses, s, picks, config).sum() / len(
-                batch
-            )  #          [eq. 3, 6, 7]
+            L_cl = contrastive(losses, s, picks, config).sum() / len(batch)  #        [eq. 3, 6, 7]
             run.scaler.scale(α1 * L_pred + α2 * L_cl).backward()  # the student's part of [eq. 8]
             take_statistics(run, len(part) / len(batch), picks, losses, s, L_pred, L_cl)
         all_reduce_gradients(student.model)
@@ -1609,8 +1607,8 @@ def metrics(run: Run, t: int, start: float) -> dict[str, Any]:
 
 COLUMNS = """iteration:2d:t L:6.3f L_pred:6.3f L_cl:6.3f L_D:6.3f s_pos:5.2f zero:4.0%
 pair:4.0% past:4.2f right:5.0% valid:5.1%:label valid_rationale:9.1%:rationale seconds:6.1f:sec"""
-LEGEND = """t: iteration, 0 before training; L: eq. (8) and its parts; s_pos: s of r⁺; zero: negative
-terms that are 0; pair: how often a positive scores above a negative of its question;
+LEGEND = """t: iteration, 0 before training; L: eq. (8) and its parts; s_pos: s of r⁺; zero:
+negative terms that are 0; pair: how often a positive scores above a negative of its question;
 past: negatives a question by the student's past; right: those that end in the right
 answer; label, rationale: greedy answers and rationales that are right, on validation"""
 
@@ -1957,9 +1955,12 @@ def reopen(named: list[str], given: dict[str, Any], as_json: bool) -> None:
         with t5.reading(folder / "result.json", "no result of a run"):
             print_result(folder, json.loads((folder / "result.json").read_text("utf-8")))
     else:
-        held = t5.lock(folder / "lock", f"{folder}: another process has it") if RANK == 0 else None
-        begun = (folder / "checkpoint.pt").exists()  # else the teacher may not be done
-        train(prepare(config, load_task(config), folder, ask=not begun), resumed=True)
+        alone = contextlib.nullcontext()
+        if RANK == 0:
+            alone = t5.lock(folder / "lock", f"{folder}: another process has it")
+        with alone:
+            begun = (folder / "checkpoint.pt").exists()  # else the teacher may not be done
+            train(prepare(config, load_task(config), folder, ask=not begun), resumed=True)
 
 
 def main() -> int:

@@ -790,7 +790,7 @@ def iterate(run: Run, t: int) -> None:
             student.model.train()
             L_pred = label_losses(student, part).sum() / len(batch)
             losses = rationale_losses(student, part, picks)  # ℓ of the picks, with gradient
-            L_cl = contrastive(losses, s, picks, config).sum() / len(batch)  #          [eq. 3, 6, 7]
+            L_cl = contrastive(losses, s, picks, config).sum() / len(batch)  #         [eq. 3, 6, 7]
             run.scaler.scale(α1 * L_pred + α2 * L_cl).backward()  # the student's part of [eq. 8]
             take_statistics(run, len(part) / len(batch), picks, losses, s, L_pred, L_cl)
         all_reduce_gradients(student.model)
@@ -1493,7 +1493,7 @@ def expected_minutes(run: Run) -> float:
     batch = run.train[: config.batch]
     part = micro_batches(batch, config)[0]
     start = time.perf_counter()
-    candidates = candidates_of(part, config)
+    candidates = candidates_of(part, config) if alphas_of(config, 1)[1] else []
     measure(run.student, part, candidates)
     picks = pick(candidates, part, config, 0)
     losses = [label_losses(run.student, part).sum()]
@@ -1606,8 +1606,8 @@ def metrics(run: Run, t: int, start: float) -> dict[str, Any]:
 
 COLUMNS = """iteration:2d:t L:6.3f L_pred:6.3f L_cl:6.3f L_D:6.3f s_pos:5.2f zero:4.0%
 pair:4.0% past:4.2f right:5.0% valid:5.1%:label valid_rationale:9.1%:rationale seconds:6.1f:sec"""
-LEGEND = """t: iteration, 0 before training; L: eq. (8) and its parts; s_pos: s of r⁺; zero: negative
-terms that are 0; pair: how often a positive scores above a negative of its question;
+LEGEND = """t: iteration, 0 before training; L: eq. (8) and its parts; s_pos: s of r⁺; zero:
+negative terms that are 0; pair: how often a positive scores above a negative of its question;
 past: negatives a question by the student's past; right: those that end in the right
 answer; label, rationale: greedy answers and rationales that are right, on validation"""
 

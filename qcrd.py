@@ -1472,7 +1472,7 @@ def expected_minutes(run: Run) -> float:
     batch = run.train[: config.batch]
     part = micro_batches(batch, config)[0]
     start = time.perf_counter()
-    candidates = candidates_of(part, config)
+    candidates = candidates_of(part, config) if alphas_of(config, 1)[1] else []
     measure(run.student, part, candidates)
     picks = pick(candidates, part, config, 0)
     losses = [label_losses(run.student, part).sum()]

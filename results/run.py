@@ -103,8 +103,8 @@ PAPER["cqa", "t5-base"]["fractions"] = values  # at 25 and 50 % its two lines cr
 # Kept of each iteration's line of metrics.jsonl: what plots and tables need.
 KEPT = "iteration L L_pred L_cl L_D l_pos l_neg zero s_pos s_neg pair pair_student minor past right"
 KEPT = f"{KEPT} valid valid_rationale s".split()
-LAST = {"label, last": "test_accuracy_last", "rationale, last": "rationale_accuracy_last"}
-SELECTED = {"label, selected": "test_accuracy", "rationale, selected": "rationale_accuracy"}
+SCORES = ("test_accuracy_last", "rationale_accuracy_last", "test_accuracy", "rationale_accuracy")
+TITLES = ("label, last", "rationale, last", "label, selected", "rationale, selected")
 WHOLE = ("main", "ablation")  # tables that show the selected student too
 JUDGED = "discriminator"  # the table that shows what D makes of validation questions
 SETTING = "task teacher teacher-model model device micro-batch".split()  # flags for qcrd.py
@@ -235,16 +235,16 @@ def print_table(table: str, task: str, passed: list[str]) -> None:
     runs = [run for found in of.values() for run in found.values()]
     student = " or ".join({Path(run.get("model", "demo")).name for run in runs})
     paper = PAPER.get((Path(task).name, student), {}).get(table, {})
-    columns = LAST | (SELECTED if table in WHOLE else {})
-    names = [table, *columns]
+    columns = 4 if table in WHOLE else 2
+    names = [table, *TITLES[:columns]]
     if table == JUDGED:
         names += ["pairs in order", "s: positives", "minority", "student's"]
     names += ["seeds", *([f"*paper: {task}, {student}*"] if paper else [])]
     print(f"\n| {' | '.join(names)} |\n{'|---' * len(names)}|")
     for cell, found in of.items():
         row = [cell]
-        for key in columns.values():
-            base = of.get(reference, {}) if key in LAST.values() else {}
+        for key in SCORES[:columns]:
+            base = of.get(reference, {}) if key.endswith("_last") else {}
             row.append(accuracy_cell(key, found, base, with_p=seeds >= 6))
         if table == JUDGED:
             row += judge_cells(found)

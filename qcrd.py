@@ -1269,7 +1269,7 @@ def student_folder(model: str) -> Path:
 BEGUN = {"config.json", "task.json", "metrics.jsonl", "snapshots", "lock"}  # before a checkpoint
 
 
-def claim(config: Config) -> tuple[Path, filelock.BaseFileLock | None]:
+def claim(config: Config) -> tuple[Path, filelock.AcquireReturnProxy | None]:
     """A new run's folder, held while this process lives: --run, or the first free default name. One
     without a checkpoint that nobody holds is taken again. Raises InputError."""
     if RANK > 0:
@@ -1460,6 +1460,8 @@ def train(run: Run, resumed: bool) -> None:
     try:
         if not run.lines:
             run.lines.append(metrics(run, 0, time.perf_counter()))
+            if RANK == 0:
+                fetch_data.write_lines(folder / "metrics.jsonl", run.lines)
         if config.steps and run.discriminator is not None and run.iteration == 0:
             train_discriminator(run, 0, run.train)
             say(f"discriminator: L_D {run.L_D:.3f} after {config.discriminator_pretrain} steps")
@@ -1923,8 +1925,8 @@ def start(given: dict[str, Any], show_prompt: bool) -> None:
         prepare(config, task, Path(), ask=True)
         return say("the teacher is done; without --stage teacher its samples are trained on")
     folder, held = claim(config)
-    run = prepare(config, task, folder, ask=True)
-    train(run, resumed=False)
+    with held or contextlib.nullcontext():
+        train(prepare(config, task, folder, ask=True), resumed=False)
 
 
 def reopen(named: list[str], given: dict[str, Any], as_json: bool) -> None:

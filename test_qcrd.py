@@ -625,15 +625,16 @@ def test_t5_programs_end_in_one_line_or_a_traceback():
 def test_t5_lock_is_held_by_one():
     with scratch() as folder, contextlib.redirect_stderr(io.StringIO()) as printed:
         path, taken = folder / "new/lock", []
-        held = t5.lock(path, "taken")
-        refused(lambda: t5.lock(path, "taken"), "taken")
         waiting = threading.Thread(target=lambda: taken.append(t5.lock(path)))
-        waiting.start()
-        waiting.join(0.3)
-        assert waiting.is_alive() and not taken and f"holds {path}" in printed.getvalue()
-        held.release()
+        with t5.lock(path, "taken"):
+            refused(lambda: t5.lock(path, "taken"), "taken")
+            waiting.start()
+            waiting.join(0.3)
+            assert not taken and f"holds {path}" in printed.getvalue()
         waiting.join(5)
-        assert taken
+        refused(lambda: t5.lock(path, "taken"), "taken")  # by the other
+        taken.clear()
+        assert t5.lock(path, "taken")
 
 
 # ----------------------------------------------------------------------------------- fetch_data.py
@@ -1960,8 +1961,10 @@ def test_wrong_use_gets_one_line():
         assert "one at a time" in qcrd_main("--resume", "none", "--ask", "none", code=2)
         # what is unusual but allowed
         large = ["--lag", 10**12, "--discriminator-every", 10**12, "--seed", 10**30]
-        qcrd_main(*flags, "large", *large, "--steps", 0)
-        assert len(lines_of("large/metrics.jsonl")) == 1 and len(asked) == 16
+        for name, count, steps in (("large", 4, []), ("none", 1, ["--steps", 0])):
+            qcrd_main(*flags, name, *large, *steps)
+            assert len(lines_of(f"{name}/metrics.jsonl")) == count and len(asked) == 16
+            assert lines_of(f"{name}/result.json")[0]["best_iteration"] == count - 1
 
 
 def test_settings_of_a_run_are_checked_like_flags():

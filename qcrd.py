@@ -762,7 +762,7 @@ def iterate(run: Run, t: int) -> None:
             student.model.train()
             L_pred = label_losses(student, part).sum() / len(batch)
             losses = rationale_losses(student, part, picks)  # ℓ of the picks, with gradient
-            L_cl = contrastive(losses, s, picks, config).sum() / len(batch)  #        [eq. 3, 6, 7]
+            L_cl = contrastive(losses, s, picks, config).sum() / len(batch)  #         [eq. 3, 6, 7]
             run.scaler.scale(α1 * L_pred + α2 * L_cl).backward()  # the student's part of [eq. 8]
             take_statistics(run, len(part) / len(batch), picks, losses, s, L_pred, L_cl)
         all_reduce_gradients(student.model)
@@ -1247,7 +1247,7 @@ def hold(folder: Path) -> contextlib.AbstractContextManager:
     """Keeps other processes out of a run's folder; rank 0 does so for all. Raises InputError."""
     if RANK > 0:
         return contextlib.nullcontext()
-    return t5.lock(folder / "lock", f"{folder}: another process has this run; name another --run")
+    return t5.lock(folder / "lock", f"{folder}: another process has it; name another --run")
 
 
 def claim(config: Config) -> tuple[Path, contextlib.AbstractContextManager]:
@@ -1438,6 +1438,8 @@ def train(run: Run) -> None:
     try:
         if not run.lines:
             run.lines.append(metrics(run, 0, time.perf_counter()))
+            if RANK == 0:
+                fetch_data.write_lines(folder / "metrics.jsonl", run.lines)
         if config.steps and run.discriminator is not None and run.iteration == 0:
             train_discriminator(run, 0, run.train)
             say(f"discriminator: L_D {run.L_D:.3f} after {config.discriminator_pretrain} steps")

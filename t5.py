@@ -85,18 +85,17 @@ def run_program(main: Callable[[], object], memory_help: str = "") -> int:
     return 2
 
 
-def lock(path: str | Path, busy: str = "") -> filelock.BaseFileLock:
+def lock(path: str | Path, busy: str = "") -> filelock.AcquireReturnProxy:
     """Hold a lock file while the process lives or a `with` lasts. Where another process has it:
     InputError(busy), or without such a text a line and a wait."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     held = filelock.FileLock(path)
     try:
-        held.acquire(timeout=0)
+        return held.acquire(timeout=0)  # the lock itself would be acquired twice by `with`
     except filelock.Timeout:
         require(not busy, busy)
         print(f"waiting for another process, which holds {path}", file=sys.stderr, flush=True)
-        held.acquire()
-    return held
+        return held.acquire()
 
 
 @contextlib.contextmanager

@@ -631,15 +631,16 @@ def test_t5_programs_end_in_one_line_or_a_traceback():
 def test_t5_lock_is_held_by_one():
     with scratch() as folder, contextlib.redirect_stderr(io.StringIO()) as printed:
         path, taken = folder / "new/lock", []
-        held = t5.lock(path, "taken")
-        refused(lambda: t5.lock(path, "taken"), "taken")
         waiting = threading.Thread(target=lambda: taken.append(t5.lock(path)))
-        waiting.start()
-        waiting.join(0.3)
-        assert waiting.is_alive() and not taken and f"holds {path}" in printed.getvalue()
-        held.release()
+        with t5.lock(path, "taken"):
+            refused(lambda: t5.lock(path, "taken"), "taken")
+            waiting.start()
+            waiting.join(0.3)
+            assert not taken and f"holds {path}" in printed.getvalue()
         waiting.join(5)
-        assert taken
+        refused(lambda: t5.lock(path, "taken"), "taken")  # by the other
+        taken.clear()
+        assert t5.lock(path, "taken")
 
 
 # ----------------------------------------------------------------------------------- fetch_data.py
@@ -958,7 +959,7 @@ def test_demo_teacher_errs_as_the_paper_saw():
         slots = [(fetch_data.teacher_answer(problem, seed, 0.7), "stop") for seed in range(5)]
         vote = qcrd.vote_on(NUMBERS, problem.text, slots)
         greedy = read_sample("number", fetch_data.teacher_answer(problem, None, 0)).answer
-        assert fetch_data.is_right("number", greedy, problem.label) and None not in vote.keys
+        assert fetch_data.is_right("number", greedy, problem.label) and None not in vote.answers
         right += vote.keys.count(fetch_data.answer_key("number", greedy))
         positives += len(vote.positives)
         unanimous += not vote.negatives
@@ -1797,7 +1798,7 @@ def test_teacher_gives_up_early_and_keeps_what_was_served():
         (later, 5, 1, "slow down (wait 3600 s); run again later: what was answered is kept"),
         ((503, {"error": "busy"}, {}), 5, qcrd.REPETITIONS + 1, "status 503, busy; run again"),
         ((402, {"error": "Insufficient credit"}, {}), 5, 1, "402, Insufficient credit\n"),
-        ((200, None, {}), 5, 2, "is the server running"),
+        ((200, None, {}), 5, 4, "is the server running"),
     ]
     for bad, good, most, words in cases:
         server = serving(lambda body, number: sums(body) if number <= good else bad)
@@ -2116,9 +2117,11 @@ def test_wrong_use_gets_one_line():
         assert "none: no run" in qcrd_main("--resume", "none", code=2)
         assert "one at a time" in qcrd_main("--resume", "none", "--ask", "none", code=2)
         # what is unusual but allowed
-        large = ["--lag", 10**12, "--discriminator-every", 10**12, "--seed", 10**30]
-        qcrd_main(*flags, "large", *large, "--steps", 0)
-        assert len(lines_of("large/metrics.jsonl")) == 1 and len(asked) == 16
+        large = ["--lag", 10**5, "--discriminator-every", 10**9, "--seed", 10**9]
+        for name, count, steps in (("large", 4, []), ("none", 1, ["--steps", 0])):
+            qcrd_main(*flags, name, *large, *steps)
+            assert len(lines_of(f"{name}/metrics.jsonl")) == count and len(asked) == 16
+            assert lines_of(f"{name}/result.json")[0]["best_iteration"] == count - 1
 
 
 def test_settings_of_a_run_are_checked_like_flags():
@@ -2400,7 +2403,7 @@ def test_judge_is_blind_to_the_order():
             assert len(prompts) == len(set(prompts)) == 8  # both orders, and each answer is kept
             assert not any("qcrd" in prompt or "dss" in prompt for prompt in prompts)
             kept = [path.read_text() for path in folder.rglob("*") if path.is_file()]
-            assert len(kept) == 5 and "sk-hidden" not in "".join([*kept, text])
+            assert len(kept) == 6 and "sk-hidden" not in "".join([*kept, text])
 
 
 def test_audit_page_escapes_and_holds_all():

@@ -253,7 +253,9 @@ def sets_of(vote: Vote, rule: str) -> tuple[list[str], list[str], str | None]:
     rule: majority; first, slot 0's rationale, right, wrong or unreadable [DSS]; all, every slot's
     as a positive [ours].
     """
-    speakers = [0][: len(vote.samples)] if rule == "first" else vote.positives
+    speakers = vote.positives
+    if rule == "first":
+        speakers = list(range(min(1, len(vote.samples))))
     answer = vote.samples[speakers[0]].answer if speakers else None
     if rule != "majority":
         members = speakers if rule == "first" else range(len(vote.samples))
@@ -301,7 +303,8 @@ class Student:
         self.dtype = getattr(torch, config.precision)
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
+        half = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype, enabled=half)
 
     def rows_at_once(self) -> int:
         """How many rows are written or scored together; fewer where --micro-batch asks for it."""
@@ -458,8 +461,9 @@ def add_past_negatives(run: Run, t: int, questions: list[Question]) -> None:
     if past is None:
         return
     asked = [q for q in questions for _ in range(config.student_samples)]
-    seed = (config.seed, "negatives", 0 if config.negative_source == "static" else t)
-    tau = temperature_of(config, t)
+    drawn = 1 if config.negative_source == "static" else t  # static: the same samples each time
+    seed = (config.seed, "negatives", drawn)
+    tau = temperature_of(config, drawn)
     for q, r in zip(asked, past.write(past.explain, asked, config.rationale_tokens, tau, seed)):
         empty = not set(r) - {t5.PAD, t5.EOS}
         if not empty and r not in q.S_pos and r not in q.from_past:
@@ -567,9 +571,9 @@ def train_discriminator(run: Run, t: int, questions: list[Question]) -> None:
     """Pretraining (t = 0) or the update before iteration t: D descends α3 · L_D [eq. 8], alike on
     every rank.
 
-    AdamW divides a constant factor such as α3 out again, and one that falls within its memory of
-    some steps in part. So D's rate falls with the student's, linearly to 0 [DSS: one schedule];
-    it is constant in pretraining.
+    AdamW divides a constant factor on the loss out again, and a falling one in part: α3 hardly
+    acts. D's rate falls with the student's, linearly to 0 [DSS: one schedule]; in pretraining it
+    is constant [ours].
     """
     config, student, D = run.config, run.student, run.discriminator
     steps, rate, alpha_d = (
@@ -582,6 +586,7 @@ def train_discriminator(run: Run, t: int, questions: list[Question]) -> None:
         rate *= 1 - run.step / config.steps
         alpha_d = alphas_of(config, t)[2]
     questions = [q for q in questions if q.S_pos]
+    run.L_D = 0.0
     if not questions or not alpha_d:
         return
     rng = np.random.default_rng(derive_seed(config.seed, "discriminator", t))
@@ -739,7 +744,7 @@ def total_loss(alphas: tuple, L_pred: Any, L_cl: Any, L_D: Any) -> Any:
 def iterate(run: Run, t: int) -> None:
     """Iteration t of QCRD, whole."""
     config, student, D = run.config, run.student, run.discriminator
-    α1, α2, _ = alphas_of(config, t)
+    α1, α2, _ = alphas_of(config, t)  # α3 is D's
     order = visits(config, len(run.train), t)
     questions = [run.train[i] for i in sorted(set(order))]
     run.sums = {}

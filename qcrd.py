@@ -646,9 +646,8 @@ def measure(student: Student, questions: list[Question], candidates: list[Candid
     if not candidates:
         return
     targets, rows = [c.r for c in candidates], [c.row for c in candidates]
-    for c, loss in zip(
-        candidates, student.losses(student.explain, questions, targets, rows).tolist()
-    ):
+    losses = student.losses(student.explain, questions, targets, rows).tolist()
+    for c, loss in zip(candidates, losses):
         require(math.isfinite(loss), NOT_A_NUMBER)
         c.loss = loss
 
@@ -698,31 +697,35 @@ def rationale_losses(student: Student, questions: list[Question], picks: list) -
     return losses.index_put((to_device(torch.tensor(again), student.device),), with_gradient)
 
 
-def weights_and_shares(picks: list[Candidate], s: Tensor | None, config: Config) -> tuple:
-    """-> weight (P,): s(x, r⁺) of a positive [eq. 6], 1 - s(x, r⁻) of a negative [eq. 7], without
-    gradient [ours], 1 without a discriminator; and share (P,), what the weighted term counts for:
-    1 of a single pick, 1/count under mean, 1/Σ weight under wmean, 0 where Σ weight = 0 [ours]."""
-    device = s.device if s is not None else config.device
-    positive = to_device(torch.tensor([c.positive for c in picks], dtype=torch.bool), device)
+def weights_of(picks: list[Candidate], s: Tensor | None, device: torch.device | str) -> Tensor:
+    """What weighs a pick, (P,): s(x, r⁺) of a positive [eq. 6], 1 - s(x, r⁻) of a negative [eq. 7],
+    without gradient [ours]; 1 without a discriminator."""
     if s is None:
-        weight = torch.ones(len(picks), device=device)
-    else:
-        weight = torch.where(positive, s, 1 - s)
-    of_set = to_device(torch.tensor([2 * c.row + c.positive for c in picks], dtype=int), device)
-    count = 2 * max([c.row for c in picks], default=0) + 2
-    amount = weight if config.scheme == "wmean" else torch.ones_like(weight)
-    total = torch.zeros(count, device=device).index_add(0, of_set, amount)[of_set]
-    share = torch.where(total > 0, 1 / total, 0.0)
-    return weight, share
+        return torch.ones(len(picks), device=device)
+    positive = torch.tensor([c.positive for c in picks], dtype=torch.bool)
+    return torch.where(to_device(positive, device), s, 1 - s)
+
+
+def shares_of(picks: list[Candidate], weight: Tensor, scheme: str) -> Tensor:
+    """What a weighted term counts for, (P,): 1 of a set's single pick, 1/count under mean, 1/Σ
+    weight under wmean, 0 where Σ weight = 0 [ours]."""
+    if not picks:
+        return weight
+    sets = itertools.groupby(picks, lambda c: (c.row, c.positive))
+    sizes = [len(list(members)) for _, members in sets]
+    amount = weight if scheme == "wmean" else torch.ones_like(weight)
+    total = torch.cat([part.sum().expand(len(part)) for part in amount.split(sizes)])
+    return torch.where(total > 0, 1 / total, 0.0)
 
 
 def contrastive(losses: Tensor, s: Tensor | None, picks: list[Candidate], config: Config) -> Tensor:
     """What each pick adds to its question's part of L_cl [eq. 3], (P,)."""
-    weight, share = weights_and_shares(picks, s, config)
-    positive = torch.tensor([c.positive for c in picks], dtype=torch.bool)
+    weight = weights_of(picks, s, losses.device)
     l_pos = weight * losses  # s(r⁺) · ℓ(r⁺) [eq. 6]
-    l_neg = weight * (losses - config.delta).clamp(max=0)  # with the margin of eq. (5) [eq. 7]
-    return share * torch.where(to_device(positive, losses.device), l_pos, -config.beta * l_neg)
+    l_neg = weight * (losses - config.delta).clamp(max=0)  # with the negatives' margin δ [eq. 7]
+    positive = torch.tensor([c.positive for c in picks], dtype=torch.bool)
+    terms = torch.where(to_device(positive, losses.device), l_pos, -config.beta * l_neg)
+    return shares_of(picks, weight, config.scheme) * terms
 
 
 def alphas_of(config: Config, t: int) -> tuple[float, float, float]:
@@ -1721,7 +1724,8 @@ def audit_question(run: Run, q: Question, vote: Vote, t: int) -> dict[str, Any]:
     measure(student, [q], candidates)
     picks = pick(candidates, [q], config, run.step)
     s = score_picks(D, [q], picks)
-    weight, share = weights_and_shares(picks, s, config)
+    weight = weights_of(picks, s, student.device)
+    share = shares_of(picks, weight, config.scheme)
     losses = torch.tensor([c.loss for c in picks], device=student.device)
     L_cl = contrastive(losses, s, picks, config).sum().item()
     L_pred = label_losses(student, [q]).item()

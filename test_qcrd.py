@@ -1299,8 +1299,10 @@ def test_eq_3_to_8_by_hand():
         if scheme == "wmean":  # where Σ w = 0
             s_zero = torch.tensor([0.0, 0, 1, 1, 1, 0, 1, 1])
             assert qcrd.contrastive(values, s_zero, picks, config).eq(0).all()
-            assert qcrd.weights_and_shares(picks, s_zero, config)[1].eq(0).all()
-        weight, share = qcrd.weights_and_shares(picks, None, config)  # without a discriminator
+            zero = qcrd.weights_of(picks, s_zero, "cpu")
+            assert qcrd.shares_of(picks, zero, scheme).eq(0).all()
+        weight = qcrd.weights_of(picks, None, "cpu")  # without a discriminator
+        share = qcrd.shares_of(picks, weight, scheme)
         sizes = torch.tensor([2, 2, 3, 3, 3, 1, 2, 2]) if "mean" in scheme else torch.ones(4)
         assert weight.eq(1).all() and torch.allclose(share, 1 / sizes), scheme
     for scheme, places in {"minmax": [1, 7], "maxmin": [2, 6], "minmin": [1, 6]}.items():

@@ -862,7 +862,7 @@ def test_published_questions_and_answers():
         random.Random(row["input"]).shuffle(slots)
         for five in (slots[:5], slots[5:]):
             vote = qcrd.vote_on(task, row["input"], five)
-            unread += vote.keys.count(None)
+            unread += vote.answers.count(None)
             positives += len(vote.positives)
             right += vote.best == gold[fetch_data.fold(row["input"])]
     assert len(turbo) == 564 and unread < 30, unread
@@ -953,8 +953,8 @@ def test_demo_teacher_errs_as_the_paper_saw():
         slots = [(fetch_data.teacher_answer(problem, seed, 0.7), "stop") for seed in range(5)]
         vote = qcrd.vote_on(NUMBERS, problem.text, slots)
         greedy = read_sample("number", fetch_data.teacher_answer(problem, None, 0)).answer
-        assert fetch_data.is_right("number", greedy, problem.label) and None not in vote.keys
-        right += vote.keys.count(fetch_data.answer_key("number", greedy))
+        assert fetch_data.is_right("number", greedy, problem.label) and None not in vote.answers
+        right += vote.answers.count(fetch_data.answer_key("number", greedy))
         positives += len(vote.positives)
         unanimous += not vote.negatives
     shares = [count / len(problems) for count in (right / 5, positives, unanimous)]

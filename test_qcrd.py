@@ -2363,7 +2363,7 @@ def test_inline_dependencies_are_the_requirements():
 def test_table_of_made_up_runs_and_p_by_hand():
     for differences, p in (([1, 1, 1], 0.25), ([1, -1], 1), ([3, 1], 0.5), ([1, 2, -1], 0.75)):
         assert tables.exact_p(differences) == p
-    runs, setting = [], ["--task", "svamp", "--model", "t5-base"]
+    runs = []
     for cell, accuracy in (("DSS", 0.5), ("DSS", 0.52), ("QCRD", 0.6), ("QCRD", 0.62)):
         flags = ["--task", "svamp", "--model", "t5-base"]
         made_by = tables.command_of(tables.TABLES["main"][2][cell], len(runs) % 2, flags)

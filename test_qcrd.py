@@ -884,9 +884,9 @@ def shapes(*texts):
 def test_demo_splits():
     splits = [fetch_data.demo_problems(split) for split in fetch_data.SPLITS]
     every = sum(splits, ())
-    assert [*map(len, splits)] == [800, 400, 1000] and len({p.text for p in every}) == 2200
+    assert [*map(len, splits)] == [400, 400, 1000] and len({p.text for p in every}) == 1800
     digest = hashlib.sha256("".join(p.text + p.label for p in every).encode()).hexdigest()
-    assert digest.startswith("8feb6f2c75b4102c"), digest
+    assert digest.startswith("112f0fd44ad8d4f0"), digest
     for p in every:
         numbers = (Counter(re.findall(r"\d+", text)) for text in (p.label, p.text))
         assert not next(numbers) - next(numbers) and fetch_data.value(p.label) > 0, p
@@ -896,18 +896,49 @@ def test_demo_splits():
         assert task.test[7] == (splits[2][7].text, splits[2][7].label)
 
 
+def test_demo_has_one_distribution():
+    """Each sentence of a split is in the others too; kinds and numbers of steps are as frequent."""
+    train, valid, test = (fetch_data.demo_problems(split) for split in fetch_data.SPLITS)
+    told = [shapes(*(p.text for p in part)) for part in (train, valid, test)]
+    assert told[0] == told[1] == told[2] and len(told[0]) > 30, told
+    for part in (train, valid):
+        for trait in (lambda p: p.steps[-1][0], lambda p: len(p.steps), lambda p: not p.distractor):
+            found, expected = Counter(map(trait, part)), Counter(map(trait, test))
+            for key, count in expected.items():
+                assert abs(found[key] / len(part) - count / len(test)) < 0.08, (
+                    key,
+                    found,
+                    expected,
+                )
+
+
+def test_demo_teaches_kinds_of_different_operations():
+    taught = [kind for kind in fetch_data.MOVES if kind in fetch_data.TAUGHT]
+    assert [fetch_data.MOVES[kind].op for kind in taught] == ["+", "-", "*", "/", "?"]
+    every = sum((fetch_data.demo_problems(split) for split in fetch_data.SPLITS), ())
+    uses = Counter(kind for p in every for kind, _ in p.steps)
+    assert all(uses[kind] > 0.1 * len(every) for kind in taught), uses
+    assert all(set(taught) & {kind for kind, _ in p.steps} for p in every)
+    assert fetch_data.solve(12, [("rule", 5)]) == ("( 12 + 5 )", [12, 17])  # not more than 12
+    assert fetch_data.solve(13, [("rule", 5)]) == ("( 13 - 5 )", [13, 8])
+    assert fetch_data.solve(13, [("rule", 13), ("gain", 2)]) == ("( 13 - 13 )", [13, None])
+
+
 def test_demo_student_is_pretrained_apart_from_the_demo():
-    """No problem, no sentence that only the test set has, no calculation in the teacher's words."""
+    """No problem, no kind of step that the demo teaches, no calculation in the teacher's words."""
     texts, pairs = fetch_data.pretraining_data()
-    train, valid, test = ([p.text for p in fetch_data.demo_problems(x)] for x in fetch_data.SPLITS)
-    asked = {x.partition(": ")[2] for x, _ in pairs}
-    assert len(texts) > 1000 and asked and not {*train, *valid, *test} & {*texts, *asked}
+    every = sum((fetch_data.demo_problems(split) for split in fetch_data.SPLITS), ())
+    asked = [x.partition(": ")[2] for x, _ in pairs]
+    assert len(texts) > 1000 and asked and not {p.text for p in every} & {*texts, *asked}
+    shown = shapes(
+        *asked
+    )  # two of the kinds are told in a known sentence, and asked for in a new one
+    assert len(shown) > 30 and all(shapes(p.text) - shown for p in every)
     said = [fetch_data.teacher_answer(p, 0, 0.7) for p in fetch_data.demo_problems("train")]
     taught = shapes(*(read_sample("number", text).rationale for text in said))
     taught = {sentence for sentence in taught if "=" in sentence}
-    only_test = shapes(*test) - shapes(*train, *valid)
-    corpus = [*texts[::6], *(part for x, y in pairs[::20] for part in (x.partition(": ")[2], y))]
-    assert taught and only_test and not (taught | only_test) & shapes(*corpus)
+    corpus = [*texts[::6], *asked[::20], *(target for _, target in pairs[::10])]
+    assert taught and not taught & shapes(*corpus)
     assert "<Answer>" in said[0] and not re.search("<Answer>|matter", "\n".join(corpus))
     with data_home() as home, patch("fetch_data.pretraining_data", lambda: (texts, pairs)):
         made = fetch_data.pretrain_demo(home / "demo", steps=2)

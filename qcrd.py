@@ -151,7 +151,7 @@ class Config:
 
 
 # What the demo, its student of 1M parameters, and a method set instead. [ours]
-DEMO = {"steps": 200, "iterations": 10, "batch": 32, "rationale_tokens": 48}
+DEMO = {"steps": 200, "iterations": 10, "batch": 32, "rationale_tokens": 56}
 DEMO |= {"discriminator_pretrain": 100}
 DEMO_STUDENT = {"lr": 1e-3, "discriminator_lr": 3e-4}
 METHODS: dict[str, dict[str, Any]] = {

@@ -164,8 +164,9 @@ FOR_QCRD = "lag student_temperature student_samples delta beta alpha_d".split() 
 JUDGED = 100  # validation questions that the rationales and D are watched on [ours]
 FREE_ON_RESUME = ("device", "concurrency", "micro_batch")
 RANK, WORLD = 0, 1  # torchrun's, where it started this process
-with contextlib.suppress(ValueError):
-    RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+with contextlib.suppress(ValueError, KeyError):
+    if "MASTER_ADDR" in os.environ:  # not RANK alone, which some clusters leave around
+        RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def flag(name: str) -> str:
@@ -432,7 +433,10 @@ def past_student(run: Run, t: int) -> Student | None:
     config = run.config
     past = copy.copy(run.student)
     if config.negative_source in ("fixed", "static"):
-        past.model = T5.load(student_folder(config.negative_model or config.model))
+        folder = student_folder(config.negative_model or config.model)
+        past.model = T5.load(folder)
+        fits = past.tokenizer.size <= past.model.config.vocab_size
+        require(fits, f"--negative-model {folder}: embeds fewer pieces than the student's")
     elif config.negative_source == "snapshot" and t > config.lag:
         past.model = copy.deepcopy(past.model)
         past.model.load_state_dict(read_snapshot(run.folder, t - config.lag)["student"])
@@ -857,7 +861,7 @@ class Teacher:
         self.model = config.teacher_model
         try:
             self.fields = dict(**json.loads(config.teacher_fields or "{}"))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             raise InputError("""--teacher-fields: no JSON object like '{"seed": null}'""") from None
         self.cache = Path()
         self.lock = threading.Lock()
@@ -872,7 +876,10 @@ class Teacher:
         self.trouble = ""  # what the last request met
         self.session = requests.Session()
         self.session.auth = self.sign  # else requests would send what ~/.netrc says
-        host = urlsplit(self.url).hostname or ""
+        try:
+            host = urlsplit(self.url).hostname or ""
+        except ValueError as error:
+            raise InputError(f"--teacher {url}: {error}") from None
         if host == "localhost" or host.startswith("127.") or host == "::1":
             self.session.trust_env = False  # no proxy on the way to this machine
         adapter = requests.adapters.HTTPAdapter(pool_maxsize=config.concurrency)
@@ -922,7 +929,8 @@ class Teacher:
                 raise self.failure(status, f"{self.words(answer)} (wait {wait:.0f} s)")
             pause = wait or min(BACKOFF * 2**repetition, 30) * random.uniform(0.5, 1.5)
             self.trouble = f"{self.words(answer)}, status {status}, again in {pause:.0f} s"
-            self.stopped.wait(pause)
+            if self.stopped.wait(pause):
+                break
         self.trouble = ""
         return status, answer
 
@@ -1026,7 +1034,7 @@ def read_cache(path: Path, wanted: str = "key") -> dict[str, dict[int, Slot]]:
     """-> {key: {slot: (text, finish)}}; a line that a crash tore is passed over."""
     found: dict[str, dict[int, Slot]] = {}
     for line in open(path, "rb") if path.exists() else []:
-        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+        with contextlib.suppress(ValueError, KeyError, TypeError, ArithmeticError, RecursionError):
             item = json.loads(line)
             sample = (str(item["text"]), str(item.get("finish")))
             found.setdefault(item[wanted], {}).setdefault(int(item["slot"]), sample)
@@ -1344,7 +1352,10 @@ def discriminator_of(student: Student, config: Config) -> Discriminator | None:
     folder = student_folder(config.discriminator_model)
     same = (folder / "spiece.model").read_bytes() == student.vocab.read_bytes()
     require(same, f"--discriminator-model {folder}: its spiece.model is not the student's")
-    return Discriminator(student, T5.load(folder).encoder_only())
+    encoder = T5.load(folder).encoder_only()
+    fits = student.tokenizer.size <= encoder.config.vocab_size
+    require(fits, f"--discriminator-model {folder}: embeds fewer pieces than the student's")
+    return Discriminator(student, encoder)
 
 
 def prepare(config: Config, task: Task, folder: Path, ask: bool) -> Run | None:
@@ -1479,7 +1490,7 @@ def train(run: Run) -> None:
 def expected_minutes(run: Run) -> float:
     """Of the optimizer steps to come, from one forward and backward whose gradients go."""
     config = run.config
-    batch = run.train[: config.batch]
+    batch = (run.train * WORLD)[: config.batch]  # a question for each rank
     part = micro_batches(batch, config)[0]
     start = time.perf_counter()
     candidates = candidates_of(part, config) if alphas_of(config, 1)[1] else []
@@ -1704,7 +1715,8 @@ def audit(folder: Path, config: Config, count: int, as_json: bool) -> None:
         questions = [run.train[i] for i in order[:count]]
         add_past_negatives(run, t, [run.train[i] for i in sorted(set(order))] + run.judged)
         examples = [q.example for q in questions]
-        rows = teacher_samples(connect_teacher(config, ask=False), task, examples, ask=False)
+        teacher = connect_teacher(config, ask=False)
+        rows = teacher_samples(teacher, task, examples + task.train, ask=False)
         votes = [vote_on(task, e.input, row) for e, row in zip(examples, rows)]
         items = [audit_question(run, q, vote, t) for q, vote in zip(questions, votes)]
     if as_json:
@@ -1887,12 +1899,14 @@ def start(given: dict[str, Any], show_prompt: bool) -> None:
         given["task"] = str(Path(name).resolve())  # --audit works from other folders too
     config = resolve(Config(**defaults | given))
     for model in (config.model, config.negative_model, config.discriminator_model):
-        if model and not model.startswith("t5-"):
+        if model and model not in ("t5-small", "t5-base"):
             student_folder(model)  # what is missing is said before anything is fetched
     task = load_task(config)
     if name not in fetch_data.TASKS and "steps" not in given:
         passes = 20 * math.ceil(len(task.train) / config.batch)
         config.steps = max(200, min(10_000, passes))
+        few = config.iterations <= config.steps
+        require(few, f"--iterations {config.iterations}: more than the {config.steps} steps here")
     if show_prompt:
         for message in prompts_of(task, task.train[:1], config)[0]:
             say(f"[{message['role']}]\n{message['content']}")

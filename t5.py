@@ -118,6 +118,8 @@ def reading(path: str | Path, problem: str) -> Iterator[None]:
     """Turn the errors of opening and parsing a file into one InputError; {} is their text."""
     try:
         yield
+    except BrokenPipeError:  # of what is printed, not of the file
+        raise
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or problem}; check the path") from None
     except Exception as error:  # torch.load alone raises a dozen kinds

@@ -28,15 +28,13 @@ import time
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from operator import add, mul, neg, sub, truediv
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
-import filelock
 import numpy as np
 import requests
 import sentencepiece
@@ -106,7 +104,7 @@ def download(name: str) -> Path:
     target = root() / "data" / "downloads" / name
     part = Path(f"{target}.part")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(f"{target}.lock"):  # freed by the kernel when the process is killed
+    with t5.lock(f"{target}.lock"):
         path = target if target.exists() else part
         if path == part and url.startswith(("http://", "https://")):
             pins += fetch(url, part)
@@ -126,13 +124,12 @@ def download(name: str) -> Path:
 
 
 def anonymous_session(url: str) -> requests.Session:
-    """A session for `url` with the environment's proxies and certificates, but without ~/.netrc,
-    which `requests` reads for every redirect; loopback goes past the proxies."""
+    """With the environment's proxies, none for loopback, but without ~/.netrc, of which requests
+    sends a password after every redirect, even where `auth` is given."""
     session = requests.Session()
     session.trust_env = False
     session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
-    host = urlsplit(url).hostname or ""
-    if not (host in ("localhost", "::1") or host.startswith("127.")):
+    if not re.match(r"https?://(127\.[\d.]+|localhost|\[::1\])[:/]", url):
         session.proxies = requests.utils.get_environ_proxies(url)
     return session
 
@@ -143,8 +140,8 @@ def fetch(url: str, part: Path) -> list[str]:
     for seconds in (0.2, 0.4, 0.8, 1.6, 0):
         done = part.stat().st_size
         headers = {"Accept-Encoding": "identity", "Range": f"bytes={done}-"}  # bytes of the file
-        how = {"headers": headers, "stream": True, "timeout": (10, 60)}  # seconds
         try:
+            how = {"headers": headers, "stream": True, "timeout": (10, 60)}  # seconds
             with anonymous_session(url) as session, session.get(url, **how) as response:
                 if response.status_code == 416:  # the part is longer than the file, or whole
                     os.truncate(part, 0)
@@ -164,7 +161,7 @@ def fetch(url: str, part: Path) -> list[str]:
                 tags = " ".join(hop.headers.get("X-Linked-ETag", "") for hop in hops)
                 return re.findall(r"\b[0-9a-f]{64}\b", tags)
             why = f"cut after {done:,} of {total:,} bytes"
-        except (requests.RequestException, ValueError) as error:  # ValueError: of a malformed URL
+        except requests.RequestException as error:
             why = fold(str(error))[:150]
         time.sleep(seconds)
     remedy = f"run again (it resumes), or put it at {part.with_suffix('')} or in a mirror"
@@ -311,8 +308,6 @@ def load_task(name: str, answer: str = "text", archive: str | Path = "") -> Task
         require(len(train) > 1, f"{folder}/train.jsonl: too short to hold out a validation set")
         train, valid = hold_out(train)
         note(f"note: {folder} has no valid.jsonl: the last {len(valid)} training questions are it")
-    if leaked := len({x.input for x in train} & {x.input for x in test}):
-        note(f"warning: {leaked} training questions of {folder} are test questions too")
     options = NLI if kind == "nli" else tuple(sorted({example.label for example in train}))
     few = kind == "nli" or kind == "text" and len(options) <= 20 and len(options) < len(train)
     samples = root() / "data" / folder.resolve().name
@@ -346,7 +341,7 @@ def parse_example(line: bytes, kind: str, where: str) -> Example:
     require(not empty, f"{where}: an empty input or label")
     shown = f"{where}: label {label[:40]!r}"
     require(kind != "nli" or label in NLI, f"{shown} must be one of {', '.join(NLI)}")
-    good = kind != "number" or value(label) is not None
+    good = answer_key(kind, label) is not None
     require(good, f"{shown} is no number and no equation; --answer text compares text")
     return Example(question, sys.intern(label))  # one object for the 549,367 labels of e-SNLI
 
@@ -405,16 +400,32 @@ def value(expression: str) -> float | None:
     return result if math.isfinite(result) else None
 
 
+QUOTES = "\"'`“”„‟‘’‚‛«»‹›「」『』"
+STOPS = ".。．｡।॥۔։።"  # full stops: Latin, Chinese, Hindi, Urdu, Armenian, Amharic
+
+
+def bare(text: str) -> str:
+    """Folded, without quotes around it and final stops, unless it is nothing else."""
+    text = fold(text)
+    rest = text.rstrip(STOPS + " ") or text
+    while len(rest) > 2 and rest[0] in QUOTES and rest[-1] in QUOTES:  # not 5", not 'tis
+        inner = rest[1:-1].strip()
+        rest = inner.rstrip(STOPS + " ") or inner
+    return rest or text
+
+
 def answer_key(kind: str, answer: str | None) -> str | None:
-    """What equal answers share: the value rounded to 1e-4, or the words in lower case."""
+    """What equal answers share: the value rounded to 1e-4, or the bare text in NFC, case-folded
+    [ours; DSS: the text exactly]. No other sign is dropped: C is not C#."""
     if kind == "number":
         number = value(answer or "")
         return None if number is None else f"{round(number, 4) + 0.0:.4f}"  # + 0.0: -0 is 0
-    return fold(re.sub(r"[^\w\s+-]|_", " ", (answer or "")[:1000].lower())) or None
+    folded = unicodedata.normalize("NFC", answer or "").casefold()
+    return bare(unicodedata.normalize("NFC", folded)) or None
 
 
 def is_right(kind: str, answer: str | None, label: str) -> bool:
-    """The metric [DSS]: equal values, else equal texts."""
+    """The metric [DSS]: equal values, else equal texts, as `answer_key` compares them [ours]."""
     key = answer_key(kind, answer)
     return key is not None and key == answer_key(kind, label)
 
@@ -425,13 +436,13 @@ class Sample(NamedTuple):
 
 
 # What announces an answer, repeated or not: "<Answer>:", "So the answer is", "####", "\boxed{".
-MARK = re.compile(
-    r"""( ( \*{0,2} (\b(so|thus|hence|therefore),?\s+)? (\b(the|my)\s+)? (\b(final|correct)\s+)?
-            (<answer>|\banswer) (\sto\s[^.:\n]{1,40}?)? \**\s* (is|would\sbe|=|:)\s*:?
-          | \#{4} | \\boxed\s*\{ ) [\s$*]* )+""",
-    re.IGNORECASE | re.VERBOSE,
-)
-SENTENCE = re.compile(r"(?<!\b[A-Z])(?<!\b[A-Z][a-z])[.;!?](?=\s|\Z)|\n")  # not "Dr. No", "B. the"
+# A sign behind the space may be the answer's own: "Answer: $5".
+ANNOUNCED = r"""( \*{0,2} (\b(so|thus|hence|therefore),?\s+)? (\b(the|my)\s+)?
+    (\b(final|correct)\s+)? (<answer>|\banswer) (\sto\s[^.:\n]{1,40}?)?
+    \**\s* (is\s*:?|would\sbe\s*:?|=|:) | \#{4} | \\boxed\s*\{ )"""
+MARK = re.compile(rf"(?ix) {ANNOUNCED} ([\s$*]* {ANNOUNCED})* (\*+(?=\s))? \s* (\*\*[ ]+)?")
+# Not in "Dr. No" and "B. the"; "!" and "?" belong to the answer.
+SENTENCE = re.compile(r"(?<!\b[A-Z])(?<!\b[A-Z][a-z])([.;]|(?<=[!?]))(?=\s|\Z)|\n")
 OPENING = re.compile(r"\A\W*(explanation|rationale|reasoning|a)\W*:\s*", re.IGNORECASE)
 RUN_ON = re.compile(r"\n\s*(?:Q|Question|Premise|Problem) ?:", re.IGNORECASE)  # of base models
 LETTER = re.compile(r"\W*(?:(?:option|choice)\W+)?([a-h])(?:[).:]|\W*\Z)", re.IGNORECASE)
@@ -452,45 +463,55 @@ def read_sample(task: Task, question: str, text: str, cut: bool = False) -> Samp
     only option named. cut: the length limit ended the text; an answer at its very end is none.
     """
     text = text[-2_000_000:].rpartition("</think>")[2].partition("<think>")[0][:20_000]
-    text = text.encode("utf-8", "replace").decode().translate(SIGNS)  # half of a surrogate pair: ?
+    text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair: ?
     text = OPENING.sub("", RUN_ON.split(text.strip(), maxsplit=1)[0]).strip()
     options = list(task.options)
     if task.kind == "choice":
         options = re.findall(r"^\([a-h]\) (.*)$", question, re.MULTILINE)
     marks = list(MARK.finditer(text))[-20:]
     for mark in reversed(marks):
-        end = SENTENCE.search(text, mark.end())
+        end = SENTENCE.search(text, mark.end() + 1)  # "Answer: ?" is one
         said = text[mark.end() : end.start() if end else len(text)][:300]
+        if mark[0].rstrip().endswith("{"):
+            said = re.sub(r"\}[^{}]*\Z", "", said)  # the end of \boxed{
         answer = None if cut and not end else read_answer(task.kind, options, said, first=True)
         if answer is not None:
             start = mark.start()
             if mark[0].startswith("\\"):  # a box stands inside its sentence
                 start = max(text.rfind("\n", 0, start), text.rfind(". ", 0, start)) + 1
-            return Sample(text[:start].strip(), answer)
+            return Sample(text[:start].strip().translate(SIGNS), answer)
     known = None if marks or cut else read_answer(task.kind, options, text, first=False)
-    return Sample(text, known)
+    return Sample(text.translate(SIGNS), known)
 
 
 def read_answer(kind: str, options: list[str], text: str, first: bool) -> str | None:
     """The first answer of a text, or its last number or the only option that it names."""
     if kind == "number":
         return read_number(text, first)
-    text = re.sub(r"\\[a-zA-Z]+", "", text)  # \text{Monday}
+    if first:  # without the Markdown or LaTeX around the whole of it
+        text = re.sub(r"\\(?:text|math|mbox)\w*\s*\{([^{}]*)\}", r"\1", text)
+        text = re.sub(r"\A(\*\*)?(.+)\*\*\Z", r"\2", text.strip())  # **Answer: yes**
+        text = bare(re.sub(r"\A([*$])((?:(?!\1).)+)\1\Z", r"\2", text))
     if not options:
-        return text.strip(" \t.*\"'`_${}")[:200] or None if first else None
+        return text or None if first else None
     if kind == "choice" and (letter := LETTER.match(text)):
         return dict(zip("abcdefgh", options)).get(letter[1].lower())
-    words = f" {answer_key('text', text)} "
-    places = {option: words.find(f" {answer_key('text', option)} ") for option in options}
-    named = [option for option in options if places[option] >= 0]
-    if not named or len(named) > 1 and not first:
-        return None
-    return min(named, key=lambda option: (places[option], -len(option)))  # the longer of two
+    named = options_in(text, options)
+    return named[0] if len(named) == 1 or named and first else None
+
+
+def options_in(text: str, options: list[str]) -> list[str]:
+    """The options that a text names, in its order; of two at one place the longer one."""
+    edge = re.escape(QUOTES + STOPS + ",;:!?()[]{}*_$|…—，、；：！？（）") + r"\s"  # not "#": C, C#
+    keys = {answer_key("text", option) or "\n": option for option in options}  # "\n" is in no key
+    words = "|".join(map(re.escape, sorted(keys, key=len, reverse=True)))
+    found = re.findall(rf"(?<![^{edge}])(?:{words})(?![^{edge}])", answer_key("text", text) or "")
+    return [keys[key] for key in dict.fromkeys(found)]
 
 
 def read_number(text: str, first: bool) -> str | None:
     """The first or last number or equation, behind the last "=" if one is there."""
-    text = text[-1000:]
+    text = text[-1000:].translate(SIGNS)
     for pattern, plain in PLAIN.items():
         text = re.sub(pattern, plain, text)
     found = EQUATION.findall(text.rpartition("=")[2]) or EQUATION.findall(text)
@@ -509,89 +530,84 @@ def read_number(text: str, first: bool) -> str | None:
 #
 # A generated task like SVAMP, its rule-based teacher, and how its student is pretrained.
 
-SIZES = {"train": 800, "valid": 400, "test": 1000}
+SIZES = {"train": 400, "valid": 400, "test": 1000}
 LIMIT, NUMBERS, FACTORS = 30, 20, 9  # amounts stay below 30, numbers of a text go up to 20 or 9
-TWO_STEPS, DISTRACTED, UNSEEN = 0.6, 0.5, 0.2  # shares of the problems; UNSEEN: of the test's
+TURN = 12  # more than this is many
+DISTRACTED = 0.5  # share of the problems
+DEMO_STEPS = {1: 0.25, 2: 0.5, 3: 0.25}  # number of steps -> share of the demo's problems
+PRETRAINING_STEPS = {1: 0.35, 2: 0.45, 3: 0.2}  # and of the pretraining's
 
 PEOPLE = "Ana Ben Dev Emma Finn Hugo Iris Kira Leo Maya Noah Olga".split()
 THINGS = "apples balls books cards coins cups eggs hats keys mugs pears rocks shells toys".split()
 
 # A block a kind of step, `s op u`: s is what there is before the step, u the step's own number.
 #     name, operation, the kind that a person takes it for, what is asked of a story ending with it
-#     how a story tells it; the last phrasing is kept for the test set, here and in the other tables
+#     how a story tells it
 #     what the teacher says of it; {sum} is the sum worked out, as in "12 + 5 = 17"
-#     how the explanations of the pretraining put it
+#     how the explanations of the pretraining put it; a kind without this line is in none of them
+# The operation ? depends on the amount: - where s is more than TURN, {t}, and else +.
 # {a} {b} {c} are people, {o} the things that count, {p} other things; "|" separates phrases.
 STORIES = """
 groups * parts now
-    {a} has {s} boxes with {u} {o} in each. | {a} fills {s} bags with {u} {o} each. |
-    In each of {a}'s {s} baskets lie {u} {o}.
+    {a} has {s} boxes with {u} {o} in each. | {a} fills {s} bags with {u} {o} each.
     {s} groups of {u} {o} are {sum}. | {a} has {s} times {u} {o}, {sum}.
     there are {s} lots of {u} | each of the {s} holds {u} {o} | {u} {o} are counted {s} times
 parts + groups now
-    {a} has {s} {o} at home and {u} {o} at school. | {a} picks {s} {o} today and {u} {o} later. |
-    {a} keeps {s} {o} upstairs and {u} {o} downstairs.
+    {a} has {s} {o} at home and {u} {o} at school. | {a} picks {s} {o} today and {u} {o} later.
     Both parts make {sum} {o}. | {a} has {s} and {u} {o}, {sum}.
     we put {s} and {u} together | {a} owns {s} {o} and also {u} | {s} {o} are joined by {u}
 gain + loss now
-    {a} finds {u} more {o}. | {b} gives {a} {u} {o}. | Then {a} buys {u} {o}. |
-    {u} {o} arrive for {a} by mail.
+    {a} finds {u} more {o}. | {b} gives {a} {u} {o}. | Then {a} buys {u} {o}.
     {a} gets {u} more, {sum}. | {u} {o} come in, {sum}.
     {u} {o} are new | {a} owns {u} more than before | we add the {u} {o}
 loss - gain now
-    {a} gives {u} {o} to {b}. | {a} loses {u} {o}. | Then {a} sells {u} {o}. |
-    {b} borrows {u} {o} from {a}.
+    {a} gives {u} {o} to {b}. | {a} loses {u} {o}. | Then {a} sells {u} {o}.
     {u} of the {o} go away, {sum}. | {a} is left with {sum}.
     {u} {o} are gone | {a} owns {u} less than before | we take off the {u} {o}
 share / loss friend
-    {a} shares the {o} equally among {u} friends. | {u} friends split the {o} of {a} equally. |
-    {a} deals the {o} out evenly to {u} friends.
+    {a} shares the {o} equally among {u} friends. | {u} friends split the {o} of {a} equally.
     Each of {u} friends gets {sum}. | Split in {u} equal shares: {sum}.
     we divide the {o} by {u} | {u} friends take the same part | {a} makes {u} parts
 times * more other
-    {b} has {u} times as many {o} as {a}. | {b} owns {u} times the {o} of {a}. |
-    For every one of {a}'s {o} there are {u} of {b}'s.
+    {b} has {u} times as many {o} as {a}. | {b} owns {u} times the {o} of {a}.
     {b} has {u} times that, {sum}. | {u} times as many are {sum}.
     we multiply the {o} by {u} | {b} owns {u} for each of them | the {o} of {b} are {u} times more
 more + fewer other
-    {b} has {u} more {o} than {a}. | {b} owns {u} {o} more than {a}. | {b} beats {a} by {u} {o}.
+    {b} has {u} more {o} than {a}. | {b} owns {u} {o} more than {a}.
     {b} has {u} more, {sum}. | {u} more than that are {sum}.
     {b} owns {u} {o} extra | {b} is {u} above {a} | we count {u} up to {b}
 fewer - more other
-    {b} has {u} fewer {o} than {a}. | {b} owns {u} {o} fewer than {a}. | {b} trails {a} by {u} {o}.
+    {b} has {u} fewer {o} than {a}. | {b} owns {u} {o} fewer than {a}.
     {b} has {u} fewer, {sum}. | {u} fewer than that are {sum}.
     {b} lacks {u} {o} | {b} is {u} below {a} | we count {u} down to {b}
-gap - both gap
-    {b} has {u} {o}. | {b} owns {u} {o}. | {u} {o} belong to {b}.
-    {b} has {u}, the difference is {sum}. | {a} is ahead of {u} by {sum}.
-    we compare with the {u} of {b} | {b} owns only {u} | we take off what {b} owns
 both + gap both
     {b} has {u} {o}. | {b} owns {u} {o}. | {u} {o} belong to {b}.
     {b} has {u}, together {sum}. | With the {u} of {b} there are {sum}.
-    we add what {b} owns | {b} brings {u} {o} | the {u} of {b} count too
+gap - both gap
+    {b} has {u} {o}. | {b} owns {u} {o}. | {u} {o} belong to {b}.
+    {b} has {u}, the difference is {sum}. | {a} is ahead of {u} by {sum}.
+cost * gain cost
+    Each of the {o} costs {u} dollars. | The price of one is {u} dollars.
+    One costs {u}, all of them {sum}. | {s} times the price of {u} is {sum}.
+pack / loss pack
+    One crate holds {u} {o}. | {u} {o} fit into a crate.
+    A crate takes {u}, so we need {sum}. | Crates of {u} are {sum}.
+rule ? gain now
+    If {a} has more than {t} {o}, {b} takes {u}, else {b} brings {u}. |
+    {b} takes {u} {o} if {a} has over {t} and brings {u} if not.
+    {s} is {than} {t}, so {sum}. | {b} sees {s}, {than} {t}: {sum}.
 """
 # How a story opens, a number {d} that the answer does not need, and the questions.
 OTHERS = """
-open
-    {a} has {s} {o}. | There are {s} {o} in {a}'s room. | {a} collects {s} {o}. |
-    {a}'s shelf holds {s} {o}.
-distractor
-    {a} also has {d} {p}. | {c} has {d} {o}. | {b} buys {d} {p}. | Last year {a} had {d} {o}. |
-    {d} {p} belong to {c}.
-now
-    How many {o} does {a} have now? | How many {o} are there with {a} in the end? |
-    {a} owns how many {o} after this?
-other
-    How many {o} does {b} have? | How many {o} are {b}'s? | What number of {o} does {b} own?
-friend
-    How many {o} does each friend get? | How many {o} are there for each friend? |
-    What does each friend receive in {o}?
-gap
-    How many more {o} does {a} have than {b}? | {a} has how many {o} more than {b}? |
-    By how many {o} is {a} ahead of {b}?
-both
-    How many {o} do {a} and {b} have together? | How many {o} do {a} and {b} have in all? |
-    What do {a} and {b} own in {o}, added up?
+open {a} has {s} {o}. | There are {s} {o} in {a}'s room. | {a} collects {s} {o}.
+distractor {a} also has {d} {p}. | {c} has {d} {o}. | {b} buys {d} {p}. | Last year {a} had {d} {o}.
+now How many {o} does {a} have now? | How many {o} are there with {a} in the end?
+other How many {o} does {b} have? | How many {o} are {b}'s?
+friend How many {o} does each friend get? | How many {o} are there for each friend?
+both How many {o} do {a} and {b} have together? | How many {o} do {a} and {b} have in all?
+gap How many more {o} does {a} have than {b}? | By how many {o} is {a} ahead of {b}?
+cost How many dollars do the {o} of {a} cost? | What does {a} pay for the {o} in dollars?
+pack How many crates does {a} fill? | How many crates are there for the {o} of {a}?
 """
 
 
@@ -603,27 +619,22 @@ class Kind(NamedTuple):
     ask: str
     tell: list[str]
     why: list[str]
-    plain: list[str]
+    plain: Sequence[str] = ()
 
 
-def blocks(table: str) -> dict[str, list]:
-    """Name of a block -> the other words of its first line, and each other line as phrases."""
-    found = {}
-    for block in re.split(r"\n(?=\w)", re.sub(r"\|\n +", "| ", table.strip())):
+def read_stories() -> Iterator[tuple[str, Kind]]:
+    """The blocks of STORIES with their names."""
+    for block in re.split(r"\n(?=\w)", re.sub(r"\|\n +", "| ", STORIES.strip())):
         heading, *lines = block.split("\n")
         name, *words = heading.split()
-        found[name] = [*words, *(line.strip().split(" | ") for line in lines)]
-    return found
+        yield name, Kind(*words, *(line.strip().split(" | ") for line in lines))
 
 
-MOVES = {name: Kind(*values) for name, values in blocks(STORIES).items()}
-OTHER = {name: phrases for name, [phrases] in blocks(OTHERS).items()}
-OPENERS = ("groups", "parts")  # these kinds open a story themselves
-FIRST = (*OPENERS, "gain", "loss")  # these may be followed by a second step, any but an opening one
-PLANS = {
-    1: [(kind,) for kind in MOVES],
-    2: [(kind, last) for kind in FIRST for last in MOVES if last not in OPENERS],
-}
+MOVES = dict(read_stories())
+OTHER = dict(line.split(maxsplit=1) for line in OTHERS.strip().split("\n"))
+OTHER = {name: phrases.split(" | ") for name, phrases in OTHER.items()}
+TAUGHT = {kind for kind in MOVES if not MOVES[kind].plain}  # by the demo's training set alone
+OPENERS, CHANGES = ("groups", "parts"), ("gain", "loss", "rule")  # other steps may follow these
 
 
 class Problem(NamedTuple):
@@ -637,6 +648,11 @@ class Problem(NamedTuple):
     distractor: int | None
 
 
+def operation(kind: str, s: int) -> str:
+    """What a step does to the amount s: "+", "-", "*" or "/"."""
+    return MOVES[kind].op.replace("?", "-" if s > TURN else "+")
+
+
 def calculate(s: int, op: str, u: int) -> int | None:
     """s op u, or None where the story would not have it: not whole, not above 0, too large."""
     result = {"+": s + u, "-": s - u, "*": s * u, "/": s / u}[op]
@@ -644,22 +660,32 @@ def calculate(s: int, op: str, u: int) -> int | None:
 
 
 def solve(first: int, steps: Iterable[tuple[str, int]]) -> tuple[str, list[int | None]]:
-    """The steps as an equation, and the amounts: at first and after each step."""
+    """The steps as an equation, and the amounts: at first and after each step, up to a None."""
     equation, amounts = str(first), [first]
     for kind, u in steps:
-        s, op = amounts[-1], MOVES[kind].op
-        equation = f"( {equation} {op} {u} )"
-        amounts.append(None if s is None else calculate(s, op, u))
+        if amounts[-1] is not None:
+            op = operation(kind, amounts[-1])
+            equation = f"( {equation} {op} {u} )"
+            amounts.append(calculate(amounts[-1], op, u))
     return equation, amounts
 
 
-def make_problem(rng: random.Random, unseen=False, without: Collection[str] = ()) -> Problem:
-    """Draw a problem of one or two steps, with a distractor or none, without some kinds of steps.
+@functools.cache
+def plans(steps: int, taught: bool | None) -> list[tuple[str, ...]]:
+    """The kinds of steps, in order, that a problem of 1 to 3 steps may have.
 
-    unseen: one of its sentences at least is in a phrasing that is kept for the test set.
+    taught: with a kind that only the demo teaches, or without; None: either.
     """
-    plans = PLANS[2 if rng.random() < TWO_STEPS else 1]
-    plan = rng.choice([plan for plan in plans if not set(plan) & set(without)])
+    last = [kind for kind in MOVES if steps == 1 or kind not in OPENERS]
+    found = itertools.product(*[OPENERS + CHANGES, CHANGES][: steps - 1], last)
+    if steps == 3:  # a product after a sum leaves hardly any amounts below LIMIT
+        found = (plan for plan in found if plan[1] != "gain" or MOVES[plan[2]].op != "*")
+    return [plan for plan in found if taught in (None, not TAUGHT.isdisjoint(plan))]
+
+
+def make_problem(rng: random.Random, shares: dict[int, float], taught: bool | None) -> Problem:
+    """Draw a problem, with a distractor or none. shares: of problems of 1, 2 and 3 steps."""
+    plan = rng.choice(plans(rng.choices([*shares], [*shares.values()])[0], taught))
     words = dict(zip("abcop", rng.sample(PEOPLE, 3) + rng.sample(THINGS, 2)))
     while True:
         first = rng.randint(2, FACTORS if plan[0] == "groups" else NUMBERS)
@@ -676,12 +702,10 @@ def make_problem(rng: random.Random, unseen=False, without: Collection[str] = ()
         distractor = rng.choice([d for d in range(2, NUMBERS + 1) if d not in numbers])
         parts.insert(rng.randint(0, len(parts)), (OTHER["distractor"], None))
     parts.append((OTHER[MOVES[plan[-1]].ask], None))
-    special = rng.randrange(len(parts)) if unseen else None
-    lines = []
-    for i, (phrases, u) in enumerate(parts):
-        line = phrases[-1] if i == special else rng.choice(phrases if unseen else phrases[:-1])
-        lines.append(line.format(**words, s=first, u=u, d=distractor))
-    text = " ".join(lines[:-1]) + "\n" + lines[-1]
+    told = []
+    for phrases, u in parts:
+        told.append(rng.choice(phrases).format(**words, s=first, u=u, d=distractor, t=TURN))
+    text = " ".join(told[:-1]) + "\n" + told[-1]
     return Problem(text, label, first, tuple(steps), words, distractor)
 
 
@@ -692,16 +716,16 @@ def demo_problems(split: str) -> tuple[Problem, ...]:
     seen = {p.text for earlier in SPLITS[: SPLITS.index(split)] for p in demo_problems(earlier)}
     problems: dict[str, Problem] = {}
     while len(problems) < SIZES[split]:
-        problem = make_problem(rng, unseen=split == "test" and rng.random() < UNSEEN)
+        problem = make_problem(rng, DEMO_STEPS, taught=True)
         if problem.text not in seen:
             problems.setdefault(problem.text, problem)
     return tuple(problems.values())
 
 
 # How often the teacher errs at temperature 0.7 on easy and on hard questions, and which part of
-# the questions of one and of two steps is hard. Set so that a vote of five comes near the paper's
-# (3.87 positives a question, more than half of the questions with positives only).
-EASY_ERRORS, HARD_ERRORS, HARD = 0.005, 0.52, {1: 0.15, 2: 0.75}
+# the questions of one, two and three steps is hard. Set so that a vote of five comes near the
+# paper's (3.87 positives a question, more than half of the questions with positives only).
+EASY_ERRORS, HARD_ERRORS, HARD = 0.005, 0.52, {1: 0.2, 2: 0.55, 3: 0.7}
 DISMISSALS = ("The {d} does not matter.", "We do not need the {d}.")
 
 
@@ -710,29 +734,28 @@ def mistakes(p: Problem) -> list[tuple[int, list[tuple[str, int]]]]:
     number is used, or a step is forgotten."""
     steps, found = list(p.steps), []
     for i, (kind, u) in enumerate(steps):
-        changed = [(MOVES[kind].wrong, u)]
+        changes = [[(MOVES[kind].wrong, u)]]
         if p.distractor:
-            changed.append((kind, p.distractor))
-        found += [(p.first, [*steps[:i], step, *steps[i + 1 :]]) for step in changed]
+            changes.append([(kind, p.distractor)])
+        if len(steps) > 1:
+            changes.append([])
+        found += [(p.first, [*steps[:i], *change, *steps[i + 1 :]]) for change in changes]
     if p.distractor:
         found.append((p.distractor, steps))
-    if len(steps) == 2:
-        found += [(p.first, steps[:1]), (p.first, steps[1:])]
-    return [(first, wrong) for first, wrong in found if None not in solve(first, wrong)[1]]
+    right = solve(p.first, steps)[1][-1]
+    return [solution for solution in found if solve(*solution)[1][-1] not in (None, right)]
 
 
-def explain(p: Problem, first: int, steps: Sequence, rng: random.Random, swap=False) -> str:
-    """A solution as the teacher writes it. swap: "5 - 12 = -7" for the last step's "12 - 5 = 7"."""
+def explain(p: Problem, first: int, steps: Sequence, rng: random.Random) -> str:
+    """A solution as the teacher writes it."""
     equation, amounts = solve(first, steps)
     said = []
     if p.distractor not in (None, first, *(u for _, u in steps)) and rng.random() < 0.4:
         said.append(rng.choice(DISMISSALS).format(d=p.distractor))
-    for i, (kind, u) in enumerate(steps):
-        s, worked = amounts[i], f"{amounts[i]} {MOVES[kind].op} {u} = {amounts[i + 1]}"
-        if swap and i == len(steps) - 1:
-            worked = f"{u} - {s} = {u - s}"
-            equation = f"( {u} - {solve(first, steps[:-1])[0]} )"
-        said.append(rng.choice(MOVES[kind].why).format(**p.words, s=s, u=u, sum=worked))
+    for (kind, u), s, result in zip(steps, amounts, amounts[1:]):
+        known = {"s": s, "u": u, "t": TURN, "than": "more than" if s > TURN else "at most"}
+        known["sum"] = f"{s} {operation(kind, s)} {u} = {result}"
+        said.append(rng.choice(MOVES[kind].why).format(**p.words, **known))
     return f"<Explanation>: {' '.join(said)} <Answer>: {equation}"
 
 
@@ -741,19 +764,14 @@ def teacher_answer(p: Problem, seed: int | None, temperature: float) -> str:
     rng = random.Random(f"{p.text}|{seed if temperature else 'greedy'}")
     hard = random.Random(p.text).random() < HARD[len(p.steps)]  # the same for all samples
     errors = (HARD_ERRORS if hard else EASY_ERRORS) * min(temperature / 0.7, 1.5)
-    if rng.random() >= errors:
-        return explain(p, p.first, p.steps, rng)
-    wrong = mistakes(p)
-    if MOVES[p.steps[-1][0]].op == "-" and (not wrong or rng.random() < 0.15):
-        return explain(p, p.first, p.steps, rng, swap=True)
-    return explain(p, *rng.choice(wrong or [(p.first, p.steps)]), rng)
+    solutions = mistakes(p) if rng.random() < errors else []
+    return explain(p, *rng.choice(solutions or [(p.first, p.steps)]), rng)
 
 
 # What made weights/demo/: see weights/README.md. A mixture like T5 1.0's, in small: span
 # corruption and supervised pairs.
 SHAPE = {"d_model": 128, "d_kv": 32, "d_ff": 512, "num_heads": 4}
 SHAPE |= {"num_layers": 2, "num_decoder_layers": 2, "dropout_rate": 0.0}
-TAUGHT = ("gap", "both")  # kinds left to the demo's training set: no pretraining pair has them
 PRETRAINING = {"steps": 9000, "batch": 32, "lr": 1.5e-3, "share": 0.9, "max_length": 96}
 COUNTS = {"stories": 20000, "equations": 30000, "explanations": 90000, "chains": 70000}
 FRAMES = ["{x}: {sum}.", "{x}, so {sum}.", "Because {x}, {sum}.", "{x}. That makes {sum}."]
@@ -786,17 +804,17 @@ def chain(rng: random.Random, length: int = 4) -> tuple[str, str]:
 
 def pretraining_data() -> tuple[list[str], list[tuple[str, str]]]:
     """Texts for span corruption and (input, target) pairs, seeded. Not in them: problems of the
-    demo, sentences in a phrasing that is kept for the test, sentences of the teacher."""
+    demo and sentences of the teacher; not in the pairs: steps of a kind that the demo teaches."""
     rng = random.Random("pretraining")
     known = {p.text for split in SPLITS for p in demo_problems(split)}
 
-    def problems(count: int, without: Collection[str] = ()) -> list[Problem]:
-        drawn = [make_problem(rng, without=without) for _ in range(count)]
+    def problems(count: int, taught: bool | None) -> list[Problem]:
+        drawn = [make_problem(rng, PRETRAINING_STEPS, taught) for _ in range(count)]
         return [p for p in drawn if p.text not in known]
 
-    texts = [p.text for p in problems(COUNTS["stories"])]
-    pairs = [(f"predict: {p.text}", p.label) for p in problems(COUNTS["equations"], TAUGHT)]
-    for p in problems(COUNTS["explanations"], TAUGHT):
+    texts = [p.text for p in problems(COUNTS["stories"], None)]
+    pairs = [(f"predict: {p.text}", p.label) for p in problems(COUNTS["equations"], False)]
+    for p in problems(COUNTS["explanations"], False):
         pairs.append((f"explain: {p.text}", plain_explanation(p, rng)))
     for equation, sums in (chain(rng) for _ in range(COUNTS["chains"])):
         if sums:
@@ -809,7 +827,7 @@ def train_vocabulary(path: Path, texts: Iterable[str]) -> None:
     other text is spelled by letters and bytes."""
     phrases = [*FRAMES, *DISMISSALS, *sum(OTHER.values(), []), "predict explain answer"]
     for kind in MOVES.values():
-        phrases += kind.tell + kind.why + kind.plain
+        phrases += [*kind.tell, *kind.why, *kind.plain]
     words = sorted(set(re.findall(r"[A-Za-z]+", re.sub(r"\{\w+\}", " ", " ".join(phrases)))))
     options = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "model_type": "bpe"}
     options |= {"vocab_size": 1100, "hard_vocab_limit": False, "byte_fallback": True}
@@ -931,33 +949,30 @@ def ensure_student(name: str) -> Path:
 # --------------------------------------------------------------------------------- 9. Command line
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line -> exit code, 2 with one line on stderr for a mistake of the user's."""
+def main() -> int:
+    """-> exit code, 2 with one line on stderr for a mistake of the user's."""
+    return t5.run_program(run_command)
+
+
+def run_command() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("names", nargs="*", help="tasks, students, serve-teacher, pretrain-demo")
     parser.add_argument("--archive", default="", help="datasets.zip to read tasks and PaLM from")
     parser.add_argument("--port", type=int, default=8000, help="of serve-teacher; 0: a free one")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     if not args.names:
         parser.print_help()
-    try:
-        for name in args.names:
-            if name == "pretrain-demo":
-                print(pretrain_demo())
-            elif name == "serve-teacher":
-                print(demo_teacher(args.port)[0], " (Ctrl-C ends it)", flush=True)
-                threading.Event().wait()
-            else:
-                print(ensure(name, args.archive))
-                if args.archive and name in TASKS and name != "demo":
-                    print(palm_samples(name, args.archive))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    for name in args.names:
+        if name == "pretrain-demo":
+            print(pretrain_demo())
+        elif name == "serve-teacher":
+            print(demo_teacher(args.port)[0], " (Ctrl-C ends it)", flush=True)
+            threading.Event().wait()
+        else:
+            print(ensure(name, args.archive))
+            if args.archive and name in TASKS and name != "demo":
+                print(palm_samples(name, args.archive))
 
 
 if __name__ == "__main__":

@@ -7,22 +7,27 @@
 
 A large language model, the teacher, answers each question several times and
 explains its answers. A small T5, the student, learns to answer (`predict: x`)
-and to explain (`explain: x`). This file follows the paper, section by section:
+and to explain (`explain: x`). The first half is the method, in the paper's
+order; the second half is what a run needs.
 
-    1 settings        every flag, its default, and where the default comes from
-    2 teacher         K samples per question from a server with OpenAI's API
-    3 vote            the majority's rationales are S_pos, the minority's S_neg
-    4 student         a question as token ids; losses; what the student writes
-    5 negatives       what the student of five iterations ago writes joins S_neg
-    6 discriminator   s(x, r) and its loss L_D                    eq. (1), (2)
-    7 loss            picks, margin, weights, the sum             eq. (3) to (8)
-    8 training        iterations, run folder, resume, several GPUs
-    9 evaluation      accuracies, --ask, --eval, --audit
+    1 settings         every flag, its default, range and source
+    2 vote             the majority's rationales are S_pos, the minority's S_neg
+    3 student          a question as token ids; losses; what the student writes
+    4 negatives        what an earlier student writes joins S_neg
+    5 discriminator    s(x, r) and its loss L_D                  eq. (1), (2)
+    6 loss             picks, margin, weights, the sum           eq. (3) to (8)
+    7 one iteration    all of it, on one screen
+    8 teacher client   K samples a question over HTTP, each kept on disk
+    9 run              data, folder, checkpoint, several GPUs
+   10 evaluation       accuracies, --ask, --eval, --audit
+   11 command line
 
-Marks say where a choice comes from: [eq. n], [figure], [table] the paper's;
-[abstract] its abstract; [review] a published review that reproduces it; [DSS]
-Distilling Step-by-Step (Hsieh et al., 2023), whose protocol it follows; [ours]
-where no source that we know says it.
+The paper's own text was not at hand: its equations, settings and tables are
+taken from a published review that reproduces them (README, limits). Marks say
+where a choice comes from: [eq. n], [figure], [table] the paper's, as reproduced
+there; [review] told by that review; [abstract]; [overview] a published
+overview's open questions; [DSS] Distilling Step-by-Step (Hsieh et al., 2023),
+whose protocol the paper follows; [ours] where nothing known says it.
 """
 
 import argparse
@@ -35,47 +40,49 @@ import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
 import sys
-import textwrap
 import threading
 import time
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import requests
 import torch
 import torch.distributed as dist
-from requests.adapters import HTTPAdapter
-from requests.exceptions import ChunkedEncodingError, InvalidHeader, JSONDecodeError
+import torch.nn.functional as F
 from torch import Tensor, nn
-from urllib3.util import Retry
 
 import fetch_data
 import t5
 from fetch_data import Example, Sample, Task
 from t5 import T5, InputError, Tokenizer, pad, require, to_device, track
 
-# ------------------------------------------------------------------------------------ 1. Settings
+# ================================ THE METHOD ================================
+# ---------------------------------------------------------------------------------- 1. Settings
 
 
-def option(default: Any, mark: str, help: str, choices: tuple = ()) -> Any:
-    """A flag of the command line: its default, the source of the default, its help text."""
-    return field(default=default, metadata={"mark": mark, "help": help, "choices": choices})
+def option(default: Any, mark: str, help: str, allowed: str = "") -> Any:
+    """A flag: its default, the source of the default, its help text, and what it may be: an
+    interval such as (0, 1], or words such as gold|teacher."""
+    return field(default=default, metadata={"mark": mark, "help": help, "allowed": allowed})
 
 
-SOURCES = ("snapshot", "fixed", "sc", "none")
-PRECISIONS = ("", "float32", "bfloat16", "float16")
-SCHEMES = ("minmax", "maxmin", "sampling", "mean", "wmean", "minmin")
+COUNT, NUMBER, WEIGHT = "[1, 100000]", "[0, 1e9]", "[0, 1000]"
+SOURCES = "snapshot|fixed|static|sc|none"
+SCHEMES = "minmax|maxmin|sampling|mean|wmean|minmin"
+PRECISIONS = "|float32|bfloat16|float16"
 
 
 @dataclass
@@ -84,81 +91,82 @@ class Config:
 
     # Task
     task: str = option("demo", "ours", "demo, svamp, cqa, anli1, esnli, or a folder of JSONL files")
-    answer: str = option("text", "ours", "a folder's labels; numbers by value", ("text", "number"))
-    labels: str = option("gold", "table", "the data's, or the vote's answers", ("gold", "teacher"))
-    fraction: float = option(1.0, "figure", "part of the training questions used, from the first")
+    answer: str = option("text", "ours", "a folder's labels; numbers by value", "text|number")
+    labels: str = option("gold", "table", "the data's, or the vote's answers", "gold|teacher")
+    fraction: float = option(1.0, "ours", "part of the training data, from the first", "(0, 1]")
     # Teacher and vote
     teacher: str = option("", "ours", "URL of a server with OpenAI's API, or palm (see the end)")
     teacher_model: str = option("", "review", "gpt-3.5-turbo at OpenAI; ours: else the first")
-    samples: int = option(5, "review", "K, samples a question")
-    teacher_temperature: float = option(0.7, "review", "the teacher's sampling temperature")
-    teacher_tokens: int = option(512, "ours", "longest sample, in the teacher's tokens")
-    teacher_budget: int = option(0, "ours", "at most this many requests, retries apart (0: any)")
+    samples: int = option(5, "review", "K, samples a question", "[1, 128]")
+    teacher_temperature: float = option(0.7, "review", "the teacher's temperature", "[0, 5]")
+    teacher_tokens: int = option(512, "ours", "longest sample, in its tokens", "[1, 1e6]")
+    teacher_budget: int = option(0, "ours", "at most this many requests (0: any)", NUMBER)
+    teacher_timeout: float = option(180.0, "ours", "seconds to wait for an answer", "(0, 86400]")
     teacher_fields: str = option("", "ours", "JSON merged into each request; null removes a field")
-    concurrency: int = option(8, "ours", "requests under way at once")
+    concurrency: int = option(8, "ours", "requests under way at once", "[1, 256]")
     prompt: str = option("", "ours", "a file with a system message of yours")
-    vote: str = option("majority", "abstract", "who is in S_pos", ("majority", "first", "all"))
+    vote: str = option("majority", "review", "who is in S_pos", "majority|first|all")
     # Student
-    method: str = option("qcrd", "table", "what is trained", ("qcrd", "dss", "finetune"))
+    method: str = option("qcrd", "table", "what is trained", "qcrd|dss|single|finetune")
     model: str = option("", "ours", "demo, t5-small (CPU), t5-base (GPU), or a Hugging Face T5")
-    input_tokens: int = option(512, "ours", "longest input")
-    rationale_tokens: int = option(256, "DSS", "longest rationale")
-    label_tokens: int = option(64, "ours", "longest label")
+    input_tokens: int = option(512, "ours", "longest input", "[8, 10000]")
+    rationale_tokens: int = option(256, "DSS", "longest rationale", "[2, 10000]")
+    label_tokens: int = option(64, "ours", "longest label", "[3, 10000]")
     # Negatives
     negative_source: str = option("snapshot", "table", "who writes them; see the end", SOURCES)
     negative_model: str = option("", "ours", "folder of the fixed student (default: --model)")
-    lag: int = option(5, "review", "j: iteration t samples from the student after t - j")
-    student_temperature: float = option(1.5, "review", "the student's sampling temperature")
-    student_temperature_end: float = option(0.0, "ours", "its last value, on a line (0: same)")
-    student_samples: int = option(1, "review", "the student's samples a question")
+    lag: int = option(5, "review", "j: iteration t samples from the student after t - j", COUNT)
+    student_temperature: float = option(1.5, "review", "the student's temperature", "(0, 100]")
+    student_temperature_end: float = option(0.0, "overview", "its last (0: the same)", "[0, 100]")
+    student_samples: int = option(1, "review", "the student's samples a question", "[1, 100]")
     # Discriminator
     discriminator: bool = option(True, "review", "weights s and 1 - s (without: 1)")
-    discriminator_pretrain: int = option(500, "review", "pretraining steps; at most, in the paper")
-    discriminator_every: int = option(1, "ours", "update it before every n-th iteration (0: never)")
-    discriminator_steps: int = option(20, "ours", "steps of an update")
-    discriminator_questions: int = option(8, "ours", "questions a step, some 64 rationales")
-    discriminator_lr: float = option(1e-4, "ours", "its learning rate")
-    discriminator_noise: float = option(0.0, "ours", "part of its questions with swapped sets")
+    discriminator_model: str = option("", "review", "its encoder; see the end")
+    discriminator_loss: str = option("eq2", "eq. 2", "L_D; ce: the figure's CE", "eq2|ce")
+    discriminator_pretrain: int = option(500, "review", "pretraining steps, at most there", NUMBER)
+    discriminator_every: int = option(1, "ours", "n: updates before t = 1 + n, 1 + 2n, ...", NUMBER)
+    discriminator_steps: int = option(20, "ours", "steps of an update", COUNT)
+    discriminator_questions: int = option(8, "ours", "questions a step of it", "[1, 4096]")
+    discriminator_lr: float = option(1e-4, "ours", "its learning rate", "(0, 1]")
+    discriminator_noise: float = option(0.0, "overview", "part with swapped sets", "[0, 1]")
     # Loss
     scheme: str = option("minmax", "eq. 4, 5", "which of S_pos and S_neg count", SCHEMES)
-    delta: float = option(3.0, "review", "δ: a negative with at least this loss adds nothing")
-    beta: float = option(0.2, "review", "β: weight of the negative term")
-    alpha_pred: float = option(0.5, "review", "α1: weight of L_pred")
-    alpha_cl: float = option(0.5, "review", "α2: weight of L_cl")
-    alpha_d: float = option(0.5, "review", "α3 in iteration 1; α3 / 0.5 scales D's rate")
-    alpha_d_decay: float = option(0.9, "review", "α3 is multiplied by this after an iteration")
+    delta: float = option(3.0, "review", "δ: a negative with this loss adds nothing", WEIGHT)
+    beta: float = option(0.2, "review", "β: weight of the negative term", WEIGHT)
+    alpha_pred: float = option(0.5, "review", "α1: weight of L_pred", WEIGHT)
+    alpha_cl: float = option(0.5, "review", "α2: weight of L_cl", WEIGHT)
+    alpha_d: float = option(0.5, "review", "α3 in iteration 1: weight of L_D", WEIGHT)
+    alpha_d_decay: float = option(0.9, "review", "α3 is multiplied by it each iteration", "[0, 1]")
     # Training
-    steps: int = option(10_000, "DSS", "optimizer steps, where --iterations is not given")
-    iterations: int = option(0, "ours", "iterations (0: as many as --steps need)")
-    iteration_steps: int = option(0, "ours", "optimizer steps an iteration (0: one pass)")
-    batch: int = option(64, "DSS", "questions an optimizer step")
-    micro_batch: int = option(0, "ours", "questions at once, less memory (0: 16, on CUDA all)")
-    lr: float = option(5e-5, "DSS", "AdamW's learning rate, falling linearly to 0")
-    seed: int = option(0, "ours", "initialisation, order, dropout, student's samples; never data")
+    steps: int = option(10_000, "DSS", "optimizer steps in all", "[0, 1e8]")
+    iterations: int = option(20, "ours", "equal parts that the steps are divided into", COUNT)
+    batch: int = option(64, "DSS", "questions an optimizer step", COUNT)
+    micro_batch: int = option(0, "ours", "questions at once (0: 16, on CUDA all)", NUMBER)
+    lr: float = option(5e-5, "DSS", "AdamW's learning rate, falling linearly to 0", "(0, 1]")
+    seed: int = option(0, "ours", "of the student's and D's randomness; never of data", NUMBER)
     precision: str = option("", "ours", "default: float32; on CUDA bf16, else fp16", PRECISIONS)
-    device: str = option("", "ours", "default: cuda where there is one", ("", "cpu", "cuda"))
+    device: str = option("", "ours", "default: cuda where there is one", "|cpu|cuda")
     run: str = option("", "ours", "the run's folder (default: runs/<task>-<method>-<seed>)")
-    stage: str = option("all", "ours", "teacher: only ask the teacher", ("all", "teacher"))
+    stage: str = option("all", "ours", "teacher: only ask the teacher", "all|teacher")
 
 
-# An iteration ends with a validation and a checkpoint. A pass has 12 steps on svamp, too few for
-# that, and 8,584 on esnli, too many: 10,000 steps would see no negative of their own past. [ours]
-OTHER_DEFAULTS = {
-    "svamp": {"iteration_steps": 100},
-    "esnli": {"iteration_steps": 500},
-    "demo": {"iterations": 10, "iteration_steps": 20, "batch": 32, "rationale_tokens": 48}
-    | {"discriminator_pretrain": 100},
+# What the demo, its student of 1M parameters, and a method set instead. [ours]
+DEMO = {"steps": 200, "iterations": 10, "batch": 32, "rationale_tokens": 56}
+DEMO |= {"discriminator_pretrain": 100}
+DEMO_STUDENT = {"lr": 1e-3, "discriminator_lr": 3e-4}
+METHODS: dict[str, dict[str, Any]] = {
+    "qcrd": {},
+    "dss": {"vote": "first", "scheme": "mean", "negative_source": "none"},  # the mean of one
+    "single": {"vote": "first", "negative_source": "none"},
+    "finetune": {"negative_source": "none"},
 }
-POSITIVE = "samples batch lag concurrency rationale_tokens student_samples lr fraction".split()
-POSITIVE += ["student_temperature", "discriminator_questions"]
-JUDGED = 100  # validation questions whose rationales D scores after each iteration [ours]
-DEMO_STUDENT = {"lr": 1e-3, "discriminator_lr": 1e-3}  # 1M parameters learn at higher rates
+FOR_QCRD = "lag student_temperature student_samples delta beta alpha_d".split()  # else ignored
+JUDGED = 100  # validation questions that the rationales and D are watched on [ours]
 FREE_ON_RESUME = ("device", "concurrency", "micro_batch")
-GROUPS = {"task": "task", "teacher": "teacher and vote", "method": "student"}
-GROUPS |= {"negative_source": "negatives from the student", "discriminator": "discriminator"}
-GROUPS |= {"scheme": "loss", "steps": "training"}
-RANK = int(os.environ.get("RANK", 0))  # torchrun's
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
+RANK, WORLD = 0, 1  # torchrun's, where it started this process
+with contextlib.suppress(ValueError, KeyError):
+    if "MASTER_ADDR" in os.environ:  # not RANK alone, which some clusters leave around
+        RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def flag(name: str) -> str:
@@ -166,261 +174,51 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def check(config: Config, where: str = "") -> None:
+    """Refuses values of a wrong type, NaN, infinities, and what is not allowed. InputError."""
+    for setting in dataclasses.fields(Config):
+        value, allowed = getattr(config, setting.name), setting.metadata["allowed"]
+        shown = f"{where}{flag(setting.name)} {str(value)[:80]}"
+        kind = type(setting.default)
+        good = type(value) is kind or (kind is float and type(value) is int)
+        require(good, f"{shown}: not of type {kind.__name__}")
+        if "|" in allowed:
+            require(value in allowed.split("|"), f"{shown}: not one of {allowed.strip('|')}")
+        elif allowed:
+            low, high = map(float, allowed[1:-1].split(","))
+            above = low <= value if allowed[0] == "[" else low < value
+            require(above and value <= high, f"{shown}: not in {allowed}")
+
+
 def derive_seed(*purpose: object) -> int:
     """A 63-bit seed from what it is for: no draw depends on how many others came before it."""
     return int.from_bytes(hashlib.sha256(repr(purpose).encode()).digest()[:8], "little") >> 1
-
-
-def say(text: str) -> None:
-    if RANK == 0:
-        print(text, flush=True)
-
-
-def gather(items: list) -> list:
-    """The items of all ranks, in rank order, on every rank; each waits for the others."""
-    parts = [items] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
 
 
 def mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-# ------------------------------------------------------------------------------------- 2. Teacher
+def say(text: str) -> None:
+    if RANK == 0:
+        print(t5.safe(text), flush=True)
+
+
+# -------------------------------------------------------------------------------------- 2. Vote
 
 Slot = tuple[str, str] | None  # a sample's text and finish_reason; None: there is none
-ATTEMPTS = 10  # at one question, with answers that hold no text
-UNREADABLE = (ChunkedEncodingError, InvalidHeader, RecursionError)  # cut off; deeply nested
-HINTS = {
-    0: "is the server running, and does --teacher end in /v1?",
-    200: "its answers hold no text; a model that thinks first needs more --teacher-tokens",
-    400: """--teacher-fields '{"seed": null}' leaves out a field that the server does not know""",
-    401: "set OPENAI_API_KEY to a key that this server accepts",
-    429: "a quota, or a server in trouble: run again later; what was answered is kept",
-    404: "is --teacher-model right, and does --teacher end in /v1?",
-}
-PALM = """teacher: PaLM-540B's published rationales, ONE a question: not the paper's setting. Name
-  --teacher http://localhost:11434/v1 (Ollama, vLLM, llama.cpp) or set OPENAI_API_KEY for that."""
 
 
-class Teacher:
-    """A server with OpenAI's chat-completions API, and the file that keeps its samples."""
+def majority(answers: list[str | None]) -> tuple[str | None, list[int], list[int]]:
+    """Self-consistency -> â, the slots of S_pos (a_k = â) [abstract], of S_neg (a_k ≠ â) [review].
 
-    def __init__(self, url: str, key: str, config: Config):
-        self.url = url.rstrip("/")
-        self.key = key
-        self.config = config
-        self.model = config.teacher_model
-        try:
-            self.fields = dict(**json.loads(config.teacher_fields or "{}"))
-        except (ValueError, TypeError):
-            raise InputError("""--teacher-fields: no JSON object like '{"seed": null}'""") from None
-        self.cache = Path()
-        self.lock = threading.Lock()
-        self.max_n = config.samples
-        self.budget = config.teacher_budget or math.inf
-        self.answered = False  # whether this server ever gave a sample, in an earlier run too
-        self.requests = self.filled = self.skipped = 0
-        self.session = requests.Session()
-        self.session.headers["Authorization"] = f"Bearer {key}" if key else None
-        how = {"allowed_methods": None, "status_forcelist": (408, 409, 429, 500, 502, 503, 504)}
-        how |= {"backoff_factor": 0.3, "backoff_jitter": 0.3, "backoff_max": 30}  # seconds
-        retry = Retry(total=8, connect=3, raise_on_status=False, **how)
-        adapter = HTTPAdapter(max_retries=retry, pool_maxsize=config.concurrency)
-        self.session.mount("http://", adapter)
-        self.session.mount("https://", adapter)
-
-    def key_of(self, messages: list[dict]) -> str:
-        """What decides a sample beside its slot: messages, model, settings."""
-        config = self.config
-        settings = [self.model, config.teacher_temperature, config.teacher_tokens, self.fields]
-        return hashlib.sha256(json.dumps([messages, settings]).encode()).hexdigest()[:32]
-
-    def call(self, path: str, body: dict | None) -> tuple[int, Any]:
-        """GET, or POST a body -> status (0: nobody answered) and JSON (None: it was none)."""
-        how = {"json": body, "timeout": (10, 180), "allow_redirects": False}
-        try:
-            reply = self.session.request("POST" if body else "GET", self.url + path, **how)
-            return reply.status_code, reply.json()
-        except UNREADABLE:
-            return 200, None
-        except JSONDecodeError:
-            return reply.status_code, None
-        except requests.RequestException as error:
-            return 0, type(error).__name__
-
-    def failure(self, status: int, body: Any) -> InputError:
-        """Why this server cannot be used, and what to do: one line, without the key."""
-        self.budget = 0  # the other threads stop
-        words = fetch_data.fold(str(body)).replace(self.key or "no key", "***")[:200]
-        like = {403: 401, 422: 400} | dict.fromkeys((408, 409, *range(500, 600)), 429)
-        hint = HINTS.get(like.get(status, status), HINTS[404])
-        return InputError(f"teacher {self.url}: status {status}, {words}: {hint}")
-
-    def fill(self, messages: list[dict], slots: list[int]) -> None:
-        """Asks until the slots are full. Raises InputError for what no repetition mends."""
-        config, key = self.config, self.key_of(messages)
-        max_n, failures = self.max_n, 0
-        while slots:
-            n = min(max_n, len(slots))
-            body = {"model": self.model, "messages": messages, "n": n}
-            body |= {"temperature": config.teacher_temperature, "max_tokens": config.teacher_tokens}
-            body |= {"seed": derive_seed(key) % 2**30 + slots[0]} | self.fields
-            body = {name: value for name, value in body.items() if value is not None}
-            with self.lock:
-                if self.requests >= self.budget:
-                    return
-                self.requests += 1
-            status, answer = self.call("/chat/completions", body)
-            kept = self.keep(key, slots, answer) if status == 200 else 0
-            slots = slots[kept:]
-            failures = 0 if kept else failures + 1
-            if kept:
-                self.max_n = max_n  # one by one, where that was what helped
-            elif status in (400, 422) and n > 1:
-                max_n = 1
-            elif status == 200 and failures < ATTEMPTS:
-                time.sleep(min(0.1 * 2**failures, 10) * random.uniform(0.5, 1.5))
-            elif self.answered and status in (200, 400, 422):
-                self.skipped += 1  # this question alone: a content filter, or its length
-                return
-            else:
-                raise self.failure(status, answer)
-
-    def keep(self, key: str, slots: list[int], answer: Any) -> int:
-        """Fills the lowest slots with the choices that hold text, in one write -> how many."""
-        lines: list[str] = []
-        with contextlib.suppress(TypeError, AttributeError, KeyError):
-            for choice in answer["choices"]:
-                text = choice["message"]["content"]
-                if isinstance(text, str) and text.strip() and len(lines) < len(slots):
-                    sample = {"key": key, "slot": slots[len(lines)], "text": text[:200_000]}
-                    sample["finish"] = str(choice.get("finish_reason"))
-                    lines.append(json.dumps(sample) + "\n")
-        if lines:
-            with self.lock, open(self.cache, "ab", buffering=0) as file:
-                file.write("".join(lines).encode())
-                self.filled += len(lines)
-                self.answered = True
-        return len(lines)
-
-
-def read_cache(path: Path, wanted: str = "key") -> dict[str, dict[int, Slot]]:
-    """-> {key: {slot: (text, finish)}}; a line that a crash tore is passed over."""
-    found: dict[str, dict[int, Slot]] = {}
-    for line in open(path, "rb") if path.exists() else []:
-        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-            item = json.loads(line)
-            sample = (str(item["text"]), str(item.get("finish")))
-            found.setdefault(item[wanted], {}).setdefault(int(item["slot"]), sample)
-    return found
-
-
-def connect_teacher(config: Config, ask: bool) -> Teacher | None:
-    """The teacher that flags or environment name (the URL palm: PaLM's published rationales), None
-    where no sample is needed. ask: reach it before anything is paid for. Raises InputError."""
-    if config.method == "finetune" and config.labels == "gold" and config.stage != "teacher":
-        return None
-    ask = ask and RANK == 0
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
-    default = "https://api.openai.com/v1" if key else "palm"
-    url = config.teacher or os.environ.get("OPENAI_BASE_URL") or default
-    if config.task == "demo" and not config.teacher:
-        url = fetch_data.demo_teacher()[0] if ask else "http://127.0.0.1"
-        key = ""
-    else:
-        config.teacher = url
-    wanted = "must be palm or a URL like http://localhost:11434/v1; a key goes into OPENAI_API_KEY"
-    require(re.fullmatch(r"palm|https?://[^@?#\s]+", url), f"--teacher: {wanted}")
-    require(key.isascii() and key.isprintable(), "OPENAI_API_KEY: holds characters that no key has")
-    if "//api.openai.com" in url:
-        config.teacher_model = config.teacher_model or "gpt-3.5-turbo"
-    if url == "palm":
-        say(PALM)
-    teacher = Teacher(url, key, config)
-    if ask and url != "palm":
-        status, body = teacher.call("/models", None)
-        if status in (0, 401, 403):
-            raise teacher.failure(status, body)
-        with contextlib.suppress(TypeError, KeyError, IndexError):
-            teacher.model = teacher.model or str(body["data"][0]["id"])
-        require(teacher.model, f"teacher {url}: lists no model; name one with --teacher-model")
-    teacher.model = config.teacher_model = gather([teacher.model])[0]
-    return teacher
-
-
-def prompts_of(task: Task, examples: list[Example], config: Config) -> list[list[dict]]:
-    """The messages that ask for each example, --prompt instead of our system message."""
-    own = Path(config.prompt).read_text("utf-8") if config.prompt else ""
-    return [fetch_data.messages(task, example.input, own) for example in examples]
-
-
-def teacher_samples(teacher: Teacher | None, task: Task, examples: list, ask: bool) -> list:
-    """Every example's list of K slots. ask: rank 0 asks for those that are not on disk."""
-    if teacher is None:
-        return [[] for _ in examples]
-    if teacher.url == "palm":
-        kept = read_cache(fetch_data.palm_samples(task.name), "question")
-        return [[kept.get(example.input, {}).get(0)] for example in examples]
-    config = teacher.config
-    prompts = prompts_of(task, examples, config)
-    keys = [teacher.key_of(messages) for messages in prompts]
-    slots = range(1 if config.vote == "first" else config.samples)
-    name = re.sub(r"[^A-Za-z0-9.-]+", "_", teacher.model)[:80]
-    teacher.cache = task.folder / f"teacher-{name}.jsonl"
-    kept = read_cache(teacher.cache)
-    empty = {key: [k for k in slots if k not in kept.get(key, {})] for key in keys}
-    jobs = {key: (messages, empty[key]) for key, messages in zip(keys, prompts) if empty[key]}
-    if ask:
-        if jobs and RANK == 0:
-            teacher.answered = bool(kept)
-            ask_teacher(teacher, list(jobs.values()))
-        gather([])  # the other ranks wait for the samples
-        kept = read_cache(teacher.cache)
-    return [[kept.get(key, {}).get(k) for k in slots] for key in keys]
-
-
-def ask_teacher(teacher: Teacher, jobs: list[tuple[list[dict], list[int]]]) -> None:
-    """Fills the jobs' slots through `--concurrency` threads. Raises InputError."""
-    total = sum(len(slots) for _, slots in jobs)
-    characters = sum(len(message["content"]) for messages, _ in jobs for message in messages)
-    tokens = (characters // 4 + 120 * total) // 1000
-    say(f"teacher: {teacher.model} at {teacher.url}\n  samples kept in {teacher.cache}")
-    say(f"  to ask for: {total} samples of {len(jobs)} questions, roughly {tokens:,} k tokens")
-    teacher.cache.parent.mkdir(parents=True, exist_ok=True)
-    with open(teacher.cache, "ab") as file:
-        file.write(b"\n")  # ends a line that a crash tore
-    progress = t5.Progress("  teacher", total)
-    teacher.filled = teacher.skipped = 0
-    before = teacher.requests
-    try:
-        with ThreadPool(teacher.config.concurrency) as pool:  # daemons: leaving waits for nobody
-            for _ in pool.imap_unordered(lambda job: teacher.fill(*job), jobs):
-                progress.update(teacher.filled)
-    finally:
-        progress.close()
-        say(f"  {teacher.filled} samples, {teacher.requests - before} requests")
-    if teacher.requests >= teacher.budget:
-        say("  --teacher-budget is spent; run again, with another one, for the rest")
-    if teacher.skipped:
-        say(f"  {teacher.skipped} questions left out: refused, or never answered with text")
-
-
-# ---------------------------------------------------------------------------------------- 3. Vote
-
-
-def majority(keys: list[str | None]) -> tuple[str | None, list[int], list[int]]:
-    """Self-consistency -> â, the slots of S_pos (a_k = â), the slots of S_neg (a_k ≠ â) [abstract].
-
-    keys: the slots' answers; None, one that cannot be read, is in neither set. A tie goes to the
-    answer of the lowest slot [ours].
+    answers: the slots' a_k in the form that they are compared in; None, one that cannot be read, is
+    in neither set. A tie goes to the answer of the lowest slot [ours].
     """
-    counts = collections.Counter(key for key in keys if key is not None)
+    counts = collections.Counter(a for a in answers if a is not None)
     best = max(counts, key=counts.__getitem__, default=None)  # the first of equals, in slot order
-    positives = [slot for slot, key in enumerate(keys) if key is not None and key == best]
-    negatives = [slot for slot, key in enumerate(keys) if key is not None and key != best]
+    positives = [slot for slot, a in enumerate(answers) if a is not None and a == best]
+    negatives = [slot for slot, a in enumerate(answers) if a is not None and a != best]
     return best, positives, negatives
 
 
@@ -430,7 +228,7 @@ class Vote:
 
     slots: list[Slot]
     samples: list[Sample]  # rationale and answer of each slot
-    keys: list[str | None]  # what the answers are compared by
+    answers: list[str | None]  # in the form that they are compared in
     best: str | None  # â
     positives: list[int]  # slots
     negatives: list[int]
@@ -440,14 +238,8 @@ def vote_on(task: Task, question: str, slots: list[Slot]) -> Vote:
     """Reads a question's samples and lets them vote."""
     texts = [slot or ("", "") for slot in slots]
     samples = [fetch_data.read_sample(task, question, t, cut=end == "length") for t, end in texts]
-    keys = [fetch_data.answer_key(task.kind, sample.answer) for sample in samples]
-    return Vote(slots, samples, keys, *majority(keys))
-
-
-def votes_on(teacher: Teacher | None, task: Task, examples: list, ask: bool) -> list[Vote]:
-    """The vote on each question's samples, none where there is no teacher."""
-    rows = teacher_samples(teacher, task, examples, ask)
-    return [vote_on(task, e.input, row) for e, row in zip(examples, track("  vote", rows))]
+    answers = [fetch_data.answer_key(task.kind, sample.answer) for sample in samples]
+    return Vote(slots, samples, answers, *majority(answers))
 
 
 def distinct(vote: Vote, slots: Iterable[int]) -> list[str]:
@@ -455,46 +247,26 @@ def distinct(vote: Vote, slots: Iterable[int]) -> list[str]:
     return [r for r in dict.fromkeys(vote.samples[slot].rationale for slot in slots) if r]
 
 
-def sets_of(vote: Vote, config: Config) -> tuple[list[str], list[str], str | None]:
-    """-> the rationales of S_pos and S_neg, repetitions dropped [ours], and â as its lowest slot
-    wrote it. Controls [ours]: --vote first, slot 0, right or wrong; --vote all, every slot."""
-    positives, negatives = vote.positives, vote.negatives
-    if config.vote != "majority":
-        positives, negatives = range(len(vote.samples)), []
-    voices = positives if config.vote == "first" else vote.positives
-    pos = distinct(vote, positives)
-    neg = [r for r in distinct(vote, negatives) if r not in pos]
-    answer = vote.samples[voices[0]].answer if voices else None
-    return pos, neg, answer
+def sets_of(vote: Vote, rule: str) -> tuple[list[str], list[str], str | None]:
+    """-> the rationales of S_pos and of S_neg, repetitions dropped [ours], and the teacher's answer
+    as the lowest slot that gave it wrote it.
+
+    rule: majority; first, slot 0's rationale, right, wrong or unreadable [DSS]; all, every slot's
+    as a positive [ours].
+    """
+    speakers = vote.positives
+    if rule == "first":
+        speakers = list(range(min(1, len(vote.samples))))
+    answer = vote.samples[speakers[0]].answer if speakers else None
+    if rule != "majority":
+        members = speakers if rule == "first" else range(len(vote.samples))
+        return distinct(vote, members), [], answer
+    positives = distinct(vote, vote.positives)
+    negatives = [r for r in distinct(vote, vote.negatives) if r not in positives]
+    return positives, negatives, answer
 
 
-def report_votes(task: Task, examples: list[Example], votes: list[Vote]) -> None:
-    """Prints the vote's statistics, counted before repetitions are dropped but for "distinct", and
-    warns of a teacher that cannot be read. Raises InputError where no question has a positive."""
-    n = len(votes)
-    m = sum(len(vote.positives) for vote in votes)
-    k = sum(len(vote.negatives) for vote in votes)
-    unlike = sum(len(distinct(vote, vote.positives)) for vote in votes)
-    voted = sum(bool(vote.positives) for vote in votes)
-    alone = sum(bool(vote.positives) and not vote.negatives for vote in votes)
-    gold = [fetch_data.answer_key(task.kind, example.label) for example in examples]
-    right = sum(vote.best is not None and vote.best == key for vote, key in zip(votes, gold))
-    unread = [slot[0] for v in votes for slot, key in zip(v.slots, v.keys) if slot and key is None]
-    counts = f"{unlike / n:.2f} distinct; {k / n:.2f} negatives"
-    say(f"vote: {m / n:.2f} positives per question (paper: 3.87), {counts}")
-    say(f"  {alone / n:.0%} of {n} questions with positives only (paper: more than half),")
-    say(f"  majority right on {right / n:.1%}, {len(unread)} samples cannot be read")
-    asked = sum(any(vote.slots) for vote in votes)
-    if len(unread) > (m + k + len(unread)) / 3 or voted <= asked / 2:
-        say("warning: the teacher does not keep to the format, or its samples are cut off: look at")
-        say("  --show-prompt, try --prompt FILE or more --teacher-tokens. One of its samples:")
-        say(f"  {fetch_data.fold(unread[0])[:300]!r}" if unread else "  (there is none)")
-    if right < voted / 20:
-        say("warning: the majority is hardly ever right; do --answer, labels and prompt fit?")
-    require(voted, "no question has a positive rationale: there is nothing to distil")
-
-
-# ------------------------------------------------------------------------------------- 4. Student
+# ----------------------------------------------------------------------------------- 3. Student
 
 
 @dataclass(slots=True, eq=False)
@@ -502,11 +274,16 @@ class Question:
     """A question with its sets of rationales as token ids; half a million of them must fit."""
 
     example: Example  # as text
+    place: str  # "train 17": what its random numbers are seeded by
     x: array  # without a prefix, </s> at the end
-    label: array
-    S_pos: list[array]
-    minority: list[array]  # the vote's part of S_neg
+    target: array  # what L_pred trains: the label; under --method single rationale and label
+    S_pos: list[array] = field(default_factory=list)
+    minority: list[array] = field(default_factory=list)  # the vote's part of S_neg
     from_past: list[array] = field(default_factory=list)  # the student's part, this iteration
+
+    @property
+    def S_neg(self) -> list[array]:
+        return self.minority + self.from_past
 
 
 class Student:
@@ -518,25 +295,46 @@ class Student:
         self.model = T5.load(folder).to(self.device)
         self.vocab = folder / "spiece.model"
         self.tokenizer = Tokenizer(self.vocab)
-        # the prefixes of the two tasks [DSS; the review: <Predict>, <Explain>]
-        self.predict = self.tokenizer.encode("predict:")[:-1]
+        rows = self.model.config.vocab_size
+        fits = self.tokenizer.size <= rows
+        require(fits, f"{self.vocab}: {self.tokenizer.size} pieces, but {folder} embeds {rows}")
+        # the prefixes of the two tasks [DSS; the review: <Predict>, <Explain>]; one target: none
+        self.predict = self.tokenizer.encode("predict:")[:-1] if config.method != "single" else []
         self.explain = self.tokenizer.encode("explain:")[:-1]
         self.dtype = getattr(torch, config.precision)
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
+        half = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype, enabled=half)
 
-    def question(self, example: Example, *sets: list[str]) -> Question:
-        """A question, its label and `sets`, the vote's two sets of rationales, as token ids."""
+    def rows_at_once(self) -> int:
+        """How many rows are written or scored together; fewer where --micro-batch asks for it."""
+        rows = 128
+        if self.device.type == "cuda":  # a step costs its kernel launches, whatever the batch
+            memory = torch.cuda.get_device_properties(self.device).total_memory
+            rows = 512 if memory > 24e9 else 256
+        return min(rows, 8 * self.config.micro_batch or rows)
 
-        def ids(text: str, limit: int) -> array:
-            return array("i", self.tokenizer.encode(text, limit))
+    def ids(self, text: str, limit: int) -> array:
+        return array("i", self.tokenizer.encode(text, limit))
 
-        x = ids(example.input, self.config.input_tokens)
-        label = ids(example.label, self.config.label_tokens)
-        longest = self.config.rationale_tokens
-        S_pos, minority = ([ids(r, longest) for r in part] for part in sets or ((), ()))
-        return Question(example, x, label, S_pos, minority)
+    def question(self, example: Example, place: str = "", S_pos=(), minority=()) -> Question:
+        """A question and its rationales as token ids."""
+        config = self.config
+        x = self.ids(example.input, config.input_tokens)
+        target = self.ids(example.label, config.label_tokens)
+        positives = [self.ids(r, config.rationale_tokens) for r in S_pos]
+        if config.method == "single":
+            target = self.rationale_then_label(S_pos[0] if S_pos else "", example.label)
+        negatives = [self.ids(r, config.rationale_tokens) for r in minority]
+        return Question(example, place, x, target, positives, negatives)
+
+    def rationale_then_label(self, rationale: str, label: str) -> array:
+        """The target of single-task training [DSS]; the rationale is cut first [ours]."""
+        longest = self.config.rationale_tokens + self.config.label_tokens
+        end = self.tokenizer.encode(f"answer: {label}", longest)
+        start = self.tokenizer.encode(rationale)[:-1]
+        return array("i", start[: longest - len(end)] + end)
 
     def inputs(self, prefix: list[int], questions: list[Question]) -> tuple[Tensor, Tensor]:
         """Prefix and x, cut to --input-tokens with </s> kept -> ids (B, S), mask (B, S)."""
@@ -545,7 +343,7 @@ class Student:
         ids, mask = pad([row if len(row) <= limit else row[: limit - 1] + [t5.EOS] for row in rows])
         return to_device(ids, self.device), mask
 
-    def loss(self, prefix: list[int], questions: list, targets: list, rows: list[int]) -> Tensor:
+    def losses(self, prefix: list[int], questions: list, targets: list, rows: list) -> Tensor:
         """ℓ, the mean token cross-entropy [mean: ours] of each target given its question, (R,).
 
         rows: each target's place in `questions`. One encoding serves all targets of a question.
@@ -559,77 +357,141 @@ class Student:
     def write(self, prefix: list[int], questions: list, longest: int, tau=0.0, seed=()) -> list:
         """What the student writes for each question: ids, </s> only where it was written.
 
-        Batches of like length, each with random numbers of its own, are shared out among the
-        ranks: the same text whatever the number of ranks.
+        Each row's random numbers are seeded by its question's place, so that a text does not depend
+        on how questions are batched. The ranks share the batches out.
         """
         order = sorted(range(len(questions)), key=lambda i: len(questions[i].x))
-        batches = [order[i : i + 128] for i in range(0, len(order), 128)]
-        written, size = [], self.tokenizer.size
-        for number in track("  writing", range(RANK, len(batches), WORLD)):
-            ids, mask = self.inputs(prefix, [questions[i] for i in batches[number]])
-            draws = torch.Generator().manual_seed(derive_seed(*seed, number))
+        size = self.rows_at_once()
+        batches = [order[i : i + size] for i in range(0, len(order), size)]
+        copies = collections.Counter()  # several samples of a question differ
+        seeds = []
+        for q in questions:
+            seeds.append(derive_seed(*seed, q.place, copies[q.place]))
+            copies[q.place] += 1
+        written = []
+        for batch in track("  writing", batches[RANK::WORLD]):
+            ids, mask = self.inputs(prefix, [questions[i] for i in batch])
+            draws = [torch.Generator().manual_seed(seeds[i]) for i in batch] if tau else []
+            uniforms = [torch.rand(longest, generator=draw) for draw in draws]
+            uniforms = torch.stack(uniforms) if tau else None
             with self.autocast():
-                rows = self.model.generate(ids, mask, longest, tau, draws, limit=size).tolist()
-            for i, row in zip(batches[number], rows):
+                rows = self.model.generate(
+                    ids, mask, longest, tau, limit=self.tokenizer.size, uniforms=uniforms
+                )
+            for i, row in zip(batch, rows.tolist()):
                 end = row.index(t5.EOS) + 1 if t5.EOS in row else len(row)
                 written.append((i, array("i", row[:end])))
         return [row for _, row in sorted(gather(written), key=lambda pair: pair[0])]
 
 
-# ----------------------------------------------------------------------------------- 5. Negatives
+class Run:
+    """A run in progress: what an iteration reads and changes."""
+
+    def __init__(self, config: Config, student: Student, D: "Discriminator | None", folder: Path):
+        self.config = config
+        self.student = student
+        self.discriminator = D
+        self.folder = folder
+        self.task: Task | None = None
+        self.train: list[Question] = []
+        self.valid: list[Question] = []
+        self.digest = ""  # of the data: a run goes on with what it began with
+        self.lines: list[dict] = []  # metrics.jsonl: row zero, then one a completed iteration
+        self.step = 0  # optimizer steps done
+        self.L_D = 0.0  # of D's last training
+        self.sums: dict[str, list] = {}  # this iteration's statistics
+        adamw = {"lr": 0.0, "weight_decay": 0.0, "fused": True}  # no weight decay [DSS]
+        self.optimizer = torch.optim.AdamW(student.model.parameters(), **adamw)
+        fp16 = student.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(student.device.type, enabled=fp16)
+        if D is not None:
+            self.d_optimizer = torch.optim.AdamW(D.parameters(), **adamw)
+            self.d_scaler = torch.amp.GradScaler(student.device.type, enabled=fp16)
+
+    @property
+    def iteration(self) -> int:
+        """Completed iterations."""
+        return max(0, len(self.lines) - 1)
+
+    @property
+    def judged(self) -> list[Question]:
+        """The validation questions that the rationales and D are watched on."""
+        return self.valid[:JUDGED]
+
+    def note(self, name: str, amount: Tensor | float, count: Tensor | float) -> None:
+        """Adds to a mean of the iteration's line, on the device and without waiting for it."""
+        total, counted = self.sums.get(name, (0.0, 0.0))
+        self.sums[name] = [total + amount, counted + count]
 
 
-def past_student(run: "Run", t: int) -> Student | None:
+# --------------------------------------------------------------------------------- 4. Negatives
+
+
+def past_student(run: Run, t: int) -> Student | None:
     """Who writes negatives for iteration t: the student after t - j iterations [review], nobody
-    while t ≤ j [ours]; --negative-source fixed: the student as it started [table], or another."""
-    config, past = run.config, copy.copy(run.student)
-    if config.negative_source == "fixed":
-        past.model = T5.load(student_folder(config.negative_model or config.model))
+    while t ≤ j [ours]; fixed, static: the student as it started [table], or --negative-model."""
+    config = run.config
+    past = copy.copy(run.student)
+    if config.negative_source in ("fixed", "static"):
+        folder = student_folder(config.negative_model or config.model)
+        past.model = T5.load(folder)
+        fits = past.tokenizer.size <= past.model.config.vocab_size
+        require(fits, f"--negative-model {folder}: embeds fewer pieces than the student's")
     elif config.negative_source == "snapshot" and t > config.lag:
         past.model = copy.deepcopy(past.model)
-        past.model.load_state_dict(t5.read_pt(run.folder / f"snapshots/{t - config.lag}.pt"))
+        past.model.load_state_dict(read_snapshot(run.folder, t - config.lag)["student"])
     else:
         return None
     past.model.to(past.device)
     return past
 
 
-def add_past_negatives(run: "Run", t: int, questions: list[Question]) -> None:
+def temperature_of(config: Config, t: int) -> float:
+    """τ of the student in iteration t: 1.5 [review], or on a line to another [overview]."""
+    if not config.student_temperature_end:
+        return config.student_temperature
+    part = (t - 1) / max(1, config.iterations - 1)
+    change = config.student_temperature_end - config.student_temperature
+    return config.student_temperature + min(1, part) * change
+
+
+def add_past_negatives(run: Run, t: int, questions: list[Question]) -> None:
     """Before iteration t an earlier student writes a rationale for each question at τ = 1.5; it
-    joins the question's S_neg [review]. Empty ones and ones equal to a positive do not [ours].
-    `questions`: those that the iteration visits, and the validation questions that D judges."""
-    config, past = run.config, past_student(run, t)
+    joins the question's S_neg [review]. Empty ones and ones equal to a positive do not [ours]."""
+    config = run.config
+    for q in run.train + run.valid:
+        q.from_past = []
+    past = past_student(run, t)
     if past is None:
         return
-    tau, end = config.student_temperature, config.student_temperature_end
-    if end:
-        tau += (end - tau) * min(1, (t - 1) / max(1, config.iterations - 1))
     asked = [q for q in questions for _ in range(config.student_samples)]
-    seed = (config.seed, "negatives", t)
+    drawn = 1 if config.negative_source == "static" else t  # static: the same samples each time
+    seed = (config.seed, "negatives", drawn)
+    tau = temperature_of(config, drawn)
     for q, r in zip(asked, past.write(past.explain, asked, config.rationale_tokens, tau, seed)):
-        if set(r) - {t5.PAD, t5.EOS} and r not in q.S_pos + q.from_past:
+        empty = not set(r) - {t5.PAD, t5.EOS}
+        if not empty and r not in q.S_pos and r not in q.from_past:
             q.from_past.append(r)
 
 
-# ------------------------------------------------------------------------------- 6. Discriminator
+# ----------------------------------------------------------------------------- 5. Discriminator
 
 
 class Discriminator(nn.Module):
-    """D, the judge of rationales: a T5 encoder, max-pooling, two linear layers [review]. The
-    encoder is a copy of the student's pretrained one [ours; the review: T5-base's]."""
+    """D, the judge of rationales: a T5 encoder, max-pooling, two linear layers [review]."""
 
-    def __init__(self, student: Student):
+    def __init__(self, student: Student, encoder: T5):
         super().__init__()
-        self.student = student
-        self.encoder = student.model.encoder_only()
-        width = student.model.config.d_model
+        self.student = student  # its precision, device and limits
+        self.encoder = encoder
+        width = encoder.config.d_model
         torch.manual_seed(derive_seed(student.config.seed, "head"))
         self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
         self.to(student.device)
 
     def forward(self, pairs: list[tuple[array, array]]) -> Tensor:
-        """s(x, r) = D(x, r) in [0, 1] [eq. 1; the sigmoid: ours] of the pairs (x, r), (R,) float32.
-        The encoder reads the ids of x, whose </s> is the border, then those of r."""
+        """The logits of pairs (x, r), (R,) float32. The encoder reads the ids of x, whose </s> is
+        the border, then those of r."""
         config, device = self.student.config, self.student.device
         limit = config.input_tokens + config.rationale_tokens
         ids, mask = pad([(x + r)[:limit] for x, r in pairs])
@@ -637,7 +499,15 @@ class Discriminator(nn.Module):
             memory = self.encoder.encode(to_device(ids, device), mask)
             padding = ~to_device(mask, device)[..., None]
             logits = self.head(memory.masked_fill(padding, -torch.inf).amax(1))
-        return logits.squeeze(-1).float().sigmoid()
+        return logits.squeeze(-1).float()
+
+    @torch.no_grad()
+    def score(self, pairs: list[tuple[array, array]]) -> Tensor:
+        """s(x, r) = D(x, r) in [0, 1] [eq. 1; the sigmoid: ours] in eval mode, (R,)."""
+        self.eval()
+        size = self.student.rows_at_once()
+        parts = [self(pairs[i : i + size]).sigmoid() for i in range(0, len(pairs), size)]
+        return torch.cat(parts) if parts else torch.empty(0, device=self.student.device)
 
 
 def discriminator_loss(s_pos: list[Tensor], s_neg: list[Tensor]) -> Tensor:
@@ -646,6 +516,23 @@ def discriminator_loss(s_pos: list[Tensor], s_neg: list[Tensor]) -> Tensor:
     It stays the same when all scores rise alike: their level, which weighs in eq. (6), is open."""
     terms = [neg.exp().sum().log() - pos.exp().sum().log() for pos, neg in zip(s_pos, s_neg)]
     return torch.stack(terms).mean()
+
+
+def discriminator_cross_entropy(logits_pos: list[Tensor], logits_neg: list[Tensor]) -> Tensor:
+    """The "CE" that the overview figure draws between s and L_D [figure]: a question's mean binary
+    cross-entropy over S_pos plus that over S_neg [its form: ours]. It fixes the level of s."""
+    pairs = zip(logits_pos, logits_neg)
+    terms = [F.softplus(-pos).mean() + F.softplus(neg).mean() for pos, neg in pairs]
+    return torch.stack(terms).mean()
+
+
+def L_D_of(logits_pos: list[Tensor], logits_neg: list[Tensor], config: Config) -> Tensor:
+    """L_D of each question's logits, in the form that --discriminator-loss names."""
+    if config.discriminator_loss == "ce":
+        return discriminator_cross_entropy(logits_pos, logits_neg)
+    s_pos = [logits.sigmoid() for logits in logits_pos]
+    s_neg = [logits.sigmoid() for logits in logits_neg]
+    return discriminator_loss(s_pos, s_neg)
 
 
 def corrupt(words: list[str], others: list[str], rng: np.random.Generator) -> str:
@@ -663,68 +550,75 @@ def corrupt(words: list[str], others: list[str], rng: np.random.Generator) -> st
     return " ".join(kept)
 
 
-def discriminator_sets(student: Student, q: Question, others: list[str], rng) -> list[list[array]]:
+def balanced_sets(student: Student, q: Question, others: list[str], rng) -> tuple[list, list]:
     """S_pos and S_neg as L_D sees them: S_neg is filled up to the size of S_pos with corrupted
-    positives [review, of pretraining; in updates, and up to that size: ours];
-    --discriminator-noise swaps the two."""
-    config, S_neg = student.config, q.minority + q.from_past
+    positives [review, of pretraining; in updates, and up to that size: ours].
+    --discriminator-noise swaps the two [overview]."""
+    config = student.config
+    S_neg = q.S_neg
     while len(S_neg) < len(q.S_pos):
         words = student.tokenizer.decode(q.S_pos[rng.integers(len(q.S_pos))]).split() or ["the"]
-        text = corrupt(words, others, rng)
-        S_neg.append(array("i", student.tokenizer.encode(text, config.rationale_tokens)))
-    return [S_neg, q.S_pos] if rng.random() < config.discriminator_noise else [q.S_pos, S_neg]
+        S_neg.append(student.ids(corrupt(words, others, rng), config.rationale_tokens))
+    if rng.random() < config.discriminator_noise:
+        return S_neg, q.S_pos
+    return q.S_pos, S_neg
 
 
-def train_discriminator(run: "Run", t: int, questions: list, steps: int, alpha_d: float) -> None:
-    """Pretraining (t = 0) or the update before iteration t, alike on every rank.
+def updates_discriminator(config: Config, t: int) -> bool:
+    """Whether D is trained before iteration t: 1 + n, 1 + 2n, … [ours]; its pretraining comes
+    before iteration 1."""
+    n = config.discriminator_every
+    return n > 0 and t > 1 and (t - 1) % n == 0
 
-    D has an encoder of its own, so that a factor on L_D would cancel in Adam: α3 / 0.5 scales its
-    learning rate instead [ours].
+
+def train_discriminator(run: Run, t: int, questions: list[Question]) -> None:
+    """Pretraining (t = 0) or the update before iteration t: D descends α3 · L_D [eq. 8], alike on
+    every rank.
+
+    AdamW divides a constant factor on the loss out again, and a falling one in part: α3 hardly
+    acts. D's rate falls with the student's, linearly to 0 [DSS: one schedule]; in pretraining it
+    is constant [ours].
     """
     config, student, D = run.config, run.student, run.discriminator
+    steps, rate, alpha_d = (
+        config.discriminator_pretrain,
+        config.discriminator_lr,
+        config.alpha_d or 1,
+    )
+    if t > 0:
+        steps = config.discriminator_steps
+        rate *= 1 - run.step / config.steps
+        alpha_d = alphas_of(config, t)[2]
     questions = [q for q in questions if q.S_pos]
-    if not questions:
+    run.L_D = 0.0
+    if not questions or not alpha_d:
         return
     rng = np.random.default_rng(derive_seed(config.seed, "discriminator", t))
     torch.manual_seed(derive_seed(config.seed, "discriminator's dropout", t))
     D.train()
     total = torch.zeros((), device=student.device)
     for _ in track("  discriminator", range(steps)):
-        drawn = rng.integers(len(questions), size=config.discriminator_questions)
-        some = [questions[i] for i in drawn]
-        others = " ".join(student.tokenizer.decode(r) for q in some for r in q.S_pos).split()
-        sets = [discriminator_sets(student, q, others or ["the"], rng) for q in some]
-        s = D([(q.x, r) for q, both in zip(some, sets) for part in both for r in part])
-        parts = s.split([len(part) for both in sets for part in both])
-        L_D = discriminator_loss(parts[0::2], parts[1::2])
+        places = rng.integers(len(questions), size=config.discriminator_questions)
+        drawn = [questions[i] for i in places]
+        others = " ".join(student.tokenizer.decode(r) for q in drawn for r in q.S_pos).split()
+        sets = [balanced_sets(student, q, others or ["the"], rng) for q in drawn]
+        rationales = [r for S_pos, S_neg in sets for r in S_pos + S_neg]
+        xs = [q.x for q, (S_pos, S_neg) in zip(drawn, sets) for _ in S_pos + S_neg]
+        sizes = [len(members) for both in sets for members in both]
+        logits = D(list(zip(xs, rationales))).split(sizes)  # S_pos, S_neg of each question in turn
+        L_D = L_D_of(logits[0::2], logits[1::2], config)
         run.d_optimizer.zero_grad(set_to_none=True)
-        run.scaler.scale(L_D).backward()
-        descend(run.d_optimizer, run.scaler, config.discriminator_lr * alpha_d / 0.5)
+        run.d_scaler.scale(alpha_d * L_D).backward()
+        descend(run.d_optimizer, run.d_scaler, rate)
         total += L_D.detach()
     for parameter in D.parameters() if WORLD > 1 else []:
         dist.broadcast(parameter.data, 0)  # on CUDA the last digits of the ranks' steps may part
     run.L_D = total.item() / max(1, steps)
 
 
-def judge_validation(run: "Run") -> dict[str, Any]:
-    """What D makes of validation questions: mean s of the teacher's positives and negatives and of
-    the student's samples, and how often a positive scores above a negative of its question."""
-    scores: dict[str, list] = {"positives": [], "teacher": [], "student": []}
-    pairs: dict[str, list] = {"teacher": [], "student": []}
-    for q in run.judged:
-        s = run.score([(q.x, r) for r in q.S_pos + q.minority + q.from_past]).tolist()
-        m, k = len(q.S_pos), len(q.S_pos) + len(q.minority)
-        scores["positives"] += s[:m]
-        for name, negatives in (("teacher", s[m:k]), ("student", s[k:])):
-            scores[name] += negatives
-            pairs[name] += [(a > b) + 0.5 * (a == b) for a in s[:m] for b in negatives]
-    means = {name: mean(values) for name, values in scores.items()}
-    return {"s": means, "pair": mean(pairs["teacher"]), "pair_student": mean(pairs["student"])}
+# -------------------------------------------------------------------------------------- 6. Loss
 
-
-# ---------------------------------------------------------------------------------------- 7. Loss
-
-NOT_A_NUMBER = "a loss became infinite or NaN; try a lower --lr, or --precision float32"
+NOT_A_NUMBER = "a loss became infinite or NaN; check --lr and the loss's weights, or --precision"
 
 
 @dataclass(eq=False)
@@ -736,7 +630,6 @@ class Candidate:
     positive: bool
     source: str  # "teacher" or "student"
     loss: float = math.nan  # ℓ(f(x), r) in eval mode
-    share: float = 0.0  # 1 where it is picked, 1/count under a mean, else 0
 
 
 def candidates_of(questions: list[Question], config: Config) -> list[Candidate]:
@@ -754,37 +647,46 @@ def candidates_of(questions: list[Question], config: Config) -> list[Candidate]:
 def measure(student: Student, questions: list[Question], candidates: list[Candidate]) -> None:
     """ℓ of the candidates in eval mode without gradient [ours]. Raises InputError for a NaN."""
     student.model.eval()
+    if not candidates:
+        return
     targets, rows = [c.r for c in candidates], [c.row for c in candidates]
-    losses = student.loss(student.explain, questions, targets, rows).tolist() if targets else []
+    losses = student.losses(student.explain, questions, targets, rows).tolist()
     for c, loss in zip(candidates, losses):
         require(math.isfinite(loss), NOT_A_NUMBER)
         c.loss = loss
 
 
-def chosen(losses: list[float], positive: bool, scheme: str, rng: random.Random) -> list[int]:
-    """Which members of a set count, given their ℓ; the first on a tie [ours].
+def pick(candidates: list[Candidate], questions: list[Question], config: Config, step: int) -> list:
+    """The candidates that count in the loss, of each question's S_pos and S_neg.
 
-    minmax: r⁺ = argmin over S_pos of ℓ [eq. 4], r⁻ = argmax over S_neg of ℓ [eq. 5]; the margin
-    keeps the order. Of the other schemes [table] the names are known, the rest is [ours].
+    minmax: r⁺ = argmin over S_pos of ℓ [eq. 4], r⁻ = argmax over S_neg of ℓ [eq. 5], the first on
+    a tie [ours]; the margin keeps the order. maxmin and minmin likewise; sampling: one at random;
+    mean, wmean: all [table: the names; the rest ours].
     """
-    if scheme in ("mean", "wmean"):
-        return list(range(len(losses)))
-    if scheme == "sampling":
-        return [rng.randrange(len(losses))]
-    best_of = {"minmax": (min, max), "maxmin": (max, min), "minmin": (min, min)}
-    best = best_of[scheme][0 if positive else 1]
-    return [losses.index(best(losses))]
-
-
-def pick(candidates: list[Candidate], questions: list[Question], config: Config, step: int) -> None:
-    """Gives those candidates a share that count in the loss."""
+    extremes = {"minmax": (min, max), "maxmin": (max, min), "minmin": (min, min)}
+    picks = []
     for (row, positive), group in itertools.groupby(candidates, lambda c: (c.row, c.positive)):
         members = list(group)
-        text = questions[row].example.input
-        rng = random.Random(derive_seed(config.seed, "pick", step, text, positive))
-        places = chosen([c.loss for c in members], positive, config.scheme, rng)
-        for i in places:
-            members[i].share = 1 / len(places)
+        if config.scheme in ("mean", "wmean"):
+            picks += members
+        elif config.scheme == "sampling":
+            seed = derive_seed(config.seed, "pick", step, questions[row].place, positive)
+            picks.append(random.Random(seed).choice(members))
+        else:
+            extreme = extremes[config.scheme][0 if positive else 1]
+            picks.append(extreme(members, key=lambda c: c.loss))
+    return picks
+
+
+def score_picks(D: Discriminator | None, questions: list[Question], picks: list) -> Tensor | None:
+    """s(x, r) of the picks [eq. 1]; None without a discriminator."""
+    return D.score([(questions[c.row].x, c.r) for c in picks]) if D is not None else None
+
+
+def label_losses(student: Student, questions: list[Question]) -> Tensor:
+    """Cross-entropy of each question's target, the label, with gradient, (B,)."""
+    targets, rows = [q.target for q in questions], list(range(len(questions)))
+    return student.losses(student.predict, questions, targets, rows)
 
 
 def rationale_losses(student: Student, questions: list[Question], picks: list) -> Tensor:
@@ -795,29 +697,44 @@ def rationale_losses(student: Student, questions: list[Question], picks: list) -
     if not again:
         return losses
     targets, rows = [picks[i].r for i in again], [picks[i].row for i in again]
-    with_gradient = student.loss(student.explain, questions, targets, rows)
+    with_gradient = student.losses(student.explain, questions, targets, rows)
     return losses.index_put((to_device(torch.tensor(again), student.device),), with_gradient)
 
 
-def weights_of(s: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """What weighs a positive, s(x, r⁺) [eq. 6], and a negative, 1 - s(x, r⁻) [eq. 7], without
-    gradient [ours]; 1 without a discriminator, and under `mean`, beside which W-mean stands."""
-    if not config.discriminator or config.scheme == "mean":
-        return torch.ones_like(s), torch.ones_like(s)
-    return s.detach(), 1 - s.detach()
+def weights_of(picks: list[Candidate], s: Tensor | None, device: torch.device | str) -> Tensor:
+    """What weighs a pick, (P,): s(x, r⁺) of a positive [eq. 6], 1 - s(x, r⁻) of a negative [eq. 7],
+    without gradient [ours]; 1 without a discriminator."""
+    if s is None:
+        return torch.ones(len(picks), device=device)
+    positive = torch.tensor([c.positive for c in picks], dtype=torch.bool)
+    return torch.where(to_device(positive, device), s, 1 - s)
 
 
-def contrastive_terms(losses, s, positive, share, config: Config) -> Tensor:
-    """What each picked rationale adds to its question's part of L_cl [eq. 3]. All (P,)."""
-    w_pos, w_neg = weights_of(s, config)
-    l_S_pos = w_pos * losses  # [eq. 6]
-    l_S_neg = w_neg * (losses - config.delta).clamp(max=0)  # [eq. 7], with the margin of eq. (5)
-    return share * torch.where(positive, l_S_pos, -config.beta * l_S_neg)
+def shares_of(picks: list[Candidate], weight: Tensor, scheme: str) -> Tensor:
+    """What a weighted term counts for, (P,): 1 of a set's single pick, 1/count under mean, 1/Σ
+    weight under wmean, 0 where Σ weight = 0 [ours]."""
+    if not picks:
+        return weight
+    sets = itertools.groupby(picks, lambda c: (c.row, c.positive))
+    sizes = [len(list(members)) for _, members in sets]
+    amount = weight if scheme == "wmean" else torch.ones_like(weight)
+    total = torch.cat([part.sum().expand(len(part)) for part in amount.split(sizes)])
+    return torch.where(total > 0, 1 / total, 0.0)
+
+
+def contrastive(losses: Tensor, s: Tensor | None, picks: list[Candidate], config: Config) -> Tensor:
+    """What each pick adds to its question's part of L_cl [eq. 3], (P,)."""
+    weight = weights_of(picks, s, losses.device)
+    l_pos = weight * losses  # s(r⁺) · ℓ(r⁺) [eq. 6]
+    l_neg = weight * (losses - config.delta).clamp(max=0)  # with the negatives' margin δ [eq. 7]
+    positive = torch.tensor([c.positive for c in picks], dtype=torch.bool)
+    terms = torch.where(to_device(positive, losses.device), l_pos, -config.beta * l_neg)
+    return shares_of(picks, weight, config.scheme) * terms
 
 
 def alphas_of(config: Config, t: int) -> tuple[float, float, float]:
     """α1, α2, α3 of iteration t: 0.5 each, α3 times 0.9 after each iteration [review]."""
-    if config.method == "finetune":
+    if config.method in ("finetune", "single"):
         return 1.0, 0.0, 0.0
     alpha_d = config.alpha_d * config.alpha_d_decay ** (t - 1) if config.discriminator else 0.0
     return config.alpha_pred, config.alpha_cl, alpha_d
@@ -828,49 +745,77 @@ def total_loss(alphas: tuple, L_pred: Any, L_cl: Any, L_D: Any) -> Any:
     return alphas[0] * L_pred + alphas[1] * L_cl + alphas[2] * L_D
 
 
-def step_loss(run: "Run", questions: list[Question], n: int, t: int) -> Tensor:
-    """α1 · L_pred + α2 · L_cl of these questions, out of n in the global batch [eq. 3 to 7, and 8
-    without α3 · L_D, which has other parameters: see train_discriminator]."""
-    config, student, alphas = run.config, run.student, alphas_of(run.config, t)
-    candidates = candidates_of(questions, config) if alphas[1] else []
-    if config.method == "qcrd":  # dss has one candidate a question
-        measure(student, questions, candidates)
-    pick(candidates, questions, config, run.step)
-    picks = [c for c in candidates if c.share]
+# ----------------------------------------------------------------------------- 7. One iteration
+
+
+def iterate(run: Run, t: int) -> None:
+    """Iteration t of QCRD, whole."""
+    config, student, D = run.config, run.student, run.discriminator
+    α1, α2, _ = alphas_of(config, t)  # α3 is D's
+    order = visits(config, len(run.train), t)
+    questions = [run.train[i] for i in sorted(set(order))]
+    run.sums = {}
+
+    add_past_negatives(run, t, questions + run.judged)  # the student of t - j writes; S_neg grows
+    if D is not None and updates_discriminator(config, t):
+        train_discriminator(run, t, questions)  # D descends α3 · L_D                [eq. 1, 2, 8]
+
+    torch.manual_seed(derive_seed(config.seed, "dropout", t, RANK))
+    batches = [order[i : i + config.batch] for i in range(0, len(order), config.batch)]
+    for batch in track(f"  iteration {t}/{config.iterations}", batches):
+        run.optimizer.zero_grad(set_to_none=True)
+        for part in micro_batches([run.train[i] for i in batch], config):
+            candidates = candidates_of(part, config) if α2 else []  # S_pos, S_neg of each question
+            if config.method == "qcrd":  # DSS has one candidate a question: nothing to choose
+                measure(student, part, candidates)  # ℓ(f(x), r) in eval mode, no gradient
+            picks = pick(candidates, part, config, run.step)  # r⁺ = argmin, r⁻ = argmax [eq. 4, 5]
+            s = score_picks(D, part, picks)  # s(x, r)                                   [eq. 1]
+
+            student.model.train()
+            L_pred = label_losses(student, part).sum() / len(batch)
+            losses = rationale_losses(student, part, picks)  # ℓ of the picks, with gradient
+            L_cl = contrastive(losses, s, picks, config).sum() / len(batch)  #         [eq. 3, 6, 7]
+            run.scaler.scale(α1 * L_pred + α2 * L_cl).backward()  # the student's part of [eq. 8]
+            take_statistics(run, len(part) / len(batch), picks, losses, s, L_pred, L_cl)
+        all_reduce_gradients(student.model)
+        descend(run.optimizer, run.scaler, config.lr * (1 - run.step / config.steps))
+        run.step += 1
+
+
+def take_statistics(run: Run, part: float, picks: list, losses: Tensor, s, L_pred, L_cl) -> None:
+    """What the iteration's line says of these questions. part: their part of the batch."""
+    run.note("L_pred", L_pred.detach(), part)
+    run.note("L_cl", L_cl.detach(), part)
     positive = torch.tensor([c.positive for c in picks], dtype=torch.bool)
-    positive = to_device(positive, student.device)
-    share = to_device(torch.tensor([c.share for c in picks]), student.device)
-    s = run.score([(questions[c.row].x, c.r) for c in picks])  # [eq. 1]
-
-    student.model.train()
-    labels, rows = [q.label for q in questions], list(range(len(questions)))
-    L_pred = student.loss(student.predict, questions, labels, rows).sum() / n
-    losses = rationale_losses(student, questions, picks)
-    L_cl = contrastive_terms(losses, s, positive, share, config).sum() / n
-
-    pos, neg = share * positive, share * ~positive
-    run.note("L_pred", L_pred, len(questions) / n)
-    run.note("L_cl", L_cl, len(questions) / n)
-    run.note("l_pos", (pos * losses).sum(), pos.sum())
-    run.note("l_neg", (neg * losses).sum(), neg.sum())
-    run.note("zero", (neg * (losses >= config.delta)).sum(), neg.sum())
-    if run.discriminator:
-        run.note("s_pos", (pos * s).sum(), pos.sum())
-        run.note("s_neg", (neg * s).sum(), neg.sum())
-    return total_loss(alphas, L_pred, L_cl, 0.0)
+    negatives = [c.loss for c in picks if not c.positive]  # ℓ of the pass that picked them
+    beyond = sum(loss >= run.config.delta for loss in negatives)
+    positives = len(picks) - len(negatives)
+    on_device = to_device(positive, losses.device)
+    run.note("l_pos", (losses.detach() * on_device).sum(), positives)
+    run.note("l_neg", sum(negatives), len(negatives))
+    run.note("zero", beyond, len(negatives))
+    if s is not None:
+        run.note("s_pos", (s * on_device).sum(), positives)
+        run.note("s_neg", (s * ~on_device).sum(), len(negatives))
 
 
-# ------------------------------------------------------------------------------------ 8. Training
+def visits(config: Config, n: int, t: int) -> list[int]:
+    """The questions of iteration t in order, of an endless stream of shuffled passes over n; it
+    ends with optimizer step ⌊t · steps / iterations⌋ [ours]."""
+    start = (t - 1) * config.steps // config.iterations * config.batch
+    end = t * config.steps // config.iterations * config.batch
+    stream: list[int] = []
+    for number in range(start // n, (end - 1) // n + 1):
+        rng = np.random.default_rng(derive_seed(config.seed, "order", number))
+        stream += rng.permutation(n).tolist()
+    return stream[start % n : start % n + end - start]
 
 
-def all_reduce_gradients(parameters: list[nn.Parameter]) -> None:
-    """Adds up the ranks' gradients, whose losses are divided by the global batch already."""
-    if WORLD > 1:
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([grad.flatten() for grad in grads])
-        dist.all_reduce(flat)
-        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
-            p.grad = grad.view_as(p)
+def micro_batches(batch: list[Question], config: Config) -> list[list[Question]]:
+    """This rank's share of a batch in parts of like length; the gradient adds up over them."""
+    own = sorted(batch[RANK::WORLD], key=lambda q: sum(map(len, q.S_pos + q.minority)))
+    size = config.micro_batch or (len(batch) if config.device == "cuda" else 16)
+    return [own[i : i + size] for i in range(0, len(own), size)]
 
 
 def descend(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, lr: float) -> None:
@@ -884,179 +829,420 @@ def descend(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, lr: 
     scaler.update()
 
 
-SAVED = ("lines", "step", "L_D", "digest")
+# ================================= THE RUN =================================
+# ---------------------------------------------------------------------------- 8. Teacher client
+
+EMPTY_ANSWERS = 3  # answers without text that a question gets
+BACKOFF = 0.5  # seconds before the first repetition; doubled for each further one, up to 30
+REPETITIONS = 7  # of a request that the server is too busy for
+PATIENCE = 300  # seconds; a server that asks for a longer pause ends the run
+QUIET = 10  # seconds without an answer after which the user reads what is waited for
+BUSY = (408, 409, 429, 500, 502, 503, 504)
+TIMED_OUT, NO_ANSWER = -1, 0  # in place of a status
+HINTS = {
+    NO_ANSWER: "is the server running, and at this address?",
+    TIMED_OUT: "--teacher-timeout SECONDS waits longer",
+    200: "no text in its answers; a model that thinks first needs more --teacher-tokens",
+    401: "set OPENAI_API_KEY to a key that this server accepts",
+    404: "is --teacher-model right, and does --teacher end in /v1?",
+    429: "run again later: what was answered is kept",
+}
+PALM = """teacher: PaLM-540B's published rationales, ONE a question: not the paper's setting. Name
+  --teacher http://localhost:11434/v1 (Ollama, vLLM, llama.cpp) or set OPENAI_API_KEY for that."""
 
 
-class Run:
-    """A run: settings, data, student, discriminator, folder, and what checkpoint.pt keeps."""
+class Teacher:
+    """A server with OpenAI's chat-completions API, and the file that keeps its samples."""
 
-    def __init__(self, config: Config, task: Task | None, student: Student, folder: Path):
+    def __init__(self, url: str, api_key: str, config: Config):
+        self.url = url.rstrip("/")
+        self.api_key = api_key
         self.config = config
-        self.task = task
-        self.student = student
-        self.folder = folder
-        self.train: list[Question] = []
-        self.valid: list[Question] = []
-        self.judged: list[Question] = []  # validation questions whose rationales D scores
-        self.digest = ""  # of the data: a run goes on with what it began with
-        self.lines: list[dict] = []  # metrics.jsonl, one of each completed iteration
-        self.step = 0
-        self.L_D = 0.0  # of the last training of the discriminator
-        self.sums: dict[str, list] = {}
-        adamw = {"lr": 0.0, "weight_decay": 0.0, "fused": True}  # no weight decay [DSS]
-        self.optimizer = torch.optim.AdamW(student.model.parameters(), **adamw)
-        fp16 = student.dtype == torch.float16
-        self.scaler = torch.amp.GradScaler(student.device.type, enabled=fp16)
-        self.parts = {"student": student.model, "optimizer": self.optimizer, "scaler": self.scaler}
-        self.discriminator = Discriminator(student) if config.discriminator else None
-        if self.discriminator is not None:
-            self.d_optimizer = torch.optim.AdamW(self.discriminator.parameters(), **adamw)
-            self.parts |= {"discriminator": self.discriminator, "d_optimizer": self.d_optimizer}
+        self.model = config.teacher_model
+        try:
+            self.fields = dict(**json.loads(config.teacher_fields or "{}"))
+        except (ValueError, TypeError, RecursionError):
+            raise InputError("""--teacher-fields: no JSON object like '{"seed": null}'""") from None
+        self.cache = Path()
+        self.lock = threading.Lock()
+        self.stopped = threading.Event()  # no further request; sleepers wake up
+        self.choices = config.samples  # asked for in one request; 1 where a server refuses more
+        self.requests = 0
+        self.filled = 0
+        self.refusals: collections.Counter[str] = collections.Counter()  # the server's words
+        self.refused_in_a_row = 0
+        self.questions = 1  # asked for, or answered before
+        self.refusals_allowed = 3  # in a row
+        self.trouble = ""  # what the last request met
+        self.session = requests.Session()
+        self.session.auth = self.sign  # else requests would send what ~/.netrc says
+        try:
+            host = urlsplit(self.url).hostname or ""
+        except ValueError as error:
+            raise InputError(f"--teacher {url}: {error}") from None
+        if host == "localhost" or host.startswith("127.") or host == "::1":
+            self.session.trust_env = False  # no proxy on the way to this machine
+        adapter = requests.adapters.HTTPAdapter(pool_maxsize=config.concurrency)
+        self.session.mount("http://", adapter)
+        self.session.mount("https://", adapter)
 
-    @property
-    def iteration(self) -> int:
-        """Completed iterations."""
-        return len(self.lines)
+    def sign(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if self.api_key:
+            request.headers["Authorization"] = f"Bearer {self.api_key}"
+        return request
 
-    @property
-    def best(self) -> dict[str, Any]:
-        """The line of the best validation, of the later iteration on a tie [ours]."""
-        return max(self.lines, key=lambda line: (line["valid"], line["iteration"]))
+    def sample_id(self, messages: list[dict]) -> str:
+        """What decides a sample beside its slot: messages, model, settings."""
+        config = self.config
+        settings = [self.model, config.teacher_temperature, config.teacher_tokens, self.fields]
+        return hashlib.sha256(json.dumps([messages, settings]).encode()).hexdigest()[:32]
 
-    @torch.no_grad()
-    def score(self, pairs: list[tuple[array, array]]) -> Tensor:
-        """s of each pair (x, r) in eval mode [eq. 1], (R,); 1 without a discriminator."""
-        if self.discriminator is None or not pairs:
-            return torch.ones(len(pairs), device=self.student.device)
-        self.discriminator.eval()
-        parts = [self.discriminator(pairs[i : i + 128]) for i in range(0, len(pairs), 128)]
-        return torch.cat(parts)
+    def request(self, path: str, body: dict | None = None) -> tuple[int, Any, float]:
+        """GET, or POST a body -> status, JSON or text, seconds that the server asks to wait."""
+        limits = (10, self.config.teacher_timeout)
+        method = "POST" if body else "GET"
+        try:
+            reply = self.session.request(
+                method, self.url + path, json=body, timeout=limits, allow_redirects=False
+            )
+        except requests.ConnectTimeout as error:
+            return NO_ANSWER, type(error).__name__, 0
+        except requests.Timeout:
+            return TIMED_OUT, f"no answer in {self.config.teacher_timeout:g} s", 0
+        except (requests.RequestException, ValueError) as error:  # ValueError: a broken header
+            return NO_ANSWER, type(error).__name__, 0
+        wait = reply.headers.get("Retry-After", "")
+        try:
+            answer = reply.json()
+        except (ValueError, RecursionError):
+            answer = reply.text
+        return reply.status_code, answer, float(wait) if wait.isdecimal() else 0
 
-    def note(self, name: str, amount: Tensor, count: Tensor | float) -> None:
-        """Adds to a mean of the iteration's line, on the device and without waiting for it."""
-        total, counted = self.sums.get(name, (0.0, 0.0))
-        self.sums[name] = [total + amount.detach(), counted + count]
+    def post(self, body: dict) -> tuple[int, Any]:
+        """POST, repeated while the server is busy or drops the line, once after a time-out."""
+        for repetition in range(REPETITIONS + 1):
+            status, answer, wait = self.request("/chat/completions", body)
+            last = repetition >= {TIMED_OUT: 1, NO_ANSWER: 3}.get(status, REPETITIONS)
+            if status not in (*BUSY, TIMED_OUT, NO_ANSWER) or last or self.stopped.is_set():
+                break
+            if wait > PATIENCE:
+                raise self.failure(status, f"{self.words(answer)} (wait {wait:.0f} s)")
+            pause = wait or min(BACKOFF * 2**repetition, 30) * random.uniform(0.5, 1.5)
+            self.trouble = f"{self.words(answer)}, status {status}, again in {pause:.0f} s"
+            if self.stopped.wait(pause):
+                break
+        self.trouble = ""
+        return status, answer
 
-    def save(self) -> None:
-        """What an iteration leaves on disk. checkpoint.pt comes last: a crash before it costs the
-        iteration. It holds no random state: every draw is seeded by what it is for."""
-        folder, t = self.folder, self.iteration
-        if self.best["iteration"] == t:
-            self.student.model.save(folder / "student", vocab=self.student.vocab)
-            if self.discriminator is not None:
-                t5.write_pt(folder / "student/discriminator.pt", self.discriminator.state_dict())
-        if self.config.negative_source == "snapshot":
-            t5.write_pt(folder / f"snapshots/{t}.pt", self.student.model.state_dict())
-            # t - j stays: iteration t reads it once more where a crash repeats it
-            (folder / f"snapshots/{t - self.config.lag - 1}.pt").unlink(missing_ok=True)
-        fetch_data.write_lines(folder / "metrics.jsonl", self.lines)
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        t5.write_pt(folder / "checkpoint.pt", state | {name: getattr(self, name) for name in SAVED})
+    def words(self, answer: Any) -> str:
+        """What the server said, on one line, without the key."""
+        with contextlib.suppress(TypeError, KeyError):
+            answer = answer["error"]
+            answer = answer["message"]
+        text = answer if isinstance(answer, str) else json.dumps(answer)
+        text = re.sub(r"<[^>]*>", " ", text[:20_000])
+        return fetch_data.fold(text).replace(self.api_key or "\0", "***")[:200]
 
-    def restore(self) -> None:
-        """Reads checkpoint.pt. Raises InputError where the data are others now."""
-        state = t5.read_pt(self.folder / "checkpoint.pt")
-        same = state["digest"] == self.digest
-        require(same, f"{self.folder}: was made with other questions or samples; start a new run")
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        for name in SAVED:
-            setattr(self, name, state[name])
+    def failure(self, status: int, answer: Any, body: dict | None = None) -> InputError:
+        """Why this server cannot be used, and what to do where that is known: one line."""
+        self.stopped.set()
+        said = self.words(answer)
+        hint = HINTS.get(429 if status in BUSY else 401 if status == 403 else status, "")
+        optional = set(body or {}) - {"model", "messages", "n"}
+        named = [name for name in optional if re.search(rf"\b{re.escape(name)}\b", said)]
+        if status in (400, 422) and named:
+            hint = f"""--teacher-fields '{{"{named[0]}": null}}' leaves that field out"""
+        shown = f"status {status}, " if status > 0 else ""
+        return InputError(f"teacher {self.url}: {shown}{said}" + (f"; {hint}" if hint else ""))
 
+    def fill(self, job: tuple[list[dict], list[int]]) -> None:
+        """Asks until a question's slots are full. Raises InputError for what would meet every
+        question; one that alone is refused is left out and counted."""
+        messages, slots = job
+        config, sample_id, empty = self.config, self.sample_id(messages), 0
+        choices = self.choices
+        while slots:
+            body = {"model": self.model, "messages": messages, "n": min(choices, len(slots))}
+            body["temperature"] = config.teacher_temperature
+            body["max_tokens"] = config.teacher_tokens
+            body["seed"] = derive_seed(sample_id) % 2**30 + slots[0]
+            body = {k: v for k, v in (body | self.fields).items() if v is not None}
+            with self.lock:
+                spent = config.teacher_budget and self.requests >= config.teacher_budget
+                if spent or self.stopped.is_set():
+                    return
+                self.requests += 1
+            status, answer = self.post(body)
+            kept = self.keep(sample_id, slots, answer) if status == 200 else 0
+            slots = slots[kept:]
+            if kept:
+                self.choices = choices  # one by one, where that was what helped
+            elif status in (400, 422) and choices > 1:
+                choices = 1
+            elif status == 200 and empty < EMPTY_ANSWERS - 1:
+                empty += 1
+                self.stopped.wait(BACKOFF * random.uniform(0.5, 1.5))
+            elif status in (200, 400, 413, 422):
+                return self.refuse(status, answer, body)
+            elif not self.stopped.is_set():
+                raise self.failure(status, answer, body)
+            else:
+                return
 
-def visits(config: Config, n: int, t: int) -> list[int]:
-    """The questions of iteration t in order: one pass, or --iteration-steps batches of an endless
-    stream of shuffled passes [ours]."""
-    count = config.iteration_steps * config.batch or n
-    start = (t - 1) * count
-    stream: list[int] = []
-    for number in range(start // n, (start + count - 1) // n + 1):
-        rng = np.random.default_rng(derive_seed(config.seed, "order", number))
-        stream += rng.permutation(n).tolist()
-    return stream[start % n : start % n + count]
+    def refuse(self, status: int, answer: Any, body: dict) -> None:
+        """Leaves a question out; several in a row end the asking. Raises InputError."""
+        with self.lock:
+            self.refusals[f"status {status}, {self.words(answer)}"] += 1
+            self.refused_in_a_row += 1
+            too_many = self.refused_in_a_row >= self.refusals_allowed
+        if too_many:
+            raise self.failure(status, answer, body)
 
-
-def train_step(run: Run, batch: list[Question], t: int, total: int) -> None:
-    """One of `total` optimizer steps; the gradient adds up over micro-batches of like length."""
-    config, student = run.config, run.student
-    mine = sorted(batch[RANK::WORLD], key=lambda q: sum(map(len, q.S_pos + q.minority)))
-    size = config.micro_batch or (len(batch) if student.device.type == "cuda" else 16)
-    run.optimizer.zero_grad(set_to_none=True)
-    for start in range(0, len(mine), size):
-        loss = step_loss(run, mine[start : start + size], len(batch), t)
-        run.scaler.scale(loss).backward()
-    all_reduce_gradients(list(student.model.parameters()))
-    descend(run.optimizer, run.scaler, config.lr * (1 - run.step / total))
-    run.step += 1
-
-
-def train_iteration(run: Run) -> None:
-    """Negatives, discriminator, steps, validation; then everything is on disk."""
-    config, t, start = run.config, run.iteration + 1, time.perf_counter()
-    order = visits(config, len(run.train), t)
-    visited = [run.train[i] for i in sorted(set(order))]
-    for q in run.train + run.valid:
-        q.from_past = []
-    add_past_negatives(run, t, visited + run.judged)
-    every = config.discriminator_every
-    if run.discriminator and every and t % every == 0:
-        train_discriminator(run, t, visited, config.discriminator_steps, alphas_of(config, t)[2])
-
-    torch.manual_seed(derive_seed(config.seed, "dropout", t, RANK))
-    run.sums = {}
-    batches = [order[i : i + config.batch] for i in range(0, len(order), config.batch)]
-    for batch in track(f"  iteration {t}/{config.iterations}", batches):
-        train_step(run, [run.train[i] for i in batch], t, config.iterations * len(batches))
-
-    line = metrics(run, t, visited)
-    line["valid"] = mean([row["right"] for row in evaluate(run, run.valid)])
-    line["seconds"] = time.perf_counter() - start
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # no Ctrl-C in the middle of a file
-    run.lines.append(line)
-    say(table_row(line) + ("*" if run.best is line else ""))
-    if RANK == 0:
-        run.save()
-    signal.signal(signal.SIGINT, before)
-    gather([])  # the others wait for what rank 0 has written
-
-
-def metrics(run: Run, t: int, visited: list[Question]) -> dict[str, Any]:
-    """An iteration's line: the means of what its loss was made of. Raises InputError for a NaN."""
-    alphas = alphas_of(run.config, t)
-    line: dict[str, Any] = {"iteration": t, "alphas": alphas, "L_D": run.L_D}
-    for name, sums in run.sums.items():
-        total, count = map(sum, zip(*gather([[float(x) for x in sums]])))
-        require(math.isfinite(total), NOT_A_NUMBER)
-        line[name] = total / count if count else None
-    line["L"] = total_loss(alphas, line["L_pred"], line["L_cl"], run.L_D)
-    from_past = [(q, r) for q in visited for r in q.from_past]
-    line["minor"] = mean([len(q.minority) for q in visited])
-    line["past"] = len(from_past) / len(visited)
-    line["right"] = mean([rationale_right(run, q, r) for q, r in from_past])
-    return line | judge_validation(run)
-
-
-COLUMNS = """iteration:9d L:6.3f L_pred:6.3f L_cl:6.3f L_D:6.3f l_pos:5.2f l_neg:5.2f zero:5.0%
-s_pos:5.2f s_neg:5.2f pair:5.0% minor:5.2f past:5.2f right:5.0% valid:6.1% seconds:7.1f"""
-WIDE = ("l_pos", "l_neg", "s_pos", "s_neg", "minor")  # left out on narrower terminals
-LEGEND = """l_pos, l_neg: ℓ of r⁺ and r⁻; zero: part of the negative terms that are 0;
-s_pos, s_neg: their s; pair: how often a positive scores above a negative of its
-validation question; minor, past: negatives per question of the vote's minority
-and of the student's past; right: part of the latter that end in the right
-answer; *: the best validation so far"""
+    def keep(self, sample_id: str, slots: list[int], answer: Any) -> int:
+        """Fills the lowest slots with the choices that hold text, in one write -> how many."""
+        lines = []
+        for text, finish in texts_of(answer)[: len(slots)]:
+            sample = {"key": sample_id, "slot": slots[len(lines)], "text": text[:200_000]}
+            lines.append(json.dumps(sample | {"finish": finish}) + "\n")
+        if lines:
+            with self.lock, open(self.cache, "ab", buffering=0) as file:
+                file.write("".join(lines).encode())
+                self.filled += len(lines)
+                self.refused_in_a_row = 0
+                self.refusals_allowed = max(5, self.questions // 50)
+        return len(lines)
 
 
-def table_row(line: dict[str, Any] | None = None) -> str:
-    """A line of metrics.jsonl in at most 110 columns, or 80; None: the heading."""
-    narrow = shutil.get_terminal_size((110, 0)).columns < 110
-    cells = []
-    for name, form in (column.split(":") for column in COLUMNS.split()):
-        if narrow and name in WIDE:
+def texts_of(answer: Any) -> list[tuple[str, str]]:
+    """Text and finish_reason of each choice that holds text, wherever the API puts it."""
+    found = []
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    for choice in choices if isinstance(choices, list) else []:
+        if not isinstance(choice, dict):
             continue
-        value = name if line is None else line.get(name)
-        text = isinstance(value, str | None)
-        cells.append(f"{value or '-':>{form[0]}}" if text else format(value, form))
-    return " ".join(cells)
+        message = choice.get("message")
+        content = message.get("content") if isinstance(message, dict) else choice.get("text")
+        if isinstance(content, list):  # parts
+            parts = [part.get("text") for part in content if isinstance(part, dict)]
+            content = "".join(part for part in parts if isinstance(part, str))
+        if isinstance(content, str) and content.strip():
+            found.append((content, str(choice.get("finish_reason"))))
+    return found
+
+
+def read_cache(path: Path, wanted: str = "key") -> dict[str, dict[int, Slot]]:
+    """-> {key: {slot: (text, finish)}}; a line that a crash tore is passed over."""
+    found: dict[str, dict[int, Slot]] = {}
+    for line in open(path, "rb") if path.exists() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError, ArithmeticError, RecursionError):
+            item = json.loads(line)
+            sample = (str(item["text"]), str(item.get("finish")))
+            found.setdefault(item[wanted], {}).setdefault(int(item["slot"]), sample)
+    return found
+
+
+def connect_teacher(config: Config, ask: bool) -> Teacher | None:
+    """The teacher that flags or environment name (the URL palm: PaLM's published rationales), None
+    where no sample is needed. ask: reach it before anything is paid for. Raises InputError."""
+    if config.method == "finetune" and config.labels == "gold" and config.stage != "teacher":
+        return None
+    ask = ask and RANK == 0
+    api_key = os.environ.get("OPENAI_API_KEY", "").strip()
+    default = "https://api.openai.com/v1" if api_key else "palm"
+    url = config.teacher or os.environ.get("OPENAI_BASE_URL") or default
+    if config.task == "demo" and not config.teacher:
+        url = fetch_data.demo_teacher()[0] if ask else "http://127.0.0.1"
+        api_key = ""
+    else:
+        config.teacher = url
+    wanted = "must be palm or a URL like http://localhost:11434/v1; a key goes into OPENAI_API_KEY"
+    require(re.fullmatch(r"palm|https?://[^@?#\s]+", url), f"--teacher: {wanted}")
+    good = api_key.isascii() and api_key.isprintable()
+    require(good, "OPENAI_API_KEY: holds characters that no key has")
+    if "//api.openai.com" in url:
+        config.teacher_model = config.teacher_model or "gpt-3.5-turbo"
+    teacher = Teacher(url, api_key, config)
+    if url == "palm":
+        known = config.task in fetch_data.TASKS[1:]
+        require(known, f"no teacher for {config.task}: name --teacher URL, or set OPENAI_API_KEY")
+        say(PALM)
+    elif ask:
+        teacher.model = teacher.model or model_of(teacher)
+    teacher.model = config.teacher_model = gather([teacher.model])[0]
+    return teacher
+
+
+def model_of(teacher: Teacher) -> str:
+    """The first model that a server lists. Raises InputError."""
+    with ThreadPool(1) as pool:
+        call = pool.apply_async(teacher.request, ("/models",))
+        status, answer, _ = wait_for(call.get, teacher)
+    with contextlib.suppress(TypeError, KeyError, IndexError):
+        name = answer["data"][0]["id"]
+        if status == 200 and isinstance(name, str) and name:
+            return name
+    if status in (NO_ANSWER, TIMED_OUT, 401, 403):
+        raise teacher.failure(status, answer)
+    found = f"status {status}, {teacher.words(answer)}"
+    raise InputError(f"teacher {teacher.url}/models: {found}; or name a --teacher-model")
+
+
+def wait_for(result: Callable, teacher: Teacher) -> Any:
+    """What `result(timeout)` returns; after ten seconds the user reads what is waited for."""
+    start = shown = time.monotonic()
+    while True:
+        try:
+            return result(0.2)
+        except multiprocessing.TimeoutError:
+            now = time.monotonic()
+            if now - shown > QUIET:
+                shown = now
+                why = teacher.trouble or "no answer yet"
+                print(t5.safe(f"  waiting for {teacher.url} for {now - start:.0f} s: {why}"))
+
+
+def prompts_of(task: Task, examples: list[Example], config: Config) -> list[list[dict]]:
+    """The messages that ask for each example, --prompt instead of our system message."""
+    own = ""
+    if config.prompt:
+        with t5.reading(config.prompt, "no text in UTF-8"):
+            own = Path(config.prompt).read_text("utf-8")
+    return [fetch_data.messages(task, example.input, own) for example in examples]
+
+
+def teacher_samples(teacher: Teacher | None, task: Task, examples: list, ask: bool) -> list:
+    """Every example's list of K slots. ask: rank 0 asks for those that are not on disk."""
+    if teacher is None:
+        return [[] for _ in examples]
+    if teacher.url == "palm":
+        kept = read_cache(fetch_data.palm_samples(task.name), "question")
+        return [[kept.get(example.input, {}).get(0)] for example in examples]
+    config = teacher.config
+    prompts = prompts_of(task, examples, config)
+    names = [teacher.sample_id(messages) for messages in prompts]
+    slots = range(1 if config.vote == "first" else config.samples)
+    model = re.sub(r"[^A-Za-z0-9.-]+", "_", teacher.model)[:80]
+    teacher.cache = task.folder / f"teacher-{model}.jsonl"
+    if ask and RANK == 0:
+        ask_teacher(teacher, dict(zip(names, prompts)), slots)
+    if ask:
+        barrier()  # the other ranks wait for the samples
+    kept = read_cache(teacher.cache)
+    found = [[kept.get(name, {}).get(k) for k in slots] for name in names]
+    some = any(slot for row in found for slot in row)
+    require(some, f"{teacher.cache}: no sample of these questions and settings is there")
+    return found
+
+
+def ask_teacher(teacher: Teacher, prompts: dict[str, list[dict]], slots: Iterable[int]) -> None:
+    """Fills the slots that the cache lacks, through `--concurrency` threads. One process asks, the
+    others wait and read. Raises InputError; whatever ends it, answers under way are kept."""
+    teacher.cache.parent.mkdir(parents=True, exist_ok=True)
+    with t5.lock(f"{teacher.cache}.lock"):
+        kept = read_cache(teacher.cache)
+        jobs = []
+        for name, messages in prompts.items():
+            missing = [k for k in slots if k not in kept.get(name, {})]
+            if missing:
+                jobs.append((messages, missing))
+        if not jobs:
+            return
+        total = sum(len(missing) for _, missing in jobs)
+        characters = sum(len(part["content"]) for messages, _ in jobs for part in messages)
+        tokens = (characters // 4 + 120 * total) // 1000
+        say(f"teacher: {teacher.model} at {teacher.url}\n  samples kept in {teacher.cache}")
+        say(f"  to ask for: {total} samples of {len(jobs)} questions, roughly {tokens:,} k tokens")
+        with open(teacher.cache, "ab") as file:
+            file.write(b"\n")  # ends a line that a crash tore
+        teacher.questions = len(prompts)
+        known = any(name in kept for name in prompts)  # these settings have worked before
+        teacher.refusals_allowed = max(5, len(prompts) // 50) if known else 3
+        try:
+            run_jobs(teacher, jobs, total)
+        finally:
+            say(f"  {teacher.filled} samples, {teacher.requests} requests")
+            for said, count in teacher.refusals.items():
+                say(f"  {count} questions refused: {said}")
+    if teacher.config.teacher_budget and teacher.requests >= teacher.config.teacher_budget:
+        say("  --teacher-budget is spent; run again, with another one, for the rest")
+    refused = sum(teacher.refusals.values())
+    require(
+        refused <= len(prompts) / 2, f"teacher {teacher.url}: refused most questions, see above"
+    )
+
+
+def run_jobs(teacher: Teacher, jobs: list, total: int) -> None:
+    """Whoever stops, by an error or by Ctrl-C, waits for the answers under way."""
+    progress = t5.Progress("  teacher", total)
+    with ThreadPool(min(teacher.config.concurrency, len(jobs))) as pool:
+        results = pool.imap_unordered(teacher.fill, jobs)
+        try:
+            for _ in jobs:
+                wait_for(results.next, teacher)
+                progress.update(teacher.filled)
+        except (KeyboardInterrupt, InputError):
+            teacher.stopped.set()
+            say("  stopping; answers under way are waited for (a second Ctrl-C does not wait)")
+            for _ in jobs:
+                with contextlib.suppress(InputError, StopIteration):
+                    wait_for(results.next, teacher)
+            raise
+        finally:
+            progress.close()
+
+
+def report_votes(task: Task, examples: list[Example], votes: list[Vote]) -> None:
+    """Prints the vote's statistics, counted before repetitions are dropped but for "distinct", and
+    warns of a teacher that cannot be read. Raises InputError where no question has a positive."""
+    n = len(votes)
+    m = sum(len(vote.positives) for vote in votes)
+    k = sum(len(vote.negatives) for vote in votes)
+    unlike = sum(len(distinct(vote, vote.positives)) for vote in votes)
+    voted = sum(bool(vote.positives) for vote in votes)
+    alone = sum(bool(vote.positives) and not vote.negatives for vote in votes)
+    gold = [fetch_data.answer_key(task.kind, example.label) for example in examples]
+    right = sum(vote.best is not None and vote.best == label for vote, label in zip(votes, gold))
+    pairs = [pair for vote in votes for pair in zip(vote.slots, vote.answers)]
+    unread = [slot[0] for slot, answer in pairs if slot and answer is None]
+    counts = f"{unlike / n:.2f} distinct; {k / n:.2f} negatives"
+    say(f"vote: {m / n:.2f} positives per question (paper: 3.87), {counts}")
+    say(f"  {alone / n:.0%} of {n} questions with positives only (paper: more than half),")
+    say(f"  majority right on {right / n:.1%}, {len(unread)} samples cannot be read")
+    asked = sum(any(vote.slots) for vote in votes)
+    if len(unread) > (m + k + len(unread)) / 3 or voted <= asked / 2:
+        say("warning: the teacher does not keep to the format, or its samples are cut off: look at")
+        say("  --show-prompt, try --prompt FILE or more --teacher-tokens. One of its samples:")
+        say(f"  {fetch_data.fold(unread[0])[:300]!r}" if unread else "  (there is none)")
+    if right < voted / 20:
+        say("warning: the majority is hardly ever right; do --answer, labels and prompt fit?")
+    require(voted, "no question has a positive rationale: there is nothing to distil")
+
+
+# --------------------------------------------------------------- 9. Data, folder, checkpoint, ranks
+
+
+def gather(items: list) -> list:
+    """The items of all ranks, in rank order, on every rank; each waits for the others."""
+    parts = [items] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def barrier() -> None:
+    """Waits for all ranks."""
+    gather([])
+
+
+def all_reduce_gradients(model: nn.Module) -> None:
+    """Adds up the ranks' gradients, whose losses are divided by the global batch already."""
+    if WORLD > 1:
+        parameters = list(model.parameters())
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(flat)
+        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
+            p.grad = grad.view_as(p)
 
 
 def student_folder(model: str) -> Path:
@@ -1070,143 +1256,401 @@ def student_folder(model: str) -> Path:
     return folder
 
 
-def prepare(config: Config, folder: Path, ask: bool) -> Run | None:
-    """Everything before training; what is missing is said before anything is paid for.
+BEGUN = {"config.json", "task.json", "metrics.jsonl", "snapshots", "lock"}  # before a checkpoint
 
-    ask False: with the samples on disk, for a run that has begun. None: --stage teacher is done.
-    """
-    teacher = connect_teacher(config, ask)
-    for model in (config.model, config.negative_model):
-        if model and not model.startswith("t5-"):
-            student_folder(model)  # before the task is fetched
+
+def hold(folder: Path) -> contextlib.AbstractContextManager:
+    """Keeps other processes out of a run's folder; rank 0 does so for all. Raises InputError."""
     if RANK > 0:
-        gather([])  # rank 0 downloads what is missing before the others look for it
-    task = fetch_data.load_task(config.task, config.answer)
-    task.train[:] = task.train[: max(1, round(len(task.train) * config.fraction))]
-    run = None
-    if config.stage != "teacher":
-        run = Run(config, task, Student(student_folder(config.model), config), folder)
-    if RANK == 0:
-        gather([])
-    digest = hashlib.sha256()
-    for name, examples in (("train", task.train), ("valid", task.valid)):
-        asked = teacher if name == "train" or config.discriminator else None
-        votes = votes_on(asked, task, examples if name == "train" else examples[:JUDGED], ask)
-        votes += [vote_on(task, e.input, []) for e in examples[len(votes) :]]
-        if asked and name == "train":
-            report_votes(task, examples, votes)
-        if run is None:
+        return contextlib.nullcontext()
+    return t5.lock(folder / "lock", f"{folder}: another process has it; name another --run")
+
+
+def claim(config: Config) -> tuple[Path, contextlib.AbstractContextManager]:
+    """A new run's folder, held while this process lives: --run, or the first free default name. One
+    without a checkpoint that nobody holds is taken again. Raises InputError."""
+    if RANK > 0:
+        return gather([None])[0], contextlib.nullcontext()  # rank 0 claims for all
+    name = f"runs/{Path(config.task).name}-{config.method}-{config.seed}"
+    names = (
+        [config.run]
+        if config.run
+        else itertools.chain([name], (f"{name}-{k}" for k in itertools.count(2)))
+    )
+    for folder in map(Path, names):
+        remedy = f"name another, or --resume {folder}"
+        try:
+            entries = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+            foreign = [e for e in entries if e not in BEGUN and not e.endswith(".tmp")]
+            require(not foreign and not folder.is_file(), f"--run {folder}: exists; {remedy}")
+            held = hold(folder)
+        except InputError:
+            if config.run:
+                raise
             continue
-        for example, vote in zip(examples, votes):
-            S_pos, minority, answer = sets_of(vote, config)
-            if config.labels == "teacher" and name == "train":
-                example = Example(example.input, answer)
-            if example.label is not None:  # without an answer of the teacher it is left out
-                q = run.student.question(example, S_pos, minority)
-                getattr(run, name).append(q)
-                digest.update(repr([q.x, q.label, q.S_pos, q.minority]).encode())
-    if run is not None:
-        run.digest = digest.hexdigest()
-        run.judged = run.valid[:JUDGED] if run.discriminator else []
+        fetch_data.write_lines(folder / "config.json", [dataclasses.asdict(config)])
+        return gather([folder])[0], held
+    raise AssertionError("the names have no end")
+
+
+def load_data(run: Run, task: Task, votes: list[Vote]) -> None:
+    """Questions with their sets as token ids. votes: of the training questions, then of as many
+    validation questions as were asked. Says what the limits and the vocabulary lose."""
+    config = run.config
+    run.task = task
+    places = [("train", i, example) for i, example in enumerate(task.train)]
+    places += [("valid", i, example) for i, example in enumerate(task.valid)]
+    digest = hashlib.sha256(repr(task.test).encode())
+    for number, (split, i, example) in enumerate(places):
+        vote = votes[number] if number < len(votes) else vote_on(task, example.input, [])
+        S_pos, minority, answer = sets_of(vote, config.vote)
+        if config.labels == "teacher" and split == "train":
+            if answer is None:
+                continue  # nothing to learn from
+            example = Example(example.input, answer)
+        q = run.student.question(example, f"{split} {i}", S_pos, minority)
+        (run.train if split == "train" else run.valid).append(q)
+        digest.update(repr([q.x, q.target, q.S_pos, q.minority]).encode())
+    require(run.train, "no training question is left: the teacher answered none")
+    run.digest = digest.hexdigest()
+    report_data(run, task)
+
+
+def report_data(run: Run, task: Task) -> None:
+    """What the data lose on the way in, an example each."""
+    config, questions = run.config, run.train + run.valid
+    labels_of = collections.defaultdict(set)
+    for q in questions:
+        labels_of[q.example.input].add(q.example.label)
+    tested = {example.input for example in task.test}
+    single, longest = config.method == "single", config.rationale_tokens
+    losses: dict[str, Callable] = {
+        "reach --input-tokens": lambda q: len(q.x) == config.input_tokens,
+        "have labels that reach --label-tokens": lambda q: (
+            not single and len(q.target) == config.label_tokens
+        ),
+        "have rationales that reach --rationale-tokens": lambda q: any(
+            len(r) == longest for r in q.S_pos + q.minority
+        ),
+        "hold what the student's vocabulary lacks": lambda q: t5.UNK in q.x or t5.UNK in q.target,
+        "stand there with different labels": lambda q: len(labels_of[q.example.input]) > 1,
+        "are test questions too": lambda q: q.example.input in tested,
+    }
+    for what, loses in losses.items():
+        found = [q for q in questions if loses(q)]
+        if found:
+            wrong = "test" in what or ("label" in what and len(found) == len(questions))
+            shown = fetch_data.fold(found[0].example.input)[:60]
+            start = "warning" if wrong else "note"
+            say(f"{start}: {len(found)} of {len(questions)} questions {what}, as {shown!r}")
+
+
+def discriminator_of(student: Student, config: Config) -> Discriminator | None:
+    """A new D with the pretrained encoder of --discriminator-model. Raises InputError."""
+    if not config.discriminator:
+        return None
+    folder = student_folder(config.discriminator_model)
+    same = (folder / "spiece.model").read_bytes() == student.vocab.read_bytes()
+    require(same, f"--discriminator-model {folder}: its spiece.model is not the student's")
+    encoder = T5.load(folder).encoder_only()
+    fits = student.tokenizer.size <= encoder.config.vocab_size
+    require(fits, f"--discriminator-model {folder}: embeds fewer pieces than the student's")
+    return Discriminator(student, encoder)
+
+
+def prepare(config: Config, task: Task, folder: Path, ask: bool) -> Run | None:
+    """Everything before training. ask False: with the samples on disk, for a run that has begun.
+    None: --stage teacher is done. Raises InputError."""
+    teacher = connect_teacher(config, ask)
+    judged = task.valid[:JUDGED] if config.discriminator else []
+    examples = task.train + judged
+    rows = teacher_samples(teacher, task, examples, ask)
+    votes = [vote_on(task, e.input, row) for e, row in zip(examples, track("  vote", rows))]
+    if teacher is not None:
+        report_votes(task, task.train, votes[: len(task.train)])
+    if config.stage == "teacher":
+        return None
+    student = Student(student_folder(config.model), config)
+    run = Run(config, student, discriminator_of(student, config), folder)
+    load_data(run, task, votes)
     return run
 
 
-def train(config: Config, folder: Path, resumed: bool) -> None:
-    """A whole run, new or resumed."""
-    run = prepare(config, folder, ask=not resumed)
-    if run is None:
-        return say("the teacher is done; without --stage teacher its samples are trained on")
-    steps = config.iteration_steps or math.ceil(len(run.train) / config.batch)
-    config.iterations = config.iterations or math.ceil(config.steps / steps)
+def read_snapshot(folder: Path, t: int) -> dict[str, dict]:
+    """The weights of student and discriminator after iteration t."""
+    return t5.read_pt(folder / f"snapshots/{t}.pt")
+
+
+def parts_of(run: Run) -> dict[str, Any]:
+    """What checkpoint.pt keeps beside the weights, which are in the last snapshot."""
+    parts = {"optimizer": run.optimizer, "scaler": run.scaler}
+    if run.discriminator is not None:
+        parts |= {"d_optimizer": run.d_optimizer, "d_scaler": run.d_scaler}
+    return parts
+
+
+SAVED = ("lines", "step", "L_D", "digest")
+
+
+def save(run: Run) -> None:
+    """What an iteration leaves on disk: its snapshot, then checkpoint.pt, which names it; a crash
+    before that costs the iteration. No random state: every draw is seeded by what it is for."""
+    folder, t, config = run.folder, run.iteration, run.config
+    weights = {"student": run.student.model.state_dict()}
+    if run.discriminator is not None:
+        weights["discriminator"] = run.discriminator.state_dict()
+    t5.write_pt(folder / f"snapshots/{t}.pt", weights)
+    fetch_data.write_lines(folder / "metrics.jsonl", run.lines)
+    state = {name: part.state_dict() for name, part in parts_of(run).items()}
+    t5.write_pt(folder / "checkpoint.pt", state | {name: getattr(run, name) for name in SAVED})
+    needed = {t, selected(run.lines)["iteration"]}
+    if config.negative_source == "snapshot":
+        needed |= set(range(max(1, t + 1 - config.lag), t))  # those of iterations t + 1, t + 2, …
+    for path in (folder / "snapshots").glob("*.pt"):
+        if path.stem.isdecimal() and int(path.stem) not in needed:
+            path.unlink()
+
+
+def restore(run: Run) -> None:
+    """Reads checkpoint.pt and its snapshot. Raises InputError where the data are others now."""
+    path = run.folder / "checkpoint.pt"
+    state = t5.read_pt(path)
+    with t5.reading(path, "no checkpoint of this run: {}"):
+        same = state["digest"] == run.digest
+        for name in SAVED:
+            setattr(run, name, state[name])
+        for name, part in parts_of(run).items():
+            part.load_state_dict(state[name])
+        weights = read_snapshot(run.folder, run.iteration)
+        run.student.model.load_state_dict(weights["student"])
+        if run.discriminator is not None:
+            run.discriminator.load_state_dict(weights["discriminator"])
+    require(same, f"{run.folder}: was made with other questions or samples; start a new run")
+
+
+def selected(lines: list[dict]) -> dict[str, Any]:
+    """The line of the student that is tested: the latest iteration whose validation accuracy is
+    within a standard error, √(p(1 − p)/n), of the best p [ours]; row zero where there is no other.
+    On some hundred questions the best one alone is chance."""
+    later = lines[1:] or lines
+    best = max(line["valid"] for line in later)
+    error = math.sqrt(best * (1 - best) / later[0]["questions"])
+    return [line for line in later if line["valid"] >= best - error][-1]
+
+
+def train(run: Run) -> None:
+    """A whole run, new or resumed. Raises InputError."""
+    config, folder = run.config, run.folder
     if (folder / "checkpoint.pt").exists():
-        run.restore()
+        restore(run)
     if RANK == 0:
         for path in folder.rglob("*.tmp"):  # what a killed process was writing
             path.unlink()
         fetch_data.write_lines(folder / "config.json", [dataclasses.asdict(config)])
+        options = {"name": run.task.name, "kind": run.task.kind, "options": run.task.options}
+        fetch_data.write_lines(folder / "task.json", [options])
     size = sum(p.numel() for p in run.student.model.parameters()) / 1e6
     say(f"student: {config.model}, {size:.1f}M parameters, {config.precision} on {config.device}")
-    say(f"  {len(run.train)} questions, {config.iterations} iterations of {steps} steps")
-    say(f"run folder: {folder}" + (f", after iteration {run.iteration}" if resumed else ""))
+    say(f"  {len(run.train)} questions, {config.steps} steps in {config.iterations} iterations")
+    say(f"run folder: {folder}" + (f", after iteration {run.iteration}" if run.lines else ""))
+    on_disk = 0.0
     try:
-        if run.discriminator and run.iteration == 0:
-            train_discriminator(run, 0, run.train, config.discriminator_pretrain, alpha_d=0.5)
+        if not run.lines:
+            run.lines.append(metrics(run, 0, time.perf_counter()))
+            if RANK == 0:
+                fetch_data.write_lines(folder / "metrics.jsonl", run.lines)
+        if config.steps and run.discriminator is not None and run.iteration == 0:
+            train_discriminator(run, 0, run.train)
             say(f"discriminator: L_D {run.L_D:.3f} after {config.discriminator_pretrain} steps")
-        say(f"{LEGEND}\n{table_row()}")
-        first = run.iteration + 1
-        while run.iteration < config.iterations:
-            train_iteration(run)
-            hours = (config.iterations - run.iteration) * run.lines[-1]["seconds"] / 3600
-            if run.iteration == first and hours > 0.2:
-                say(f"  {hours:.1f} h to go; fewer --iterations or --iteration-steps take less")
+        if config.steps:
+            say(f"  {expected_minutes(run):.1f} minutes of optimizer steps to expect\n{LEGEND}")
+        say(table_row(None))
+        for line in run.lines:
+            say(table_row(line))
+        while config.steps and run.iteration < config.iterations:
+            start = time.perf_counter()
+            iterate(run, run.iteration + 1)
+            line = metrics(run, run.iteration + 1, start)
+            before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # no Ctrl-C within a file
+            run.lines.append(line)
+            say(table_row(line))
+            written = time.perf_counter()
+            if RANK == 0:
+                save(run)
+            on_disk += time.perf_counter() - written
+            signal.signal(signal.SIGINT, before)
+            barrier()  # the others wait for what rank 0 has written
         test(run)
+        say(f"seconds that checkpoints took: {on_disk:.1f}")
     except KeyboardInterrupt:
         say(f"stopped; python qcrd.py --resume {folder} goes on after iteration {run.iteration}")
         raise
 
 
-# ---------------------------------------------------------------------------------- 9. Evaluation
+def expected_minutes(run: Run) -> float:
+    """Of the optimizer steps to come, from one forward and backward whose gradients go."""
+    config = run.config
+    batch = (run.train * WORLD)[: config.batch]  # a question for each rank
+    part = micro_batches(batch, config)[0]
+    start = time.perf_counter()
+    candidates = candidates_of(part, config) if alphas_of(config, 1)[1] else []
+    measure(run.student, part, candidates)
+    picks = pick(candidates, part, config, 0)
+    losses = [label_losses(run.student, part).sum()]
+    losses.append(rationale_losses(run.student, part, picks).sum() if picks else losses[0])
+    (losses[0] + losses[1]).backward()
+    run.optimizer.zero_grad(set_to_none=True)
+    seconds = (time.perf_counter() - start) * config.batch / WORLD / len(part)
+    return seconds * (config.steps - run.step) / 60
 
 
-def rationale_right(run: Run, q: Question, r: array) -> bool:
+# ------------------------------------------------------------------------------- 10. Evaluation
+
+
+def rationale_right(run: Run, q: Question, text: str) -> bool:
     """Whether a rationale, read like a teacher's sample, names the right answer."""
-    text = run.student.tokenizer.decode(r)
     answer = fetch_data.read_sample(run.task, q.example.input, text).answer
     return fetch_data.is_right(run.task.kind, answer, q.example.label)
 
 
-def evaluate(run: Run, questions: list[Question], rationales: bool = False) -> list[dict]:
-    """Greedy answers -> {input, gold, answer, right} a question; with `rationales` also {rationale,
-    rationale_right, quality}, quality being s(x, r), None without a discriminator."""
-    student, config = run.student, run.config
-    read = student.tokenizer.decode
-    rows = []
-    for q, ids in zip(questions, student.write(student.predict, questions, config.label_tokens)):
-        answer, gold = read(ids), q.example.label
-        right = fetch_data.is_right(run.task.kind, answer, gold)
-        rows.append({"input": q.example.input, "gold": gold, "answer": answer, "right": right})
-    if rationales and config.method != "finetune":
+def evaluate(run: Run, questions: list[Question], explained: int) -> list[dict[str, Any]]:
+    """Greedy answers -> {input, gold, answer, right} a question; the first `explained` ones also
+    have {rationale, rationale_right, quality}: quality is s(x, r), None without a discriminator."""
+    student, config, D = run.student, run.config, run.discriminator
+    single, rows = config.method == "single", []
+    longest = config.label_tokens + single * config.rationale_tokens
+    written = student.write(student.predict, questions, longest)
+    answers = [student.tokenizer.decode(ids) for ids in written]
+    rationales = ["" for _ in questions]
+    if single:  # the answer is what follows the last "answer:"; without one there is none
+        parts = [text.rpartition("answer:") for text in answers]
+        rationales = [before if mark else after for before, mark, after in parts]
+        answers = [after if mark else "" for _, mark, after in parts]
+    for q, answer in zip(questions, map(str.strip, answers)):
+        right = fetch_data.is_right(run.task.kind, answer, q.example.label)
+        row = {"input": q.example.input, "gold": q.example.label, "answer": answer}
+        rows.append(row | {"right": right})
+    questions = questions[:explained] if config.method != "finetune" else []
+    if not single:
         written = student.write(student.explain, questions, config.rationale_tokens)
-        quality = run.score([(q.x, r) for q, r in zip(questions, written)]).tolist()
-        for row, q, r, s in zip(rows, questions, written, quality):
-            row["rationale"] = read(r)
-            row["rationale_right"] = rationale_right(run, q, r)
-            row["quality"] = s if run.discriminator else None
+        rationales = [student.tokenizer.decode(ids) for ids in written]
+    quality = D.score([(q.x, r) for q, r in zip(questions, written)]).tolist() if D else []
+    for i, (row, q, text) in enumerate(zip(rows, questions, rationales)):
+        row["rationale"] = text.strip()
+        row["rationale_right"] = rationale_right(run, q, text)
+        row["quality"] = quality[i] if D else None
     return rows
 
 
 def accuracies(rows: list[dict]) -> dict[str, float | None]:
     """Of `evaluate`'s rows; None where no rationales were written."""
-    keys = {"test_accuracy": "right", "rationale_accuracy": "rationale_right"}
-    return {name: mean([row[key] for row in rows if key in row]) for name, key in keys.items()}
+    names = {"test_accuracy": "right", "rationale_accuracy": "rationale_right"}
+    return {name: mean([row[key] for row in rows if key in row]) for name, key in names.items()}
+
+
+def judge_validation(run: Run) -> dict[str, Any]:
+    """What D makes of validation questions: mean s of the teacher's positives and negatives and of
+    the student's samples, and how often a positive scores above a negative of its question."""
+    pairs = [(q.x, r) for q in run.judged for r in q.S_pos + q.S_neg]
+    scores = iter(run.discriminator.score(pairs).tolist())
+    s: dict[str, list] = {"positives": [], "teacher": [], "student": []}
+    above: dict[str, list] = {"teacher": [], "student": []}
+    for q in run.judged:
+        sizes = {"positives": q.S_pos, "teacher": q.minority, "student": q.from_past}
+        own = {kind: [next(scores) for _ in members] for kind, members in sizes.items()}
+        for kind in s:
+            s[kind] += own[kind]
+        for kind in above:
+            both = itertools.product(own["positives"], own[kind])
+            above[kind] += [(a > b) + 0.5 * (a == b) for a, b in both]
+    means = {kind: mean(values) for kind, values in s.items()}
+    return {"s": means, "pair": mean(above["teacher"]), "pair_student": mean(above["student"])}
+
+
+def metrics(run: Run, t: int, start: float) -> dict[str, Any]:
+    """An iteration's line: the means of what its loss was made of, and the accuracies on validation
+    questions; row zero (t = 0): of the student before training. Raises InputError for a NaN."""
+    line: dict[str, Any] = {"iteration": t}
+    if t > 0:
+        line |= {"alphas": alphas_of(run.config, t), "L_D": run.L_D}
+        for name, sums in run.sums.items():
+            total, count = map(sum, zip(*gather([[float(x) for x in sums]])))
+            require(math.isfinite(total), NOT_A_NUMBER)
+            line[name] = total / count if count else None
+        line["L"] = total_loss(line["alphas"], line["L_pred"], line["L_cl"], run.L_D)
+        order = visits(run.config, len(run.train), t)
+        visited = [run.train[i] for i in sorted(set(order))]
+        from_past = [(q, run.student.tokenizer.decode(r)) for q in visited for r in q.from_past]
+        line["minor"] = mean([len(q.minority) for q in visited])
+        line["past"] = len(from_past) / len(visited)
+        line["right"] = mean([rationale_right(run, q, text) for q, text in from_past])
+        if run.discriminator is not None:
+            line |= judge_validation(run)
+    rows = evaluate(run, run.valid, explained=JUDGED)
+    found = accuracies(rows)
+    line |= {"valid": found["test_accuracy"], "valid_rationale": found["rationale_accuracy"]}
+    return line | {"questions": len(rows), "seconds": time.perf_counter() - start}
+
+
+COLUMNS = """iteration:2d:t L:6.3f L_pred:6.3f L_cl:6.3f L_D:6.3f s_pos:5.2f zero:4.0%
+pair:4.0% past:4.2f right:5.0% valid:5.1%:label
+valid_rationale:9.1%:rationale seconds:6.1f:sec"""
+LEGEND = """t: iteration, 0 before training; L: eq. (8) and its parts; s_pos: s of r⁺;
+zero: negative terms that are 0; pair: how often a positive scores above a
+negative of its question; past: negatives a question by the student's past;
+right: those of them that end in the right answer; label, rationale: greedy
+answers and rationales that are right, on validation questions"""
+
+
+def table_row(line: dict[str, Any] | None) -> str:
+    """A line of metrics.jsonl in 80 columns; None: the heading."""
+    cells = []
+    for column in COLUMNS.split():
+        name, form, *title = column.split(":")
+        value = (title or [name])[0] if line is None else line.get(name)
+        text = isinstance(value, str | None)
+        cells.append(f"{value or '-':>{form[0]}}" if text else format(value, form))
+    return " ".join(cells)
 
 
 def test(run: Run) -> None:
-    """The student that was best on validation, and the last one, on the test questions ->
-    predictions.jsonl, result.json."""
-    questions = [run.student.question(example) for example in run.task.test]
-    rows = evaluate(run, questions, rationales=True)
+    """The selected student and the last one on the test questions -> student/, predictions.jsonl,
+    result.json."""
+    folder, best = run.folder, selected(run.lines)
+    questions = [run.student.question(e, f"test {i}") for i, e in enumerate(run.task.test)]
+    rows = evaluate(run, questions, explained=len(questions))
     last = accuracies(rows)
-    if run.best["iteration"] != run.iteration:
-        rows = evaluate(load_trained(run.folder, run.config, run.task), questions, rationales=True)
+    if best["iteration"] != run.iteration:
+        weights = read_snapshot(folder, best["iteration"])
+        run.student.model.load_state_dict(weights["student"])
+        if run.discriminator is not None:
+            run.discriminator.load_state_dict(weights["discriminator"])
+        rows = evaluate(run, questions, explained=len(questions))
     result = accuracies(rows) | {f"{name}_last": value for name, value in last.items()}
-    result |= {"questions": len(rows), "valid_accuracy": run.best["valid"]}
-    result["best_iteration"] = run.best["iteration"]
+    result |= {"questions": len(rows), "valid_accuracy": best["valid"]}
+    result["best_iteration"] = best["iteration"]
     if RANK == 0:
-        fetch_data.write_lines(run.folder / "predictions.jsonl", rows)
-        fetch_data.write_lines(run.folder / "result.json", [result])
-    print_result(run.folder, result)
+        run.student.model.save(folder / "student", vocab=run.student.vocab)
+        if run.discriminator is not None:
+            shape = dataclasses.asdict(run.discriminator.encoder.config)
+            state = {"config": shape, "weights": run.discriminator.state_dict()}
+            t5.write_pt(folder / "student/discriminator.pt", state)
+        fetch_data.write_lines(folder / "predictions.jsonl", rows)
+        fetch_data.write_lines(folder / "result.json", [result])
+    print_result(folder, result)
 
 
 def print_result(folder: Path, result: dict[str, Any]) -> None:
     n = result["questions"]
-    say(f"test, {n} questions; student of iteration {result['best_iteration']}, best on validation")
+    say(
+        f"test, {n} questions; student of iteration {result['best_iteration']}, the latest within a"
+    )
+    say("standard error of the best labels on validation")
     for name in ("test_accuracy", "rationale_accuracy"):
         if result[name] is not None:
             last = f"last student {result[f'{name}_last']:.1%}"
             say(f"  {name:18s} {interval(result[name], n)}, {last}")
-    say(f"run folder: {folder}")
-    say(f'  python qcrd.py --ask {folder} "a question"')
+    say(f'run folder: {folder}\n  python qcrd.py --ask {folder} "a question"')
     say(f"  python qcrd.py --audit {folder} 1")
 
 
@@ -1219,28 +1663,41 @@ def interval(p: float, n: int) -> str:
     return f"{p:6.1%} (95 % interval {low:.1%} to {high:.1%})"
 
 
-def load_trained(folder: Path, config: Config, task: Task) -> Run:
-    """A run's selected student with its discriminator. Raises InputError."""
-    run = Run(config, task, Student(folder / "student", config), folder)
-    if run.discriminator is not None:
-        run.discriminator.load_state_dict(t5.read_pt(folder / "student/discriminator.pt"))
+def load_trained(folder: Path, config: Config) -> Run:
+    """A finished run's student with its discriminator; needs no task data. Raises InputError."""
+    require((folder / "result.json").exists(), f"{folder}: is not finished; --resume {folder}")
+    student, D = Student(folder / "student", config), None
+    if config.discriminator:
+        path = folder / "student/discriminator.pt"
+        saved = t5.read_pt(path)
+        with t5.reading(path, "no discriminator of this run: {}"):
+            D = Discriminator(student, T5(t5.T5Config(**saved["config"])).encoder_only())
+            D.load_state_dict(saved["weights"])
+    run = Run(config, student, D, folder)
+    with t5.reading(folder / "task.json", "damaged"):
+        saved = json.loads((folder / "task.json").read_text("utf-8"))
+        options = tuple(saved["options"])
+        run.task = Task(saved["name"], saved["kind"], Path(), [], [], [], options)
     return run
 
 
 def use(folder: Path, config: Config, texts: list[str], file: str) -> None:
     """Answers and explains `texts`, or evaluates a JSONL file, by default the test questions:
     predictions on stdout, accuracies on stderr. Raises InputError."""
-    task = fetch_data.load_task(config.task, config.answer)
-    examples = fetch_data.read_split(Path(file), task.kind) if file else task.test
-    examples = [Example(text, "") for text in texts] or examples
-    run = load_trained(folder, config, task)
-    rows = evaluate(run, [run.student.question(example) for example in examples], rationales=True)
+    run = load_trained(folder, config)
+    examples = [Example(text, "") for text in texts]
+    if file:
+        examples = fetch_data.read_split(Path(file), run.task.kind)
+    elif not texts:
+        examples = fetch_data.load_task(config.task, config.answer).test
+    questions = [run.student.question(example) for example in examples]
+    rows = evaluate(run, questions, explained=len(questions))
     for row in rows:
         if not texts:
-            print(json.dumps(row, ensure_ascii=False))
+            print(json.dumps(row))
             continue
         for title, name in (("label", "answer"), ("rationale",) * 2, ("quality",) * 2):
-            print(f"{title + ':':10s} {safe(str(row.get(name)))}")
+            say(f"{title + ':':10s} {row.get(name)}")
     for name, value in accuracies(rows).items():
         if value is not None and not texts:
             print(f"{name} {interval(value, len(rows))} on {len(rows)} questions", file=sys.stderr)
@@ -1250,39 +1707,48 @@ def audit(folder: Path, config: Config, count: int, as_json: bool) -> None:
     """The first `count` questions of the next iteration with its negatives and the checkpoint's
     weights (D's before its update), without dropout, by the functions that train: text or JSON."""
     with contextlib.redirect_stdout(sys.stderr):
-        run = prepare(config, folder, ask=False)
-        run.restore()
+        task = load_task(config)
+        run = prepare(config, task, folder, ask=False)
+        restore(run)
         t = run.iteration + 1
         order = visits(config, len(run.train), t)
         questions = [run.train[i] for i in order[:count]]
         add_past_negatives(run, t, [run.train[i] for i in sorted(set(order))] + run.judged)
+        examples = [q.example for q in questions]
         teacher = connect_teacher(config, ask=False)
-        votes = votes_on(teacher, run.task, [q.example for q in questions], ask=False)
+        rows = teacher_samples(teacher, task, examples + task.train, ask=False)
+        votes = [vote_on(task, e.input, row) for e, row in zip(examples, rows)]
         items = [audit_question(run, q, vote, t) for q, vote in zip(questions, votes)]
     if as_json:
-        return print(json.dumps(items, ensure_ascii=False, indent=1))
-    print(f"{folder}: student and D after {run.iteration} iterations, D before its next update, no")
-    print("dropout. L_D is eq. (2) on the candidates shown, without the fillers of training.")
+        return print(json.dumps(items, indent=1))
+    say(f"{folder}: student and D after {run.iteration} iterations, D before its next update, no")
+    say("dropout. L_D is that of the candidates shown, without the fillers of training.")
     for item in items:
         audit_text(item)
 
 
 @torch.no_grad()
 def audit_question(run: Run, q: Question, vote: Vote, t: int) -> dict[str, Any]:
-    """What `step_loss` computes for one question, L_D, and all that they are made of."""
-    config, student, alphas = run.config, run.student, alphas_of(run.config, t)
+    """What `iterate` computes for one question, L_D, and all that they are made of."""
+    config, student, D = run.config, run.student, run.discriminator
+    alphas = alphas_of(config, t)
     candidates = candidates_of([q], config) if alphas[1] else []
     measure(student, [q], candidates)
-    pick(candidates, [q], config, run.step)
-    s = run.score([(q.x, c.r) for c in candidates]).cpu()
-    positive = torch.tensor([c.positive for c in candidates], dtype=torch.bool)
-    weights = torch.where(positive, *weights_of(s, config))
-    losses, share = (torch.tensor([getattr(c, a) for c in candidates]) for a in ("loss", "share"))
-    L_cl = contrastive_terms(losses, s, positive, share, config).sum().item()
-    L_pred = student.loss(student.predict, [q], [q.label], [0]).item()
-    L_D = 0.0
-    if run.discriminator and 0 < positive.sum() < len(s):
-        L_D = discriminator_loss([s[positive]], [s[~positive]]).item()
+    picks = pick(candidates, [q], config, run.step)
+    s = score_picks(D, [q], picks)
+    weight = weights_of(picks, s, student.device)
+    share = shares_of(picks, weight, config.scheme)
+    losses = torch.tensor([c.loss for c in picks], device=student.device)
+    L_cl = contrastive(losses, s, picks, config).sum().item()
+    L_pred = label_losses(student, [q]).item()
+    scores, L_D = [None] * len(candidates), 0.0
+    if D is not None and candidates:
+        D.eval()
+        logits = D([(q.x, c.r) for c in candidates])
+        scores = logits.sigmoid().tolist()
+        positive = torch.tensor([c.positive for c in candidates], device=logits.device)
+        if 0 < positive.sum() < len(candidates):
+            L_D = L_D_of([logits[positive]], [logits[~positive]], config).item()
     item = {"question": q.example.input, "label": q.example.label, "iteration": t, "alphas": alphas}
     item |= {"beta": config.beta, "delta": config.delta, "scheme": config.scheme}
     item |= {"majority": vote.best, "samples": [], "candidates": []}
@@ -1290,60 +1756,63 @@ def audit_question(run: Run, q: Question, vote: Vote, t: int) -> dict[str, Any]:
         side = "positive" if k in vote.positives else "negative" if k in vote.negatives else "none"
         row = {"slot": k, "answer": sample.answer, "vote": side, "rationale": sample.rationale}
         item["samples"].append(row)
-    for c, score, weight in zip(candidates, s.tolist(), weights.tolist()):
+    of_pick = {id(c): pair for c, *pair in zip(picks, weight.tolist(), share.tolist())}
+    for c, score in zip(candidates, scores):
+        score = 1.0 if score is None else score
+        plain = 1.0 if D is None else score if c.positive else 1 - score
+        weighs, counts = of_pick.get(id(c), (plain, 0.0))
         row = {"set": "positive" if c.positive else "negative", "source": c.source, "loss": c.loss}
-        row |= {"score": score, "weight": weight, "share": c.share, "picked": c.share > 0}
+        row |= {"score": score, "weight": weighs, "share": counts, "picked": id(c) in of_pick}
         item["candidates"].append(row | {"rationale": student.tokenizer.decode(c.r)})
     L_total = total_loss(alphas, L_pred, L_cl, L_D)
     return item | {"L_pred": L_pred, "L_cl": L_cl, "L_D": L_D, "L_total": L_total}
 
 
-def safe(text: str) -> str:
-    """A model's text on one line, without what would control the terminal."""
-    return "".join(c if c.isprintable() else " " for c in text)
-
-
 def audit_text(item: dict[str, Any]) -> None:
     """One audited question with all that its sum is made of."""
-    print("\nquestion: {question}\nlabel: {label}   majority: {majority}".format(**item))
+    say("\nquestion: {question}\nlabel: {label}   majority: {majority}".format(**item))
     for sample in item["samples"]:
-        print(safe("  slot {slot}: answer {answer}, {vote}: {rationale}".format(**sample)))
+        say("  slot {slot}: answer {answer}, {vote}: {rationale}".format(**sample))
     terms = []
     for c in item["candidates"]:
         mark = "->" if c["picked"] else "  "
         line = "{set} of the {source}, ℓ {loss:.4f}, s {score:.4f}: {rationale}".format(**c)
-        print(mark, safe(line))
+        say(f"{mark} {line}")
         term = "+ {weight:.4f} · {loss:.4f}"
         if c["set"] == "negative":
             term = "- {beta:g} · {weight:.4f} · min({loss:.4f} - {delta:g}, 0)"
-        if c["share"] < 1:
+        if c["share"] != 1:
             term += " · {share:.4f}"
         if c["picked"]:
             terms.append(term.format(**c, **item))
-    print(f"L_cl = {' '.join(terms).removeprefix('+ ') or 0} = {item['L_cl']:.4f}")
+    say(f"L_cl = {' '.join(terms).removeprefix('+ ') or 0} = {item['L_cl']:.4f}")
     line = "L_total = {:g} · L_pred {L_pred:.4f} + {:g} · L_cl {L_cl:.4f} + {:.4f} · L_D {L_D:.4f}"
-    print(line.format(*item["alphas"], **item), f"= {item['L_total']:.4f}")
+    say(line.format(*item["alphas"], **item) + f" = {item['L_total']:.4f}")
 
 
-# ---------------------------------------------------------------------------------- Command line
+# ----------------------------------------------------------------------------- 11. Command line
 
-EPILOG = """Teacher by default: OPENAI_BASE_URL and OPENAI_API_KEY, else palm, which is
+EPILOG = f"""Teacher by default: OPENAI_BASE_URL and OPENAI_API_KEY, else palm, which is
 PaLM's published rationales. Negatives: snapshot, of the student j iterations
-ago; fixed, of the student at the start; sc, of the vote alone; none at all.
+ago; fixed, of the student at the start; static, its same samples each time; sc,
+of the vote alone; none at all. Methods: qcrd; dss, one rationale a question;
+single, one target of rationale and label; finetune, the label alone.
 QCRD_MIRROR: a folder or URL instead of https:// for downloads.
-Defaults that differ by task:"""
+The demo sets {", ".join(f"{flag(k)} {v}" for k, v in list(DEMO.items())[:3])},
+{", ".join(f"{flag(k)} {v}" for k, v in list(DEMO.items())[3:])};
+its student {", ".join(f"{flag(k)} {v}" for k, v in DEMO_STUDENT.items())};
+a folder as task: --steps for 20 passes, 200 to 10,000."""
+GROUPS = {"task": "task", "teacher": "teacher and vote", "method": "student"}
+GROUPS |= {"negative_source": "negatives from the student", "discriminator": "discriminator"}
+GROUPS |= {"scheme": "loss", "steps": "training"}
 
 
 def parser() -> argparse.ArgumentParser:
     """A flag for each field of Config, and the commands that use a run."""
-    lines = [EPILOG]
-    for name, defaults in (OTHER_DEFAULTS | {"--model demo": DEMO_STUDENT}).items():
-        shown = ", ".join(f"{flag(k)} {v}" for k, v in defaults.items())
-        lines.append(textwrap.fill(f"{name}: {shown}", 78, initial_indent="  "))
     how: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     how |= {"argument_default": argparse.SUPPRESS, "allow_abbrev": False}
     how |= {"usage": "python qcrd.py [--task TASK] [flags]"}
-    p = argparse.ArgumentParser(description=__doc__, epilog="\n".join(lines), **how)
+    p = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, **how)
     group = p.add_argument_group("use a run, a folder under runs/")
     add = group.add_argument
     add("--resume", nargs=1, metavar="RUN", help="go on after a crash or Ctrl-C")
@@ -1354,9 +1823,9 @@ def parser() -> argparse.ArgumentParser:
     add("--show-prompt", action="store_true", help="what the teacher would be asked")
     for setting in dataclasses.fields(Config):
         group = p.add_argument_group(GROUPS[setting.name]) if setting.name in GROUPS else group
-        kind, choices = type(setting.default), setting.metadata["choices"] or None
-        shown = "|".join(filter(None, choices or [])) or kind.__name__
-        how = {"type": kind, "choices": choices, "metavar": shown}
+        allowed, kind = setting.metadata["allowed"], type(setting.default)
+        shown = allowed.strip("|") if "|" in allowed else kind.__name__
+        how = {"type": kind, "metavar": shown}
         if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
         shown = f"({setting.default}) " if setting.default != "" else ""
@@ -1365,14 +1834,12 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def resolve(config: Config) -> Config:
+def resolve(config: Config, where: str = "") -> Config:
     """Fills in what depends on machine and method, and refuses what would waste hours."""
-    for name in POSITIVE:
-        require(getattr(config, name) > 0, f"{flag(name)} {getattr(config, name)}: not above 0")
+    check(config, where)
     require(config.batch >= WORLD, f"--batch {config.batch}: fewer questions than ranks")
-    require(config.fraction <= 1, f"--fraction {config.fraction}: above 1")
-    require(config.micro_batch >= 0, f"--micro-batch {config.micro_batch}: below 0")
-    require(not config.prompt or Path(config.prompt).is_file(), f"{config.prompt}: no such file")
+    fits = config.iterations <= config.steps or not config.steps
+    require(fits, f"--iterations {config.iterations}: more than --steps {config.steps}")
     cuda = torch.cuda.is_available()
     require(cuda or config.device != "cuda", "--device cuda: there is none here; cpu works")
     config.device = config.device or ("cuda" if cuda else "cpu")
@@ -1382,40 +1849,75 @@ def resolve(config: Config) -> Config:
         torch.cuda.set_device(local)
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         config.precision = config.precision or ("bfloat16" if bf16 else "float16")
+    elif torch.version.cuda and shutil.which("nvidia-smi") and not cuda:
+        say("warning: there is an NVIDIA driver, but torch cannot use it: too old? On the CPU now")
     config.precision = config.precision or "float32"
     large = "t5-base" if config.device == "cuda" else "t5-small"
     config.model = config.model or ("demo" if config.task == "demo" else large)
-    require(config.iterations >= 0 and config.steps > 0, "--iterations, --steps: must be above 0")
-    if config.method == "dss":  # L_pred, and ℓ of slot 0's rationale
-        config.vote = "first"
-        config.scheme = "mean"  # of one
+    of_paper = config.device == "cuda" and config.model in ("t5-small", "t5-base")
+    config.discriminator_model = config.discriminator_model or (
+        "t5-base" if of_paper else config.model
+    )
+    for name, value in METHODS[config.method].items():
+        setattr(config, name, value)
     if config.method != "qcrd":
-        config.negative_source = "none"
-    config.discriminator &= config.method == "qcrd"
+        config.discriminator = False
     return config
+
+
+def contradictions(given: dict[str, Any]) -> None:
+    """Refuses flags that the method's own values contradict; names those that it ignores."""
+    method = given.get("method", "qcrd")
+    for name, value in METHODS.get(method, {}).items():
+        good = given.get(name, value) == value
+        require(good, f"{flag(name)} {given.get(name)}: --method {method} has {value}")
+    ignored = [flag(name) for name in FOR_QCRD if name in given]
+    ignored += [flag(name) for name in given if name.startswith("discriminator")]
+    if method != "qcrd" and ignored:
+        say(f"note: --method {method} does not use {', '.join(ignored)}")
+
+
+def load_task(config: Config) -> Task:
+    """The task with the part of its training questions that is used; rank 0 fetches it first."""
+    if RANK > 0:
+        barrier()
+    task = fetch_data.load_task(config.task, config.answer)
+    if RANK == 0:
+        barrier()
+    task.train[:] = task.train[: max(1, round(len(task.train) * config.fraction))]
+    return task
 
 
 def start(given: dict[str, Any], show_prompt: bool) -> None:
     """A new run: the flags over the defaults of their task and student. Raises InputError."""
-    task = given.get("task", Config.task)
-    model = given.get("model", "demo" if task == "demo" else "")
-    defaults = OTHER_DEFAULTS.get(task, {}) | (DEMO_STUDENT if model == "demo" else {})
-    if "steps" in given:
-        defaults.pop("iterations", None)
-    if task not in fetch_data.TASKS:
-        given["task"] = str(Path(task).resolve())  # --ask works from other folders too
+    contradictions(given)
+    name = given.get("task", Config.task)
+    model = given.get("model", "demo" if name == "demo" else "")
+    defaults = DEMO if name == "demo" else {}
+    defaults = defaults | (DEMO_STUDENT if model == "demo" else {})
+    if name not in fetch_data.TASKS:
+        given["task"] = str(Path(name).resolve())  # --audit works from other folders too
     config = resolve(Config(**defaults | given))
+    for model in (config.model, config.negative_model, config.discriminator_model):
+        if model and model not in ("t5-small", "t5-base"):
+            student_folder(model)  # what is missing is said before anything is fetched
+    task = load_task(config)
+    if name not in fetch_data.TASKS and "steps" not in given:
+        passes = 20 * math.ceil(len(task.train) / config.batch)
+        config.steps = max(200, min(10_000, passes))
+        few = config.iterations <= config.steps
+        require(few, f"--iterations {config.iterations}: more than the {config.steps} steps here")
     if show_prompt:
-        task = fetch_data.load_task(config.task, config.answer)
         for message in prompts_of(task, task.train[:1], config)[0]:
-            print(f"[{message['role']}]\n{message['content']}")
+            say(f"[{message['role']}]\n{message['content']}")
         asked = f"{len(task.train)} questions and {min(JUDGED, len(task.valid))} of validation"
         return say(f"{asked}, {config.samples} samples of {config.teacher_tokens} tokens at most")
-    name = f"runs/{Path(config.task).name}-{config.method}-{config.seed}"
-    names = itertools.chain([name], (f"{name}-{k}" for k in itertools.count(2)))
-    folder = Path(config.run or next(name for name in names if not Path(name).exists()))
-    require(not folder.exists(), f"--run {folder}: exists; name another, or --resume {folder}")
-    train(config, gather([folder])[0], resumed=False)
+    if config.stage == "teacher":
+        prepare(config, task, Path(), ask=True)
+        return say("the teacher is done; without --stage teacher its samples are trained on")
+    folder, held = claim(config)
+    with held:
+        train(prepare(config, task, folder, ask=True))
 
 
 def reopen(named: list[str], given: dict[str, Any], as_json: bool) -> None:
@@ -1425,14 +1927,16 @@ def reopen(named: list[str], given: dict[str, Any], as_json: bool) -> None:
     others = " ".join(flag(other) for other in given if other not in FREE_ON_RESUME)
     free = " ".join(map(flag, FREE_ON_RESUME))
     require(not others, f"--{named[0]} keeps the run's settings: {free} may change, not {others}")
+    path = Path(folder, "config.json")
+    there = path.is_file()
+    require(there, f"{folder}: no run, which is a folder like runs/demo-qcrd-0")
+    with t5.reading(path, "not the settings of a run: {}"):
+        config = Config(**json.loads(path.read_text("utf-8")) | given)
+    config = resolve(config, f"{path}: ")
     folder = Path(folder)
-    try:
-        saved = json.loads((folder / "config.json").read_text("utf-8"))
-        config = resolve(Config(**saved | given))
-    except (OSError, ValueError, TypeError):
-        raise InputError(f"{folder}: no run, which is a folder like runs/demo-qcrd-0") from None
     if named[0] == "audit":
-        require(rest[0].isdecimal(), f"--audit RUN N: N is {rest[0]!r}, not a number")
+        good = rest[0].isdecimal() and 0 < len(rest[0]) < 10
+        require(good, f"--audit RUN N: N is {rest[0][:20]!r}, not a number")
         audit(folder, config, int(rest[0]), as_json)
     elif named[0] == "ask":
         require(rest, "--ask RUN QUESTION: the question is missing")
@@ -1441,33 +1945,34 @@ def reopen(named: list[str], given: dict[str, Any], as_json: bool) -> None:
         require(len(rest) < 2, "--eval RUN FILE: one file at a time")
         use(folder, config, [], "".join(rest))
     elif (folder / "result.json").exists():
-        print_result(folder, json.loads((folder / "result.json").read_text("utf-8")))
+        with t5.reading(folder / "result.json", "no result of a run"):
+            print_result(folder, json.loads((folder / "result.json").read_text("utf-8")))
     else:
-        train(config, folder, resumed=True)
+        with hold(folder):
+            ask = not (folder / "checkpoint.pt").exists()  # it may have ended while it asked
+            train(prepare(config, load_task(config), folder, ask))
 
 
 def main() -> int:
-    """-> exit code: 0; 2 after one line for a user's mistake; 130 when stopped."""
+    """-> exit code: 0; 2 after one line for what came from outside; 130 when stopped."""
+    return t5.run_program(run_command, "--micro-batch 4 and --discriminator-questions 2 need less")
+
+
+def run_command() -> None:
     given = vars(parser().parse_args())
     as_json, show_prompt = given.pop("json", False), given.pop("show_prompt", False)
     named = [name for name in ("resume", "ask", "audit", "eval") if name in given]
-    try:
-        require("audit" in named or not as_json, "--json: only with --audit RUN N")
-        if WORLD > 1:  # rank 0 may ask a teacher for hours
-            dist.init_process_group(timeout=datetime.timedelta(hours=12))
-        if named:
-            reopen(named, given, as_json)
-        else:
-            start(given, show_prompt)
-        if WORLD > 1:
-            dist.destroy_process_group()
-        return 0
-    except (InputError, torch.OutOfMemoryError) as error:
-        memory = "out of GPU memory; a smaller --micro-batch needs less"
-        print("error:", error if isinstance(error, InputError) else memory, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    require("audit" in named or not as_json, "--json: only with --audit RUN N")
+    if WORLD > 1:  # rank 0 may ask a teacher for hours; objects are gathered on the CPU
+        cuda = torch.cuda.is_available() and given.get("device") != "cpu"
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=12))
+    if named:
+        reopen(named, given, as_json)
+    else:
+        start(given, show_prompt)
+    if WORLD > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import filelock
 import sentencepiece
 import torch
 import torch.nn.functional as F
@@ -51,6 +52,52 @@ def require(good: bool, text: str) -> None:
         raise InputError(text)
 
 
+def safe(text: str) -> str:
+    """Foreign text for a terminal: what could control it becomes a space; newlines stay."""
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+
+
+def run_program(main: Callable[[], object], memory_help: str = "") -> int:
+    """main() -> exit code: 0; 2 after one line for what comes from outside, wherever it comes up;
+    130 for Ctrl-C; 141 where nobody reads what is printed. A bug keeps its traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal in ASCII or latin-1 has no ℓ
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = main()
+        sys.stdout.flush()
+        return code or 0
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 141
+    except InputError as error:
+        text = str(error)
+    except OSError as error:
+        text = f"{error.filename or 'input or output'}: {error.strerror or error}"
+    except (MemoryError, RuntimeError) as error:
+        known = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+        if isinstance(error, RuntimeError) and not any(part in str(error) for part in known):
+            raise
+        text = f"out of memory; {memory_help}"
+    print("error:", safe(" ".join(text.split())), file=sys.stderr)
+    return 2
+
+
+def lock(path: str | Path, busy: str = "") -> filelock.AcquireReturnProxy:
+    """Hold a lock file while the process lives or a `with` lasts. Where another process has it:
+    InputError(busy), or without such a text a line and a wait."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    held = filelock.FileLock(path)
+    try:
+        return held.acquire(timeout=0)  # the lock itself would be acquired twice by `with`
+    except filelock.Timeout:
+        require(not busy, busy)
+        print(f"waiting for another process, which holds {path}", file=sys.stderr, flush=True)
+        return held.acquire()
+
+
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path to write; if the block succeeds, sync it and rename it to `path`."""
@@ -71,6 +118,8 @@ def reading(path: str | Path, problem: str) -> Iterator[None]:
     """Turn the errors of opening and parsing a file into one InputError; {} is their text."""
     try:
         yield
+    except BrokenPipeError:  # of what is printed, not of the file
+        raise
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or problem}; check the path") from None
     except Exception as error:  # torch.load alone raises a dozen kinds
@@ -199,9 +248,7 @@ class Attention(nn.Module):
             past[1, :, :, length - 1 : length] = values
             keys, values = past[:, :, :, :length]
         if x.device.type in FUSED:
-            width = keys.shape[2]  # the kernels want rows that start at a multiple of 8
-            bias = F.pad(bias.to(queries.dtype), (0, -width % 8))[..., :width]
-            bias = bias.expand(*queries.shape[:3], width)
+            bias = bias.expand(*queries.shape[:3], keys.shape[2])  # of `aligned`
             p = self.dropout.p if self.training else 0.0
             mixed = F.scaled_dot_product_attention(queries, keys, values, bias, p, scale=1.0)
         else:
@@ -223,13 +270,15 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.wi_0(x) if self.gated else self.wi(x)
-        if hidden.dtype == torch.float16:  # overflows in the product and in wo; bfloat16 does not
-            hidden = hidden.float()
+        half = hidden.dtype == torch.float16  # overflows in the product and in wo; bfloat16 not
+        hidden = hidden.float() if half else hidden
         if self.gated:
             hidden = F.gelu(hidden, approximate="tanh") * self.wi_1(x)
         else:
             hidden = F.relu(hidden)
-        with torch.autocast(x.device.type, enabled=hidden.dtype == torch.bfloat16):
+        if not half:
+            return self.wo(self.dropout(hidden))
+        with torch.autocast(x.device.type, enabled=False):
             return self.wo(self.dropout(hidden))
 
 
@@ -274,6 +323,9 @@ class Stack(nn.Module):
     def forward(self, x, packing, bias, cross=None, cross_bias=None, past=None) -> Tensor:
         """x (N, D) packed embeddings -> (N, D). cross and past: for each layer, see Attention."""
         x = self.dropout(x)
+        if x.device.type in FUSED:
+            bias = aligned(bias)
+            cross_bias = None if cross_bias is None else aligned(cross_bias)
         for i, block in enumerate(self.block):
             x = block.layer[0](x, packing, bias, None, None if past is None else past[i])
             if self.is_decoder:
@@ -284,8 +336,9 @@ class Stack(nn.Module):
     def position_bias(self, length: int) -> Tensor:
         """(1, H, length, length) float32, added to the scores; -inf on a decoder's later keys."""
         embedding = self.block[0].layer[0].SelfAttention.relative_attention_bias
-        position = torch.arange(length)  # on the CPU: a GPU's log may differ in the last digit
-        offset = position[None] - position[:, None]
+        offset = torch.arange(
+            1 - length, length
+        )  # on the CPU: a GPU's log may differ in the last digit
         distance = offset.abs()
         buckets = self.config.relative_attention_num_buckets // (1 if self.is_decoder else 2)
         exact = buckets // 2  # buckets of one distance; the others hold growing ranges
@@ -296,10 +349,12 @@ class Stack(nn.Module):
         bucket = torch.where(distance < exact, distance, far)
         if not self.is_decoder:
             bucket = bucket + buckets * (offset > 0)
-        bias = embedding(to_device(bucket, embedding.weight.device))
-        bias = bias.permute(2, 0, 1)[None].contiguous()
-        later = to_device(offset > 0, bias.device)
-        return bias.masked_fill(later, -math.inf) if self.is_decoder else bias
+        of_offset = embedding(to_device(bucket, embedding.weight.device)).T  # (H, 2 length - 1)
+        if self.is_decoder:
+            of_offset = of_offset.masked_fill(to_device(offset > 0, of_offset.device), -math.inf)
+        place = torch.arange(length)
+        place = to_device(place[None] - place[:, None] + length - 1, of_offset.device)
+        return of_offset[:, place][None]
 
 
 class T5(nn.Module):
@@ -356,17 +411,23 @@ class T5(nn.Module):
         return target.unpack(nats).sum(1) / to_device(target_mask.sum(1), memory.device)
 
     @torch.no_grad()
-    def generate(self, ids, mask, max_new_tokens, temperature=0.0, generator=None, limit=None):
+    def generate(
+        self, ids, mask, max_new_tokens, temperature=0.0, generator=None, limit=None, uniforms=None
+    ) -> Tensor:
         """Write an answer for each row: (B, <= max_new_tokens) int64, 0 after </s>; no dropout.
 
         temperature 0 takes the best token, else softmax(logits / temperature) is sampled with one
-        uniform number for each row and position, drawn from `generator` (CPU) up front: rows do not
-        depend on each other. Ids >= limit are never chosen.
+        uniform number for each row and position, of `uniforms` (B, max_new_tokens) float32 or drawn
+        from `generator` (both on the CPU): rows do not depend on each other. Ids >= limit are never
+        chosen.
         """
         was_training = self.training
         self.eval()
         device, count = self.shared.weight.device, len(ids)
-        uniforms = torch.rand(count, max_new_tokens, generator=generator).to(device)
+        if temperature > 0:
+            if uniforms is None:
+                uniforms = torch.rand(count, max_new_tokens, generator=generator)
+            uniforms = to_device(uniforms, device)
         step = Packing(torch.ones(count, 1, dtype=torch.bool), device)
         cross, cross_bias = self._cross(self.encode(ids, mask), mask)
         past = cross.new_empty(*cross.shape[:4], max_new_tokens, self.config.d_kv)
@@ -488,6 +549,15 @@ class Packing:
         if self.index is not None:
             x = x.new_zeros(self.mask.numel(), *x.shape[1:]).index_copy_(0, self.index, x)
         return x.unflatten(0, (-1, self.mask.shape[1]))
+
+
+def aligned(bias: Tensor) -> Tensor:
+    """A position bias as the fused kernels want it, once for all layers of a stack: in the dtype of
+    the products, rows that start at a multiple of 8. Gain: not measured, no GPU was at hand."""
+    kind = bias.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else bias.dtype
+    width = bias.shape[-1]
+    return F.pad(bias.to(dtype), (0, -width % 8))[..., :width]
 
 
 class Dropout(nn.Dropout):

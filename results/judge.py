@@ -11,6 +11,7 @@ key comes from OPENAI_API_KEY. The paper's prompt is not known; this one is ours
 
 import argparse
 import json
+import os
 import random
 import re
 import sys
@@ -20,7 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import fetch_data  # noqa: E402
 import qcrd  # noqa: E402
-from t5 import InputError, require  # noqa: E402
+import t5  # noqa: E402
+from t5 import require  # noqa: E402
 
 PROMPT = """Compare two explanations of the answer to a question. The better one has right steps
 that follow from the question and lead to the right answer, whatever its length, style or place.
@@ -45,22 +47,26 @@ def read_lines(path: Path) -> list[dict]:
     return records
 
 
+def config_of(folder: Path) -> qcrd.Config:
+    """A run's settings, on this machine's device. Raises InputError."""
+    path = folder / "config.json"
+    with t5.reading(path, "not the settings of a run, a folder like runs/demo-qcrd-0: {}"):
+        config = qcrd.Config(**json.loads(path.read_text("utf-8")) | {"device": ""})
+    return qcrd.resolve(config, f"{path}: ")
+
+
 def load_run(folder: Path) -> qcrd.Run:
-    """A run's task, selected student and discriminator. Raises InputError."""
-    try:
-        saved = json.loads((folder / "config.json").read_text("utf-8"))
-        config = qcrd.resolve(qcrd.Config(**saved))
-    except (OSError, ValueError, TypeError):
-        raise InputError(f"{folder}: no run, which is a folder like runs/demo-qcrd-0") from None
-    task = fetch_data.load_task(config.task, config.answer)
-    return qcrd.load_trained(folder, config, task)
+    """A finished run's selected student and discriminator. Raises InputError."""
+    return qcrd.load_trained(folder, config_of(folder))
 
 
 def sample_rationales(folder: Path, rows: list[dict], temperature: float, seed: int) -> list[str]:
     """What a run's student writes at a temperature for the questions of `rows`."""
     run = load_run(folder)
     student, longest = run.student, run.config.rationale_tokens
-    questions = [student.question(fetch_data.Example(row["input"], "")) for row in rows]
+    require(run.config.method != "single", f"{folder}: --method single has no task of explaining")
+    examples = [fetch_data.Example(row["input"], "") for row in rows]
+    questions = [student.question(example, f"judge {example.input}") for example in examples]
     written = student.write(student.explain, questions, longest, temperature, ("judge", seed))
     return [student.tokenizer.decode(ids) for ids in written]
 
@@ -75,14 +81,10 @@ def messages(row: dict, first: str, second: str) -> list[dict]:
 def ask(judge: qcrd.Teacher, prompts: list[list[dict]]) -> list[str]:
     """The judge's answer to each prompt, from the file of answers or asked for now; "": none."""
     judge.cache = fetch_data.root() / "data/judge/answers.jsonl"
-    keys = [judge.key_of(prompt) for prompt in prompts]
-    have = qcrd.read_cache(judge.cache)
-    judge.answered = any(key in have for key in keys)
-    jobs = {key: (prompt, [0]) for key, prompt in zip(keys, prompts) if key not in have}
-    if jobs:
-        qcrd.ask_teacher(judge, list(jobs.values()))
-        have = qcrd.read_cache(judge.cache)
-    return [have[key][0][0] if key in have else "" for key in keys]
+    names = [judge.sample_id(prompt) for prompt in prompts]
+    qcrd.ask_teacher(judge, dict(zip(names, prompts)), [0])
+    kept = qcrd.read_cache(judge.cache)
+    return [kept[name][0][0] if name in kept else "" for name in names]
 
 
 def verdict(answer: str) -> str | None:
@@ -108,7 +110,11 @@ def compare(folders: list[Path], judge: qcrd.Teacher, count: int, tau: float, se
 
 
 def main() -> int:
-    """-> exit code: 0; 2 after one line for a user's mistake."""
+    """-> exit code, 2 after one line for what comes from outside."""
+    return t5.run_program(run_command)
+
+
+def run_command() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     add = parser.add_argument
     add("runs", nargs=2, type=Path, metavar="RUN", help="DSS's, then QCRD's")
@@ -119,23 +125,19 @@ def main() -> int:
     add("--seed", type=int, default=0, help="which questions, and the students' samples")
     args = parser.parse_args()
     tau, (first, second) = args.temperature, args.runs
-    try:
-        require(args.questions > 0 and tau >= 0, "--questions, --temperature: too small")
-        task = json.loads((second / "config.json").read_text("utf-8"))["task"]
-        given = {"teacher": args.judge, "teacher_model": args.judge_model, "samples": 1}
-        judge = qcrd.connect_teacher(qcrd.Config("judge", teacher_temperature=0.0, **given), True)
-        require(judge and judge.url != "palm", "no judge: name --judge URL, or set OPENAI_API_KEY")
-        counts = compare(args.runs, judge, args.questions, tau, args.seed)
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    require(args.questions > 0 and tau >= 0, "--questions, --temperature: too small")
+    named = args.judge or os.environ.get("OPENAI_BASE_URL") or os.environ.get("OPENAI_API_KEY")
+    require(named, "no judge: name --judge URL, or set OPENAI_API_KEY")
+    task = config_of(second).task
+    given = {"teacher": args.judge, "teacher_model": args.judge_model, "samples": 1}
+    judge = qcrd.connect_teacher(qcrd.Config("judge", teacher_temperature=0.0, **given), True)
+    counts = compare(args.runs, judge, args.questions, tau, args.seed)
     good = counts["both"] + counts["by order"]
     print(f"{task}, τ = {tau:g}, {judge.model}: {first.name} better {counts['first']} / ", end="")
     print(f"both good {good} / {second.name} better {counts['second']}")
     print(f"  both good by order alone: {counts['by order']}; unreadable: {counts['unreadable']}")
     if paper := PAPER.get(tau, {}).get(task):
         print("  the paper, 50 questions, GPT-3.5: {} / {} / {}".format(*paper))
-    return 0
 
 
 if __name__ == "__main__":

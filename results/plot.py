@@ -11,6 +11,7 @@ with a band from lowest to highest. Pictures need matplotlib (pip install matplo
 """
 
 import argparse
+import dataclasses
 import io
 import json
 import math
@@ -26,9 +27,10 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import run as tables  # noqa: E402
-from judge import load_run, read_lines  # noqa: E402
+from judge import config_of, load_run, read_lines  # noqa: E402
 
 import qcrd  # noqa: E402
+import t5  # noqa: E402
 from t5 import InputError, require  # noqa: E402
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#666666"
@@ -78,28 +80,29 @@ def density(scores: list[float], grid: np.ndarray, width: float = 0.025) -> np.n
 
 def score_sets(run: qcrd.Run) -> dict[str, list[float]]:
     """s of the teacher's rationales and of the student's samples for the validation questions."""
-    config, task, student = run.config, run.task, run.student
-    require(run.discriminator, f"{run.folder}: has no discriminator, so that there is no s to show")
-    teacher = qcrd.connect_teacher(config, ask=False)
-    slots = qcrd.teacher_samples(teacher, task, task.valid, ask=False)
-    votes = [qcrd.vote_on(task, e.input, row) for e, row in zip(task.valid, slots)]
-    sets = [qcrd.sets_of(vote, config)[:2] for vote in votes]
-    questions = [student.question(e, *both) for e, both in zip(task.valid, sets)]
+    config, student, D = run.config, run.student, run.discriminator
+    require(D is not None, f"{run.folder}: has no discriminator, so that there is no s to show")
+    task = qcrd.load_task(config)
+    examples = task.valid[: qcrd.JUDGED]
+    slots = qcrd.teacher_samples(qcrd.connect_teacher(config, False), task, examples, ask=False)
+    questions = []
+    for i, (example, row) in enumerate(zip(examples, slots)):
+        S_pos, minority, _ = qcrd.sets_of(qcrd.vote_on(task, example.input, row), config.vote)
+        questions.append(student.question(example, f"valid {i}", S_pos, minority))
     pairs = {"teacher's positives": [(q.x, r) for q in questions for r in q.S_pos]}
     pairs["teacher's negatives"] = [(q.x, r) for q in questions for r in q.minority]
     for tau in (1.5, 2.0):
         seed = (config.seed, "score figure", tau)
         written = student.write(student.explain, questions, config.rationale_tokens, tau, seed)
         pairs[f"student's samples, τ = {tau}"] = [(q.x, r) for q, r in zip(questions, written)]
-    return {name: run.score(of).tolist() for name, of in pairs.items()}
+    return {name: D.score(of).tolist() for name, of in pairs.items()}
 
 
 def draw_scores(names: list[str], path: Path) -> None:
     run = load_run(Path(names[0]))
-    scores = score_sets(run)
     picture, ((axis,),) = figure(1, 1, 3.6)
     grid = np.linspace(0, 1, 401)
-    for (name, s), colour in zip(scores.items(), (GREEN, ORANGE, BLUE, PINK)):
+    for (name, s), colour in zip(score_sets(run).items(), (GREEN, ORANGE, BLUE, PINK)):
         if s:
             label = f"{name} ({len(s)}, mean {np.mean(s):.2f})"
             axis.plot(grid, density(s, grid), color=colour, label=label)
@@ -124,15 +127,18 @@ def draw_fractions(names: list[str], path: Path) -> None:
                 if run["cell"] in cells:
                     y[run["seed"], cells.index(run["cell"])] = 100 * run[key]
             band(axis, parts, y, method, colour)
-        printed = [tables.PAPER["fractions"][1][cell] for cell in cells]
+        printed = [tables.PAPER["svamp", "t5-base"]["fractions"][cell] for cell in cells]
         paper.plot(parts, printed, "o--", color=colour, alpha=0.5, label=f"{method}, printed")
     titles = ("last student: labels, %", "rationales, %", "the paper's: labels, SVAMP, T5-base, %")
     for axis, title in zip((label, rationale, paper), titles):
         axis.set(title=title, xticks=parts, xlabel="% of the training set")
         axis.legend()
     paper.set_facecolor("#f2f2f2")
-    task = table.stem.removeprefix("fractions").strip("-") or "demo"
-    save(picture, path, f"White: {task}, {seeds} seeds, mean and range. Grey: the paper's numbers")
+    save(
+        picture,
+        path,
+        f"White: {table.stem}, {seeds} seeds, mean and range. Grey: the paper's numbers",
+    )
 
 
 # title -> {key of metrics.jsonl: (name, colour)}
@@ -144,10 +150,8 @@ PANELS = {
     "s of the picks": {"s_pos": ("s of r⁺", GREEN), "s_neg": ("s of r⁻", ORANGE)},
     "mean s, validation questions": {"s.positives": ("teacher's positives", GREEN)}
     | {"s.teacher": ("teacher's negatives", ORANGE), "s.student": ("student's samples", PINK)},
-    "validation questions, %": {
-        "valid": ("label", BLUE),
-        "pair": ("positive above negative", GREY),
-    },
+    "validation questions, %": {"valid": ("label", BLUE), "valid_rationale": ("rationale", PINK)}
+    | {"pair": ("positive above negative", GREY)},
 }
 STYLES = {"solid": "-", "dashed": "--", "dotted": ":"}
 
@@ -163,11 +167,10 @@ def read_runs(names: list[str]) -> list[tuple[str, float, list[list[dict]]]]:
                 setting = (run["cell"], delta, [])
                 settings.setdefault(run["cell"], setting)[2].append(run["iterations"])
         else:
-            lines = read_lines(path / "metrics.jsonl")
-            config = json.loads((path / "config.json").read_text("utf-8"))
-            setting = (path.resolve().name, config["delta"], [])
-            same = json.dumps(config | {"seed": 0, "run": ""}, sort_keys=True)
-            settings.setdefault(same, setting)[2].append(lines)
+            config = config_of(path)
+            setting = (path.resolve().name, config.delta, [])
+            same = repr(dataclasses.replace(config, seed=0, run=""))
+            settings.setdefault(same, setting)[2].append(read_lines(path / "metrics.jsonl"))
     return list(settings.values())
 
 
@@ -186,11 +189,13 @@ def draw_curves(names: list[str], path: Path) -> None:
     parts = []
     for (title, delta, runs), (style, dashes) in zip(settings, STYLES.items()):
         parts.append(f"{style}: {title}" + (f", {len(runs)} seeds" if len(runs) > 1 else ""))
+        iterations = series(runs, "iteration")[0]  # from 0, the student before training
         for axis, (panel, keys) in zip(axes.flat, PANELS.items()):
             for key, (name, colour) in keys.items():
                 y = series(runs, key) * (100 if "%" in panel else 1)
-                band(axis, range(1, 1 + y.shape[1]), y, name, colour, dashes)
+                band(axis, iterations, y, name, colour, dashes)
             axis.set_title(panel)
+            axis.set_xlim(left=-0.25)
             if "%" in panel:
                 axis.set_ylim(-4, 104)
             axis.locator_params(axis="x", integer=True)
@@ -306,7 +311,11 @@ COMMANDS |= {"curves": (draw_curves, "+"), "audit": (write_audit, 2)}
 
 
 def main() -> int:
-    """-> exit code: 0; 2 after one line for a user's mistake."""
+    """-> exit code, 2 after one line for what comes from outside."""
+    return t5.run_program(run_command)
+
+
+def run_command() -> None:
     how: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(description=__doc__, **how)
     commands = parser.add_subparsers(dest="what", required=True)
@@ -317,12 +326,7 @@ def main() -> int:
     args = parser.parse_args()
     folder = Path(*args.names[:1]) if args.what == "audit" else HERE
     suffix = "html" if args.what == "audit" else "png"
-    try:
-        COMMANDS[args.what][0](args.names, args.out or folder / f"{args.what}.{suffix}")
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    COMMANDS[args.what][0](args.names, args.out or folder / f"{args.what}.{suffix}")
 
 
 if __name__ == "__main__":

@@ -341,7 +341,7 @@ def parse_example(line: bytes, kind: str, where: str) -> Example:
     require(not empty, f"{where}: an empty input or label")
     shown = f"{where}: label {label[:40]!r}"
     require(kind != "nli" or label in NLI, f"{shown} must be one of {', '.join(NLI)}")
-    good = answer_key(kind, label) is not None
+    good = kind != "number" or value(label) is not None  # any text but a blank one has a key
     require(good, f"{shown} is no number and no equation; --answer text compares text")
     return Example(question, sys.intern(label))  # one object for the 549,367 labels of e-SNLI
 
@@ -402,6 +402,7 @@ def value(expression: str) -> float | None:
 
 QUOTES = "\"'`“”„‟‘’‚‛«»‹›「」『』"
 STOPS = ".。．｡।॥۔։።"  # full stops: Latin, Chinese, Hindi, Urdu, Armenian, Amharic
+EDGES = QUOTES + STOPS + ",;:!?()[]{}<>=*_$|\\…–—，、；：！？（）"  # not "#", "+", "-", "%", "/"
 
 
 def bare(text: str) -> str:
@@ -502,7 +503,7 @@ def read_answer(kind: str, options: list[str], text: str, first: bool) -> str | 
 
 def options_in(text: str, options: list[str]) -> list[str]:
     """The options that a text names, in its order; of two at one place the longer one."""
-    edge = re.escape(QUOTES + STOPS + ",;:!?()[]{}*_$|…—，、；：！？（）") + r"\s"  # not "#": C, C#
+    edge = re.escape(EDGES) + r"\s"  # what may touch an option: "C#" does not name "C"
     keys = {answer_key("text", option) or "\n": option for option in options}  # "\n" is in no key
     words = "|".join(map(re.escape, sorted(keys, key=len, reverse=True)))
     found = re.findall(rf"(?<![^{edge}])(?:{words})(?![^{edge}])", answer_key("text", text) or "")

@@ -1044,6 +1044,7 @@ choice train station | The correct answer is option (d). | Final answer: **(d) t
 choice train | The answer is B. The others make no sense.
 choice | So the answer is one of these. | So the answer is (h). | The cellar or the train.
 nli neutral | <Explanation>: Who knows. <Answer>: neutral | So the answer is Neutral. | A: neutral.
+  | <Answer>: <neutral> | Label = neutral | The answer is \(neutral\).
   | Nothing is said of it.\n\n**Neutral** | Answer: neutral, nothing is said of the girls.
   | So the answer is neutral.\n\nPremise: A dog.\nHypothesis: It sits.\nAnswer: entailment
 nli | It could be entailment or neutral.

@@ -128,8 +128,9 @@ def anonymous_session(url: str) -> requests.Session:
     sends a password after every redirect, even where `auth` is given."""
     session = requests.Session()
     session.trust_env = False
-    session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
-    if not re.match(r"https?://(127\.[\d.]+|localhost|\[::1\])[:/]", url):
+    bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
+    session.verify = bundle or True
+    if not re.match(r"https?://(127\.[\d.]+|localhost|\[::1\])([:/]|\Z)", url):
         session.proxies = requests.utils.get_environ_proxies(url)
     return session
 
@@ -961,9 +962,7 @@ def run_command() -> None:
     parser.add_argument("names", nargs="*", help="tasks, students, serve-teacher, pretrain-demo")
     parser.add_argument("--archive", default="", help="datasets.zip to read tasks and PaLM from")
     parser.add_argument("--port", type=int, default=8000, help="of serve-teacher; 0: a free one")
-    args = parser.parse_args()
-    if not args.names:
-        parser.print_help()
+    args = parser.parse_args(sys.argv[1:] or ["--help"])
     for name in args.names:
         if name == "pretrain-demo":
             print(pretrain_demo())

@@ -55,7 +55,6 @@ from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import requests
@@ -286,18 +285,24 @@ class Question:
         return self.minority + self.from_past
 
 
+def load_model(folder: Path, vocab: Path, tokenizer: Tokenizer) -> T5:
+    """A T5 that has a row for each piece of the tokenizer in `vocab`. Raises InputError."""
+    model = T5.load(folder)
+    rows = model.config.vocab_size
+    fits = tokenizer.size <= rows
+    require(fits, f"{vocab}: {tokenizer.size} pieces, but {folder} embeds {rows}")
+    return model
+
+
 class Student:
     """A T5 with its tokenizer and precision."""
 
     def __init__(self, folder: Path, config: Config):
         self.config = config
         self.device = torch.device(config.device)
-        self.model = T5.load(folder).to(self.device)
         self.vocab = folder / "spiece.model"
         self.tokenizer = Tokenizer(self.vocab)
-        rows = self.model.config.vocab_size
-        fits = self.tokenizer.size <= rows
-        require(fits, f"{self.vocab}: {self.tokenizer.size} pieces, but {folder} embeds {rows}")
+        self.model = load_model(folder, self.vocab, self.tokenizer).to(self.device)
         # the prefixes of the two tasks [DSS; the review: <Predict>, <Explain>]; one target: none
         self.predict = self.tokenizer.encode("predict:")[:-1] if config.method != "single" else []
         self.explain = self.tokenizer.encode("explain:")[:-1]
@@ -363,17 +368,14 @@ class Student:
         order = sorted(range(len(questions)), key=lambda i: len(questions[i].x))
         size = self.rows_at_once()
         batches = [order[i : i + size] for i in range(0, len(order), size)]
-        copies = collections.Counter()  # several samples of a question differ
-        seeds = []
-        for q in questions:
-            seeds.append(derive_seed(*seed, q.place, copies[q.place]))
-            copies[q.place] += 1
+        seeds = row_seeds(questions, seed) if tau else []
         written = []
         for batch in track("  writing", batches[RANK::WORLD]):
             ids, mask = self.inputs(prefix, [questions[i] for i in batch])
-            draws = [torch.Generator().manual_seed(seeds[i]) for i in batch] if tau else []
-            uniforms = [torch.rand(longest, generator=draw) for draw in draws]
-            uniforms = torch.stack(uniforms) if tau else None
+            uniforms = None
+            if tau:
+                draws = [torch.Generator().manual_seed(seeds[i]) for i in batch]
+                uniforms = torch.stack([torch.rand(longest, generator=draw) for draw in draws])
             with self.autocast():
                 rows = self.model.generate(
                     ids, mask, longest, tau, limit=self.tokenizer.size, uniforms=uniforms
@@ -382,6 +384,16 @@ class Student:
                 end = row.index(t5.EOS) + 1 if t5.EOS in row else len(row)
                 written.append((i, array("i", row[:end])))
         return [row for _, row in sorted(gather(written), key=lambda pair: pair[0])]
+
+
+def row_seeds(questions: list[Question], seed: tuple) -> list[int]:
+    """A seed for each row, from its question's place; several samples of a question differ."""
+    copies = collections.Counter()
+    seeds = []
+    for q in questions:
+        seeds.append(derive_seed(*seed, q.place, copies[q.place]))
+        copies[q.place] += 1
+    return seeds
 
 
 class Run:
@@ -434,9 +446,7 @@ def past_student(run: Run, t: int) -> Student | None:
     past = copy.copy(run.student)
     if config.negative_source in ("fixed", "static"):
         folder = student_folder(config.negative_model or config.model)
-        past.model = T5.load(folder)
-        fits = past.tokenizer.size <= past.model.config.vocab_size
-        require(fits, f"--negative-model {folder}: embeds fewer pieces than the student's")
+        past.model = load_model(folder, past.vocab, past.tokenizer)
     elif config.negative_source == "snapshot" and t > config.lag:
         past.model = copy.deepcopy(past.model)
         past.model.load_state_dict(read_snapshot(run.folder, t - config.lag)["student"])
@@ -580,11 +590,8 @@ def train_discriminator(run: Run, t: int, questions: list[Question]) -> None:
     is constant [ours].
     """
     config, student, D = run.config, run.student, run.discriminator
-    steps, rate, alpha_d = (
-        config.discriminator_pretrain,
-        config.discriminator_lr,
-        config.alpha_d or 1,
-    )
+    steps, rate = config.discriminator_pretrain, config.discriminator_lr
+    alpha_d = config.alpha_d or 1  # it is pretrained where α3 is 0, too
     if t > 0:
         steps = config.discriminator_steps
         rate *= 1 - run.step / config.steps
@@ -656,6 +663,17 @@ def measure(student: Student, questions: list[Question], candidates: list[Candid
         c.loss = loss
 
 
+def by_set(candidates: list[Candidate]) -> list[list[Candidate]]:
+    """The members at hand of each question's S_pos and S_neg, which stand side by side."""
+    groups = itertools.groupby(candidates, lambda c: (c.row, c.positive))
+    return [list(members) for _, members in groups]
+
+
+def positive_mask(candidates: list[Candidate], device: torch.device | str) -> Tensor:
+    """(P,) bool: which of them are positives."""
+    return to_device(torch.tensor([c.positive for c in candidates], dtype=torch.bool), device)
+
+
 def pick(candidates: list[Candidate], questions: list[Question], config: Config, step: int) -> list:
     """The candidates that count in the loss, of each question's S_pos and S_neg.
 
@@ -665,8 +683,8 @@ def pick(candidates: list[Candidate], questions: list[Question], config: Config,
     """
     extremes = {"minmax": (min, max), "maxmin": (max, min), "minmin": (min, min)}
     picks = []
-    for (row, positive), group in itertools.groupby(candidates, lambda c: (c.row, c.positive)):
-        members = list(group)
+    for members in by_set(candidates):
+        row, positive = members[0].row, members[0].positive
         if config.scheme in ("mean", "wmean"):
             picks += members
         elif config.scheme == "sampling":
@@ -706,8 +724,7 @@ def weights_of(picks: list[Candidate], s: Tensor | None, device: torch.device | 
     without gradient [ours]; 1 without a discriminator."""
     if s is None:
         return torch.ones(len(picks), device=device)
-    positive = torch.tensor([c.positive for c in picks], dtype=torch.bool)
-    return torch.where(to_device(positive, device), s, 1 - s)
+    return torch.where(positive_mask(picks, device), s, 1 - s)
 
 
 def shares_of(picks: list[Candidate], weight: Tensor, scheme: str) -> Tensor:
@@ -715,8 +732,7 @@ def shares_of(picks: list[Candidate], weight: Tensor, scheme: str) -> Tensor:
     weight under wmean, 0 where Σ weight = 0 [ours]."""
     if not picks:
         return weight
-    sets = itertools.groupby(picks, lambda c: (c.row, c.positive))
-    sizes = [len(list(members)) for _, members in sets]
+    sizes = [len(members) for members in by_set(picks)]
     amount = weight if scheme == "wmean" else torch.ones_like(weight)
     total = torch.cat([part.sum().expand(len(part)) for part in amount.split(sizes)])
     return torch.where(total > 0, 1 / total, 0.0)
@@ -727,8 +743,8 @@ def contrastive(losses: Tensor, s: Tensor | None, picks: list[Candidate], config
     weight = weights_of(picks, s, losses.device)
     l_pos = weight * losses  # s(r⁺) · ℓ(r⁺) [eq. 6]
     l_neg = weight * (losses - config.delta).clamp(max=0)  # with the negatives' margin δ [eq. 7]
-    positive = torch.tensor([c.positive for c in picks], dtype=torch.bool)
-    terms = torch.where(to_device(positive, losses.device), l_pos, -config.beta * l_neg)
+    positive = positive_mask(picks, losses.device)
+    terms = torch.where(positive, l_pos, -config.beta * l_neg)
     return shares_of(picks, weight, config.scheme) * terms
 
 
@@ -753,7 +769,7 @@ def iterate(run: Run, t: int) -> None:
     config, student, D = run.config, run.student, run.discriminator
     α1, α2, _ = alphas_of(config, t)  # α3 is D's
     order = visits(config, len(run.train), t)
-    questions = [run.train[i] for i in sorted(set(order))]
+    questions = visited(run, order)
     run.sums = {}
 
     add_past_negatives(run, t, questions + run.judged)  # the student of t - j writes; S_neg grows
@@ -786,17 +802,16 @@ def take_statistics(run: Run, part: float, picks: list, losses: Tensor, s, L_pre
     """What the iteration's line says of these questions. part: their part of the batch."""
     run.note("L_pred", L_pred.detach(), part)
     run.note("L_cl", L_cl.detach(), part)
-    positive = torch.tensor([c.positive for c in picks], dtype=torch.bool)
+    positive = positive_mask(picks, losses.device)
     negatives = [c.loss for c in picks if not c.positive]  # ℓ of the pass that picked them
     beyond = sum(loss >= run.config.delta for loss in negatives)
     positives = len(picks) - len(negatives)
-    on_device = to_device(positive, losses.device)
-    run.note("l_pos", (losses.detach() * on_device).sum(), positives)
+    run.note("l_pos", (losses.detach() * positive).sum(), positives)
     run.note("l_neg", sum(negatives), len(negatives))
     run.note("zero", beyond, len(negatives))
     if s is not None:
-        run.note("s_pos", (s * on_device).sum(), positives)
-        run.note("s_neg", (s * ~on_device).sum(), len(negatives))
+        run.note("s_pos", (s * positive).sum(), positives)
+        run.note("s_neg", (s * ~positive).sum(), len(negatives))
 
 
 def visits(config: Config, n: int, t: int) -> list[int]:
@@ -809,6 +824,11 @@ def visits(config: Config, n: int, t: int) -> list[int]:
         rng = np.random.default_rng(derive_seed(config.seed, "order", number))
         stream += rng.permutation(n).tolist()
     return stream[start % n : start % n + end - start]
+
+
+def visited(run: Run, order: list[int]) -> list[Question]:
+    """The questions of an iteration's order, each once, as they stand in the data."""
+    return [run.train[i] for i in sorted(set(order))]
 
 
 def micro_batches(batch: list[Question], config: Config) -> list[list[Question]]:
@@ -872,24 +892,17 @@ class Teacher:
         self.refusals: collections.Counter[str] = collections.Counter()  # the server's words
         self.refused_in_a_row = 0
         self.questions = 1  # asked for, or answered before
-        self.refusals_allowed = 3  # in a row
+        self.settings_work = False  # an answer was kept under them
         self.trouble = ""  # what the last request met
-        self.session = requests.Session()
-        self.session.auth = self.sign  # else requests would send what ~/.netrc says
         try:
-            host = urlsplit(self.url).hostname or ""
+            self.session = fetch_data.anonymous_session(self.url)
         except ValueError as error:
             raise InputError(f"--teacher {url}: {error}") from None
-        if host == "localhost" or host.startswith("127.") or host == "::1":
-            self.session.trust_env = False  # no proxy on the way to this machine
+        if api_key:
+            self.session.headers["Authorization"] = f"Bearer {api_key}"
         adapter = requests.adapters.HTTPAdapter(pool_maxsize=config.concurrency)
         self.session.mount("http://", adapter)
         self.session.mount("https://", adapter)
-
-    def sign(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        if self.api_key:
-            request.headers["Authorization"] = f"Bearer {self.api_key}"
-        return request
 
     def sample_id(self, messages: list[dict]) -> str:
         """What decides a sample beside its slot: messages, model, settings."""
@@ -984,17 +997,18 @@ class Teacher:
                 self.stopped.wait(BACKOFF * random.uniform(0.5, 1.5))
             elif status in (200, 400, 413, 422):
                 return self.refuse(status, answer, body)
-            elif not self.stopped.is_set():
-                raise self.failure(status, answer, body)
-            else:
+            elif self.stopped.is_set():
                 return
+            else:
+                raise self.failure(status, answer, body)
 
     def refuse(self, status: int, answer: Any, body: dict) -> None:
         """Leaves a question out; several in a row end the asking. Raises InputError."""
         with self.lock:
             self.refusals[f"status {status}, {self.words(answer)}"] += 1
             self.refused_in_a_row += 1
-            too_many = self.refused_in_a_row >= self.refusals_allowed
+            allowed = max(5, self.questions // 50) if self.settings_work else 3
+            too_many = self.refused_in_a_row >= allowed
         if too_many:
             raise self.failure(status, answer, body)
 
@@ -1009,7 +1023,7 @@ class Teacher:
                 file.write("".join(lines).encode())
                 self.filled += len(lines)
                 self.refused_in_a_row = 0
-                self.refusals_allowed = max(5, self.questions // 50)
+                self.settings_work = True
         return len(lines)
 
 
@@ -1098,7 +1112,7 @@ def wait_for(result: Callable, teacher: Teacher) -> Any:
             if now - shown > QUIET:
                 shown = now
                 why = teacher.trouble or "no answer yet"
-                print(t5.safe(f"  waiting for {teacher.url} for {now - start:.0f} s: {why}"))
+                say(f"  waiting for {teacher.url} for {now - start:.0f} s: {why}")
 
 
 def prompts_of(task: Task, examples: list[Example], config: Config) -> list[list[dict]]:
@@ -1115,7 +1129,8 @@ def teacher_samples(teacher: Teacher | None, task: Task, examples: list, ask: bo
     if teacher is None:
         return [[] for _ in examples]
     if teacher.url == "palm":
-        kept = read_cache(fetch_data.palm_samples(task.name), "question")
+        teacher.cache = fetch_data.palm_samples(task.name)
+        kept = read_cache(teacher.cache, "question")
         return [[kept.get(example.input, {}).get(0)] for example in examples]
     config = teacher.config
     prompts = prompts_of(task, examples, config)
@@ -1123,20 +1138,20 @@ def teacher_samples(teacher: Teacher | None, task: Task, examples: list, ask: bo
     slots = range(1 if config.vote == "first" else config.samples)
     model = re.sub(r"[^A-Za-z0-9.-]+", "_", teacher.model)[:80]
     teacher.cache = task.folder / f"teacher-{model}.jsonl"
+    kept = None
     if ask and RANK == 0:
-        ask_teacher(teacher, dict(zip(names, prompts)), slots)
+        kept = ask_teacher(teacher, dict(zip(names, prompts)), slots)
     if ask:
         barrier()  # the other ranks wait for the samples
-    kept = read_cache(teacher.cache)
-    found = [[kept.get(name, {}).get(k) for k in slots] for name in names]
-    some = any(slot for row in found for slot in row)
-    require(some, f"{teacher.cache}: no sample of these questions and settings is there")
-    return found
+    if kept is None:
+        kept = read_cache(teacher.cache)
+    return [[kept.get(name, {}).get(k) for k in slots] for name in names]
 
 
-def ask_teacher(teacher: Teacher, prompts: dict[str, list[dict]], slots: Iterable[int]) -> None:
-    """Fills the slots that the cache lacks, through `--concurrency` threads. One process asks, the
-    others wait and read. Raises InputError; whatever ends it, answers under way are kept."""
+def ask_teacher(teacher: Teacher, prompts: dict[str, list[dict]], slots: Iterable[int]) -> dict:
+    """Fills the slots that the cache lacks, through `--concurrency` threads -> the cache's samples.
+    One process asks, the others wait and read. Raises InputError; whatever ends it, answers under
+    way are kept."""
     teacher.cache.parent.mkdir(parents=True, exist_ok=True)
     with t5.lock(f"{teacher.cache}.lock"):
         kept = read_cache(teacher.cache)
@@ -1146,7 +1161,7 @@ def ask_teacher(teacher: Teacher, prompts: dict[str, list[dict]], slots: Iterabl
             if missing:
                 jobs.append((messages, missing))
         if not jobs:
-            return
+            return kept
         total = sum(len(missing) for _, missing in jobs)
         characters = sum(len(part["content"]) for messages, _ in jobs for part in messages)
         tokens = (characters // 4 + 120 * total) // 1000
@@ -1155,8 +1170,7 @@ def ask_teacher(teacher: Teacher, prompts: dict[str, list[dict]], slots: Iterabl
         with open(teacher.cache, "ab") as file:
             file.write(b"\n")  # ends a line that a crash tore
         teacher.questions = len(prompts)
-        known = any(name in kept for name in prompts)  # these settings have worked before
-        teacher.refusals_allowed = max(5, len(prompts) // 50) if known else 3
+        teacher.settings_work = any(name in kept for name in prompts)
         try:
             run_jobs(teacher, jobs, total)
         finally:
@@ -1166,9 +1180,9 @@ def ask_teacher(teacher: Teacher, prompts: dict[str, list[dict]], slots: Iterabl
     if teacher.config.teacher_budget and teacher.requests >= teacher.config.teacher_budget:
         say("  --teacher-budget is spent; run again, with another one, for the rest")
     refused = sum(teacher.refusals.values())
-    require(
-        refused <= len(prompts) / 2, f"teacher {teacher.url}: refused most questions, see above"
-    )
+    most = refused > len(prompts) / 2
+    require(not most, f"teacher {teacher.url}: refused most questions, see above")
+    return read_cache(teacher.cache)
 
 
 def run_jobs(teacher: Teacher, jobs: list, total: int) -> None:
@@ -1272,12 +1286,8 @@ def claim(config: Config) -> tuple[Path, contextlib.AbstractContextManager]:
     if RANK > 0:
         return gather([None])[0], contextlib.nullcontext()  # rank 0 claims for all
     name = f"runs/{Path(config.task).name}-{config.method}-{config.seed}"
-    names = (
-        [config.run]
-        if config.run
-        else itertools.chain([name], (f"{name}-{k}" for k in itertools.count(2)))
-    )
-    for folder in map(Path, names):
+    for number in itertools.count(1):
+        folder = Path(config.run or (name if number == 1 else f"{name}-{number}"))
         remedy = f"name another, or --resume {folder}"
         try:
             entries = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
@@ -1290,7 +1300,6 @@ def claim(config: Config) -> tuple[Path, contextlib.AbstractContextManager]:
             continue
         fetch_data.write_lines(folder / "config.json", [dataclasses.asdict(config)])
         return gather([folder])[0], held
-    raise AssertionError("the names have no end")
 
 
 def load_data(run: Run, task: Task, votes: list[Vote]) -> None:
@@ -1324,24 +1333,35 @@ def report_data(run: Run, task: Task) -> None:
         labels_of[q.example.input].add(q.example.label)
     tested = {example.input for example in task.test}
     single, longest = config.method == "single", config.rationale_tokens
-    losses: dict[str, Callable] = {
-        "reach --input-tokens": lambda q: len(q.x) == config.input_tokens,
-        "have labels that reach --label-tokens": lambda q: (
-            not single and len(q.target) == config.label_tokens
+    any_of, all_of, never = 1, len(questions), math.inf  # so many make the result wrong
+    for what, wrong_from, loses in (
+        ("reach --input-tokens", never, lambda q: len(q.x) == config.input_tokens),
+        (
+            "have labels that reach --label-tokens",
+            all_of,
+            lambda q: not single and len(q.target) == config.label_tokens,
         ),
-        "have rationales that reach --rationale-tokens": lambda q: any(
-            len(r) == longest for r in q.S_pos + q.minority
+        (
+            "have rationales that reach --rationale-tokens",
+            never,
+            lambda q: any(len(r) == longest for r in q.S_pos + q.minority),
         ),
-        "hold what the student's vocabulary lacks": lambda q: t5.UNK in q.x or t5.UNK in q.target,
-        "stand there with different labels": lambda q: len(labels_of[q.example.input]) > 1,
-        "are test questions too": lambda q: q.example.input in tested,
-    }
-    for what, loses in losses.items():
+        (
+            "hold what the student's vocabulary lacks",
+            never,
+            lambda q: t5.UNK in q.x or t5.UNK in q.target,
+        ),
+        (
+            "stand there with different labels",
+            all_of,
+            lambda q: len(labels_of[q.example.input]) > 1,
+        ),
+        ("are test questions too", any_of, lambda q: q.example.input in tested),
+    ):
         found = [q for q in questions if loses(q)]
         if found:
-            wrong = "test" in what or ("label" in what and len(found) == len(questions))
+            start = "warning" if len(found) >= wrong_from else "note"
             shown = fetch_data.fold(found[0].example.input)[:60]
-            start = "warning" if wrong else "note"
             say(f"{start}: {len(found)} of {len(questions)} questions {what}, as {shown!r}")
 
 
@@ -1352,9 +1372,7 @@ def discriminator_of(student: Student, config: Config) -> Discriminator | None:
     folder = student_folder(config.discriminator_model)
     same = (folder / "spiece.model").read_bytes() == student.vocab.read_bytes()
     require(same, f"--discriminator-model {folder}: its spiece.model is not the student's")
-    encoder = T5.load(folder).encoder_only()
-    fits = student.tokenizer.size <= encoder.config.vocab_size
-    require(fits, f"--discriminator-model {folder}: embeds fewer pieces than the student's")
+    encoder = load_model(folder, student.vocab, student.tokenizer).encoder_only()
     return Discriminator(student, encoder)
 
 
@@ -1365,6 +1383,9 @@ def prepare(config: Config, task: Task, folder: Path, ask: bool) -> Run | None:
     judged = task.valid[:JUDGED] if config.discriminator else []
     examples = task.train + judged
     rows = teacher_samples(teacher, task, examples, ask)
+    if teacher is not None:
+        some = any(slot for row in rows for slot in row)
+        require(some, f"{teacher.cache}: no sample of these questions and settings is there")
     votes = [vote_on(task, e.input, row) for e, row in zip(examples, track("  vote", rows))]
     if teacher is not None:
         report_votes(task, task.train, votes[: len(task.train)])
@@ -1379,6 +1400,14 @@ def prepare(config: Config, task: Task, folder: Path, ask: bool) -> Run | None:
 def read_snapshot(folder: Path, t: int) -> dict[str, dict]:
     """The weights of student and discriminator after iteration t."""
     return t5.read_pt(folder / f"snapshots/{t}.pt")
+
+
+def load_weights(run: Run, t: int) -> None:
+    """Gives student and discriminator their weights after iteration t."""
+    weights = read_snapshot(run.folder, t)
+    run.student.model.load_state_dict(weights["student"])
+    if run.discriminator is not None:
+        run.discriminator.load_state_dict(weights["discriminator"])
 
 
 def parts_of(run: Run) -> dict[str, Any]:
@@ -1421,10 +1450,7 @@ def restore(run: Run) -> None:
             setattr(run, name, state[name])
         for name, part in parts_of(run).items():
             part.load_state_dict(state[name])
-        weights = read_snapshot(run.folder, run.iteration)
-        run.student.model.load_state_dict(weights["student"])
-        if run.discriminator is not None:
-            run.discriminator.load_state_dict(weights["discriminator"])
+        load_weights(run, run.iteration)
     require(same, f"{run.folder}: was made with other questions or samples; start a new run")
 
 
@@ -1521,7 +1547,6 @@ def evaluate(run: Run, questions: list[Question], explained: int) -> list[dict[s
     longest = config.label_tokens + single * config.rationale_tokens
     written = student.write(student.predict, questions, longest)
     answers = [student.tokenizer.decode(ids) for ids in written]
-    rationales = ["" for _ in questions]
     if single:  # the answer is what follows the last "answer:"; without one there is none
         parts = [text.rpartition("answer:") for text in answers]
         rationales = [before if mark else after for before, mark, after in parts]
@@ -1578,11 +1603,10 @@ def metrics(run: Run, t: int, start: float) -> dict[str, Any]:
             require(math.isfinite(total), NOT_A_NUMBER)
             line[name] = total / count if count else None
         line["L"] = total_loss(line["alphas"], line["L_pred"], line["L_cl"], run.L_D)
-        order = visits(run.config, len(run.train), t)
-        visited = [run.train[i] for i in sorted(set(order))]
-        from_past = [(q, run.student.tokenizer.decode(r)) for q in visited for r in q.from_past]
-        line["minor"] = mean([len(q.minority) for q in visited])
-        line["past"] = len(from_past) / len(visited)
+        questions = visited(run, visits(run.config, len(run.train), t))
+        from_past = [(q, run.student.tokenizer.decode(r)) for q in questions for r in q.from_past]
+        line["minor"] = mean([len(q.minority) for q in questions])
+        line["past"] = len(from_past) / len(questions)
         line["right"] = mean([rationale_right(run, q, text) for q, text in from_past])
         if run.discriminator is not None:
             line |= judge_validation(run)
@@ -1621,10 +1645,7 @@ def test(run: Run) -> None:
     rows = evaluate(run, questions, explained=len(questions))
     last = accuracies(rows)
     if best["iteration"] != run.iteration:
-        weights = read_snapshot(folder, best["iteration"])
-        run.student.model.load_state_dict(weights["student"])
-        if run.discriminator is not None:
-            run.discriminator.load_state_dict(weights["discriminator"])
+        load_weights(run, best["iteration"])
         rows = evaluate(run, questions, explained=len(questions))
     result = accuracies(rows) | {f"{name}_last": value for name, value in last.items()}
     result |= {"questions": len(rows), "valid_accuracy": best["valid"]}
@@ -1637,21 +1658,20 @@ def test(run: Run) -> None:
             t5.write_pt(folder / "student/discriminator.pt", state)
         fetch_data.write_lines(folder / "predictions.jsonl", rows)
         fetch_data.write_lines(folder / "result.json", [result])
-    print_result(folder, result)
+    say(result_text(folder, result))
 
 
-def print_result(folder: Path, result: dict[str, Any]) -> None:
-    n = result["questions"]
-    say(
-        f"test, {n} questions; student of iteration {result['best_iteration']}, the latest within a"
-    )
-    say("standard error of the best labels on validation")
+def result_text(folder: Path, result: dict[str, Any]) -> str:
+    """What result.json says, and what can be done with the run."""
+    n, t = result["questions"], result["best_iteration"]
+    lines = [f"test, {n} questions; student of iteration {t}, the latest within a"]
+    lines.append("standard error of the best labels on validation")
     for name in ("test_accuracy", "rationale_accuracy"):
         if result[name] is not None:
             last = f"last student {result[f'{name}_last']:.1%}"
-            say(f"  {name:18s} {interval(result[name], n)}, {last}")
-    say(f'run folder: {folder}\n  python qcrd.py --ask {folder} "a question"')
-    say(f"  python qcrd.py --audit {folder} 1")
+            lines.append(f"  {name:18s} {interval(result[name], n)}, {last}")
+    lines += [f"run folder: {folder}", f'  python qcrd.py --ask {folder} "a question"']
+    return "\n".join([*lines, f"  python qcrd.py --audit {folder} 1"])
 
 
 def interval(p: float, n: int) -> str:
@@ -1713,10 +1733,10 @@ def audit(folder: Path, config: Config, count: int, as_json: bool) -> None:
         t = run.iteration + 1
         order = visits(config, len(run.train), t)
         questions = [run.train[i] for i in order[:count]]
-        add_past_negatives(run, t, [run.train[i] for i in sorted(set(order))] + run.judged)
+        add_past_negatives(run, t, visited(run, order) + run.judged)
         examples = [q.example for q in questions]
         teacher = connect_teacher(config, ask=False)
-        rows = teacher_samples(teacher, task, examples + task.train, ask=False)
+        rows = teacher_samples(teacher, task, examples, ask=False)
         votes = [vote_on(task, e.input, row) for e, row in zip(examples, rows)]
         items = [audit_question(run, q, vote, t) for q, vote in zip(questions, votes)]
     if as_json:
@@ -1746,7 +1766,7 @@ def audit_question(run: Run, q: Question, vote: Vote, t: int) -> dict[str, Any]:
         D.eval()
         logits = D([(q.x, c.r) for c in candidates])
         scores = logits.sigmoid().tolist()
-        positive = torch.tensor([c.positive for c in candidates], device=logits.device)
+        positive = positive_mask(candidates, logits.device)
         if 0 < positive.sum() < len(candidates):
             L_D = L_D_of([logits[positive]], [logits[~positive]], config).item()
     item = {"question": q.example.input, "label": q.example.label, "iteration": t, "alphas": alphas}
@@ -1797,7 +1817,8 @@ PaLM's published rationales. Negatives: snapshot, of the student j iterations
 ago; fixed, of the student at the start; static, its same samples each time; sc,
 of the vote alone; none at all. Methods: qcrd; dss, one rationale a question;
 single, one target of rationale and label; finetune, the label alone.
-QCRD_MIRROR: a folder or URL instead of https:// for downloads.
+D's encoder: T5-base's for t5-small and t5-base on CUDA [review], else a copy of
+the student's [ours]. QCRD_MIRROR: a folder or URL instead of https://.
 The demo sets {", ".join(f"{flag(k)} {v}" for k, v in list(DEMO.items())[:3])},
 {", ".join(f"{flag(k)} {v}" for k, v in list(DEMO.items())[3:])};
 its student {", ".join(f"{flag(k)} {v}" for k, v in DEMO_STUDENT.items())};
@@ -1834,12 +1855,17 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def check_iterations(config: Config) -> None:
+    """Refuses iterations without a step; --steps 0 is row zero and the test alone. InputError."""
+    fits = config.iterations <= config.steps or not config.steps
+    require(fits, f"--iterations {config.iterations}: more than --steps {config.steps}")
+
+
 def resolve(config: Config, where: str = "") -> Config:
     """Fills in what depends on machine and method, and refuses what would waste hours."""
     check(config, where)
     require(config.batch >= WORLD, f"--batch {config.batch}: fewer questions than ranks")
-    fits = config.iterations <= config.steps or not config.steps
-    require(fits, f"--iterations {config.iterations}: more than --steps {config.steps}")
+    check_iterations(config)
     cuda = torch.cuda.is_available()
     require(cuda or config.device != "cuda", "--device cuda: there is none here; cpu works")
     config.device = config.device or ("cuda" if cuda else "cpu")
@@ -1905,8 +1931,7 @@ def start(given: dict[str, Any], show_prompt: bool) -> None:
     if name not in fetch_data.TASKS and "steps" not in given:
         passes = 20 * math.ceil(len(task.train) / config.batch)
         config.steps = max(200, min(10_000, passes))
-        few = config.iterations <= config.steps
-        require(few, f"--iterations {config.iterations}: more than the {config.steps} steps here")
+        check_iterations(config)
     if show_prompt:
         for message in prompts_of(task, task.train[:1], config)[0]:
             say(f"[{message['role']}]\n{message['content']}")
@@ -1920,6 +1945,15 @@ def start(given: dict[str, Any], show_prompt: bool) -> None:
         train(prepare(config, task, folder, ask=True))
 
 
+def read_config(folder: Path, changes: dict[str, Any]) -> Config:
+    """A run's settings, checked like flags, with some changed. Raises InputError."""
+    path = folder / "config.json"
+    require(path.is_file(), f"{folder}: no run, which is a folder like runs/demo-qcrd-0")
+    with t5.reading(path, "not the settings of a run: {}"):
+        config = Config(**json.loads(path.read_text("utf-8")) | changes)
+    return resolve(config, f"{path}: ")
+
+
 def reopen(named: list[str], given: dict[str, Any], as_json: bool) -> None:
     """--resume, --ask, --audit or --eval, under the run's own settings. Raises InputError."""
     require(len(named) == 1, f"--{' and --'.join(named)}: one at a time")
@@ -1927,13 +1961,8 @@ def reopen(named: list[str], given: dict[str, Any], as_json: bool) -> None:
     others = " ".join(flag(other) for other in given if other not in FREE_ON_RESUME)
     free = " ".join(map(flag, FREE_ON_RESUME))
     require(not others, f"--{named[0]} keeps the run's settings: {free} may change, not {others}")
-    path = Path(folder, "config.json")
-    there = path.is_file()
-    require(there, f"{folder}: no run, which is a folder like runs/demo-qcrd-0")
-    with t5.reading(path, "not the settings of a run: {}"):
-        config = Config(**json.loads(path.read_text("utf-8")) | given)
-    config = resolve(config, f"{path}: ")
     folder = Path(folder)
+    config = read_config(folder, given)
     if named[0] == "audit":
         good = rest[0].isdecimal() and 0 < len(rest[0]) < 10
         require(good, f"--audit RUN N: N is {rest[0][:20]!r}, not a number")
@@ -1946,7 +1975,8 @@ def reopen(named: list[str], given: dict[str, Any], as_json: bool) -> None:
         use(folder, config, [], "".join(rest))
     elif (folder / "result.json").exists():
         with t5.reading(folder / "result.json", "no result of a run"):
-            print_result(folder, json.loads((folder / "result.json").read_text("utf-8")))
+            text = result_text(folder, json.loads((folder / "result.json").read_text("utf-8")))
+        say(text)
     else:
         with hold(folder):
             ask = not (folder / "checkpoint.pt").exists()  # it may have ended while it asked

@@ -118,8 +118,6 @@ def reading(path: str | Path, problem: str) -> Iterator[None]:
     """Turn the errors of opening and parsing a file into one InputError; {} is their text."""
     try:
         yield
-    except BrokenPipeError:  # of what is printed, not of the file
-        raise
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or problem}; check the path") from None
     except Exception as error:  # torch.load alone raises a dozen kinds
@@ -336,9 +334,8 @@ class Stack(nn.Module):
     def position_bias(self, length: int) -> Tensor:
         """(1, H, length, length) float32, added to the scores; -inf on a decoder's later keys."""
         embedding = self.block[0].layer[0].SelfAttention.relative_attention_bias
-        offset = torch.arange(
-            1 - length, length
-        )  # on the CPU: a GPU's log may differ in the last digit
+        # on the CPU: a GPU's log may differ in the last digit
+        offset = torch.arange(1 - length, length)
         distance = offset.abs()
         buckets = self.config.relative_attention_num_buckets // (1 if self.is_decoder else 2)
         exact = buckets // 2  # buckets of one distance; the others hold growing ranges

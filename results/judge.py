@@ -37,6 +37,9 @@ PAPER = {
 }
 
 
+HERE_AND_NOW = {"device": ""}  # the device is chosen anew: a run made on a GPU is read on a CPU
+
+
 def read_lines(path: Path) -> list[dict]:
     """The records of a JSONL file, at least one. Raises InputError."""
     try:
@@ -47,17 +50,9 @@ def read_lines(path: Path) -> list[dict]:
     return records
 
 
-def config_of(folder: Path) -> qcrd.Config:
-    """A run's settings, on this machine's device. Raises InputError."""
-    path = folder / "config.json"
-    with t5.reading(path, "not the settings of a run, a folder like runs/demo-qcrd-0: {}"):
-        config = qcrd.Config(**json.loads(path.read_text("utf-8")) | {"device": ""})
-    return qcrd.resolve(config, f"{path}: ")
-
-
 def load_run(folder: Path) -> qcrd.Run:
     """A finished run's selected student and discriminator. Raises InputError."""
-    return qcrd.load_trained(folder, config_of(folder))
+    return qcrd.load_trained(folder, qcrd.read_config(folder, HERE_AND_NOW))
 
 
 def sample_rationales(folder: Path, rows: list[dict], temperature: float, seed: int) -> list[str]:
@@ -82,8 +77,7 @@ def ask(judge: qcrd.Teacher, prompts: list[list[dict]]) -> list[str]:
     """The judge's answer to each prompt, from the file of answers or asked for now; "": none."""
     judge.cache = fetch_data.root() / "data/judge/answers.jsonl"
     names = [judge.sample_id(prompt) for prompt in prompts]
-    qcrd.ask_teacher(judge, dict(zip(names, prompts)), [0])
-    kept = qcrd.read_cache(judge.cache)
+    kept = qcrd.ask_teacher(judge, dict(zip(names, prompts)), [0])
     return [kept[name][0][0] if name in kept else "" for name in names]
 
 
@@ -128,7 +122,7 @@ def run_command() -> None:
     require(args.questions > 0 and tau >= 0, "--questions, --temperature: too small")
     named = args.judge or os.environ.get("OPENAI_BASE_URL") or os.environ.get("OPENAI_API_KEY")
     require(named, "no judge: name --judge URL, or set OPENAI_API_KEY")
-    task = config_of(second).task
+    task = qcrd.read_config(second, HERE_AND_NOW).task
     given = {"teacher": args.judge, "teacher_model": args.judge_model, "samples": 1}
     judge = qcrd.connect_teacher(qcrd.Config("judge", teacher_temperature=0.0, **given), True)
     counts = compare(args.runs, judge, args.questions, tau, args.seed)

@@ -27,7 +27,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import run as tables  # noqa: E402
-from judge import config_of, load_run, read_lines  # noqa: E402
+from judge import HERE_AND_NOW, load_run, read_lines  # noqa: E402
 
 import qcrd  # noqa: E402
 import t5  # noqa: E402
@@ -167,7 +167,7 @@ def read_runs(names: list[str]) -> list[tuple[str, float, list[list[dict]]]]:
                 setting = (run["cell"], delta, [])
                 settings.setdefault(run["cell"], setting)[2].append(run["iterations"])
         else:
-            config = config_of(path)
+            config = qcrd.read_config(path, HERE_AND_NOW)
             setting = (path.resolve().name, config.delta, [])
             same = repr(dataclasses.replace(config, seed=0, run=""))
             settings.setdefault(same, setting)[2].append(read_lines(path / "metrics.jsonl"))

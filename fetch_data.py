@@ -447,7 +447,7 @@ MARK = re.compile(rf"(?ix) {ANNOUNCED} ([\s$*]* {ANNOUNCED})* (\*+(?=\s))? \s* (
 SENTENCE = re.compile(r"(?<!\b[A-Z])(?<!\b[A-Z][a-z])([.;]|(?<=[!?]))(?=\s|\Z)|\n")
 OPENING = re.compile(r"\A\W*(explanation|rationale|reasoning|a)\W*:\s*", re.IGNORECASE)
 RUN_ON = re.compile(r"\n\s*(?:Q|Question|Premise|Problem) ?:", re.IGNORECASE)  # of base models
-LETTER = re.compile(r"\W*(?:(?:option|choice)\W+)?([a-h])(?:[).:]|\W*\Z)", re.IGNORECASE)
+LETTER = re.compile(r"\W*(?:(?:option|choice)\W+)?([a-h])(?:[).:]|[^\w#+]*\Z)", re.IGNORECASE)
 NUMBER = r"(?: *-?\()* *-?\.?\d[\d,]*(?:\.\d+)?[) ]*"
 EQUATION = re.compile(f"{NUMBER}(?:[-+*/^]+{NUMBER})*")
 PLAIN = {  # LaTeX and units

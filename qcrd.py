@@ -45,7 +45,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import sys
 import threading
 import time
@@ -232,6 +231,10 @@ class Vote:
     positives: list[int]  # slots
     negatives: list[int]
 
+    def rationales(self, slots: Iterable[int]) -> list[str]:
+        """Those of some slots; empty ones and repetitions are dropped [ours]."""
+        return [r for r in dict.fromkeys(self.samples[slot].rationale for slot in slots) if r]
+
 
 def vote_on(task: Task, question: str, slots: list[Slot]) -> Vote:
     """Reads a question's samples and lets them vote."""
@@ -241,28 +244,18 @@ def vote_on(task: Task, question: str, slots: list[Slot]) -> Vote:
     return Vote(slots, samples, answers, *majority(answers))
 
 
-def distinct(vote: Vote, slots: Iterable[int]) -> list[str]:
-    """The slots' rationales; empty ones and repetitions are dropped [ours]."""
-    return [r for r in dict.fromkeys(vote.samples[slot].rationale for slot in slots) if r]
-
-
 def sets_of(vote: Vote, rule: str) -> tuple[list[str], list[str], str | None]:
-    """-> the rationales of S_pos and of S_neg, repetitions dropped [ours], and the teacher's answer
-    as the lowest slot that gave it wrote it.
-
-    rule: majority; first, slot 0's rationale, right, wrong or unreadable [DSS]; all, every slot's
-    as a positive [ours].
-    """
-    speakers = vote.positives
+    """-> the rationales of S_pos and of S_neg, and the teacher's answer as the lowest slot that
+    gave it wrote it. rule: majority; first: slot 0's rationale, right, wrong or unreadable [DSS];
+    all: every slot's is a positive [ours]."""
+    speakers, members, others = vote.positives, vote.positives, vote.negatives
     if rule == "first":
-        speakers = list(range(min(1, len(vote.samples))))
-    answer = vote.samples[speakers[0]].answer if speakers else None
-    if rule != "majority":
-        members = speakers if rule == "first" else range(len(vote.samples))
-        return distinct(vote, members), [], answer
-    positives = distinct(vote, vote.positives)
-    negatives = [r for r in distinct(vote, vote.negatives) if r not in positives]
-    return positives, negatives, answer
+        speakers, members, others = range(len(vote.samples))[:1], range(len(vote.samples))[:1], []
+    if rule == "all":
+        members, others = range(len(vote.samples)), []
+    positives = vote.rationales(members)
+    negatives = [r for r in vote.rationales(others) if r not in positives]
+    return positives, negatives, vote.samples[speakers[0]].answer if speakers else None
 
 
 # ----------------------------------------------------------------------------------- 3. Student
@@ -359,16 +352,15 @@ class Student:
             memory = self.model.encode(ids, mask)
             return self.model.loss(None, mask, target, target_mask, memory, torch.tensor(rows))
 
-    def write(self, prefix: list[int], questions: list, longest: int, tau=0.0, seed=()) -> list:
+    def write(self, prefix: list[int], questions: list, longest: int, tau=0.0, seeds=()) -> list:
         """What the student writes for each question: ids, </s> only where it was written.
 
-        Each row's random numbers are seeded by its question's place, so that a text does not depend
-        on how questions are batched. The ranks share the batches out.
+        seeds: of each row's random numbers where τ > 0, so that a text does not depend on how
+        questions are batched. The ranks share the batches out.
         """
         order = sorted(range(len(questions)), key=lambda i: len(questions[i].x))
         size = self.rows_at_once()
         batches = [order[i : i + size] for i in range(0, len(order), size)]
-        seeds = row_seeds(questions, seed) if tau else []
         written = []
         for batch in track("  writing", batches[RANK::WORLD]):
             ids, mask = self.inputs(prefix, [questions[i] for i in batch])
@@ -384,16 +376,6 @@ class Student:
                 end = row.index(t5.EOS) + 1 if t5.EOS in row else len(row)
                 written.append((i, array("i", row[:end])))
         return [row for _, row in sorted(gather(written), key=lambda pair: pair[0])]
-
-
-def row_seeds(questions: list[Question], seed: tuple) -> list[int]:
-    """A seed for each row, from its question's place; several samples of a question differ."""
-    copies = collections.Counter()
-    seeds = []
-    for q in questions:
-        seeds.append(derive_seed(*seed, q.place, copies[q.place]))
-        copies[q.place] += 1
-    return seeds
 
 
 class Run:
@@ -474,11 +456,12 @@ def add_past_negatives(run: Run, t: int, questions: list[Question]) -> None:
     past = past_student(run, t)
     if past is None:
         return
-    asked = [q for q in questions for _ in range(config.student_samples)]
+    asked = [(q, copy) for q in questions for copy in range(config.student_samples)]
     drawn = 1 if config.negative_source == "static" else t  # static: the same samples each time
-    seed = (config.seed, "negatives", drawn)
+    seeds = [derive_seed(config.seed, "negatives", drawn, q.place, copy) for q, copy in asked]
+    asked = [q for q, _ in asked]
     tau = temperature_of(config, drawn)
-    for q, r in zip(asked, past.write(past.explain, asked, config.rationale_tokens, tau, seed)):
+    for q, r in zip(asked, past.write(past.explain, asked, config.rationale_tokens, tau, seeds)):
         empty = not set(r) - {t5.PAD, t5.EOS}
         if not empty and r not in q.S_pos and r not in q.from_past:
             q.from_past.append(r)
@@ -488,7 +471,8 @@ def add_past_negatives(run: Run, t: int, questions: list[Question]) -> None:
 
 
 class Discriminator(nn.Module):
-    """D, the judge of rationales: a T5 encoder, max-pooling, two linear layers [review]."""
+    """D, the judge of rationales: a T5 encoder, max-pooling and two linear layers [review]; their
+    hidden width and ReLU are ours."""
 
     def __init__(self, student: Student, encoder: T5):
         super().__init__()
@@ -513,7 +497,7 @@ class Discriminator(nn.Module):
 
     @torch.no_grad()
     def score(self, pairs: list[tuple[array, array]]) -> Tensor:
-        """s(x, r) = D(x, r) in [0, 1] [eq. 1; the sigmoid: ours] in eval mode, (R,)."""
+        """s(x, r) = D(x, r) in [0, 1] [eq. 1; sigmoid and eval mode: ours], (R,)."""
         self.eval()
         size = self.student.rows_at_once()
         parts = [self(pairs[i : i + size]).sigmoid() for i in range(0, len(pairs), size)]
@@ -540,8 +524,7 @@ def L_D_of(logits_pos: list[Tensor], logits_neg: list[Tensor], config: Config) -
     """L_D of each question's logits, in the form that --discriminator-loss names."""
     if config.discriminator_loss == "ce":
         return discriminator_cross_entropy(logits_pos, logits_neg)
-    s_pos = [logits.sigmoid() for logits in logits_pos]
-    s_neg = [logits.sigmoid() for logits in logits_neg]
+    s_pos, s_neg = [[x.sigmoid() for x in logits] for logits in (logits_pos, logits_neg)]
     return discriminator_loss(s_pos, s_neg)
 
 
@@ -564,30 +547,26 @@ def balanced_sets(student: Student, q: Question, others: list[str], rng) -> tupl
     """S_pos and S_neg as L_D sees them: S_neg is filled up to the size of S_pos with corrupted
     positives [review, of pretraining; in updates, and up to that size: ours].
     --discriminator-noise swaps the two [overview]."""
-    config = student.config
-    S_neg = q.S_neg
-    while len(S_neg) < len(q.S_pos):
+    config, filled = student.config, q.S_neg
+    while len(filled) < len(q.S_pos):
         words = student.tokenizer.decode(q.S_pos[rng.integers(len(q.S_pos))]).split() or ["the"]
-        S_neg.append(student.ids(corrupt(words, others, rng), config.rationale_tokens))
+        filled.append(student.ids(corrupt(words, others, rng), config.rationale_tokens))
     if rng.random() < config.discriminator_noise:
-        return S_neg, q.S_pos
-    return q.S_pos, S_neg
+        return filled, q.S_pos
+    return q.S_pos, filled
 
 
 def updates_discriminator(config: Config, t: int) -> bool:
-    """Whether D is trained before iteration t: 1 + n, 1 + 2n, … [ours]; its pretraining comes
-    before iteration 1."""
+    """Whether D is trained before iteration t: 1 + n, 1 + 2n, … [ours], after its pretraining."""
     n = config.discriminator_every
     return n > 0 and t > 1 and (t - 1) % n == 0
 
 
 def train_discriminator(run: Run, t: int, questions: list[Question]) -> None:
     """Pretraining (t = 0) or the update before iteration t: D descends α3 · L_D [eq. 8], alike on
-    every rank.
-
-    AdamW divides a constant factor on the loss out again, and a falling one in part: α3 hardly
-    acts. D's rate falls with the student's, linearly to 0 [DSS: one schedule]; in pretraining it
-    is constant [ours].
+    every rank. AdamW divides a constant factor on the loss out again, and a falling one in part:
+    α3 hardly acts. D's rate falls with the student's, linearly to 0 [DSS: one schedule]; in
+    pretraining it is constant [ours].
     """
     config, student, D = run.config, run.student, run.discriminator
     steps, rate = config.discriminator_pretrain, config.discriminator_lr
@@ -669,11 +648,6 @@ def by_set(candidates: list[Candidate]) -> list[list[Candidate]]:
     return [list(members) for _, members in groups]
 
 
-def positive_mask(candidates: list[Candidate], device: torch.device | str) -> Tensor:
-    """(P,) bool: which of them are positives."""
-    return to_device(torch.tensor([c.positive for c in candidates], dtype=torch.bool), device)
-
-
 def pick(candidates: list[Candidate], questions: list[Question], config: Config, step: int) -> list:
     """The candidates that count in the loss, of each question's S_pos and S_neg.
 
@@ -719,6 +693,11 @@ def rationale_losses(student: Student, questions: list[Question], picks: list) -
     return losses.index_put((to_device(torch.tensor(again), student.device),), with_gradient)
 
 
+def positive_mask(picks: list[Candidate], device: torch.device | str) -> Tensor:
+    """(P,) bool: which of them are positives."""
+    return to_device(torch.tensor([c.positive for c in picks], dtype=torch.bool), device)
+
+
 def weights_of(picks: list[Candidate], s: Tensor | None, device: torch.device | str) -> Tensor:
     """What weighs a pick, (P,): s(x, r⁺) of a positive [eq. 6], 1 - s(x, r⁻) of a negative [eq. 7],
     without gradient [ours]; 1 without a discriminator."""
@@ -730,12 +709,10 @@ def weights_of(picks: list[Candidate], s: Tensor | None, device: torch.device | 
 def shares_of(picks: list[Candidate], weight: Tensor, scheme: str) -> Tensor:
     """What a weighted term counts for, (P,): 1 of a set's single pick, 1/count under mean, 1/Σ
     weight under wmean, 0 where Σ weight = 0 [ours]."""
-    if not picks:
-        return weight
-    sizes = [len(members) for members in by_set(picks)]
     amount = weight if scheme == "wmean" else torch.ones_like(weight)
-    total = torch.cat([part.sum().expand(len(part)) for part in amount.split(sizes)])
-    return torch.where(total > 0, 1 / total, 0.0)
+    parts = amount.split([len(members) for members in by_set(picks)])
+    total = [part.sum().expand(len(part)) for part in parts]
+    return torch.cat([torch.where(sums > 0, 1 / sums, 0.0) for sums in total] or [weight])
 
 
 def contrastive(losses: Tensor, s: Tensor | None, picks: list[Candidate], config: Config) -> Tensor:
@@ -859,14 +836,15 @@ PATIENCE = 300  # seconds; a server that asks for a longer pause ends the run
 QUIET = 10  # seconds without an answer after which the user reads what is waited for
 BUSY = (408, 409, 429, 500, 502, 503, 504)
 TIMED_OUT, NO_ANSWER = -1, 0  # in place of a status
+REPEATED = {TIMED_OUT: 1, NO_ANSWER: 3} | dict.fromkeys(BUSY, REPETITIONS)
 HINTS = {
     NO_ANSWER: "is the server running, and at this address?",
     TIMED_OUT: "--teacher-timeout SECONDS waits longer",
     200: "no text in its answers; a model that thinks first needs more --teacher-tokens",
     401: "set OPENAI_API_KEY to a key that this server accepts",
+    403: "set OPENAI_API_KEY to a key that this server accepts",
     404: "is --teacher-model right, and does --teacher end in /v1?",
-    429: "run again later: what was answered is kept",
-}
+} | dict.fromkeys(BUSY, "run again later: what was answered is kept")
 PALM = """teacher: PaLM-540B's published rationales, ONE a question: not the paper's setting. Name
   --teacher http://localhost:11434/v1 (Ollama, vLLM, llama.cpp) or set OPENAI_API_KEY for that."""
 
@@ -879,10 +857,6 @@ class Teacher:
         self.api_key = api_key
         self.config = config
         self.model = config.teacher_model
-        try:
-            self.fields = dict(**json.loads(config.teacher_fields or "{}"))
-        except (ValueError, TypeError, RecursionError):
-            raise InputError("""--teacher-fields: no JSON object like '{"seed": null}'""") from None
         self.cache = Path()
         self.lock = threading.Lock()
         self.stopped = threading.Event()  # no further request; sleepers wake up
@@ -895,14 +869,17 @@ class Teacher:
         self.settings_work = False  # an answer was kept under them
         self.trouble = ""  # what the last request met
         try:
+            self.fields = dict(**json.loads(config.teacher_fields or "{}"))
+        except (ValueError, TypeError, RecursionError):
+            raise InputError("""--teacher-fields: no JSON object like '{"seed": null}'""") from None
+        try:
             self.session = fetch_data.anonymous_session(self.url)
         except ValueError as error:
             raise InputError(f"--teacher {url}: {error}") from None
         if api_key:
             self.session.headers["Authorization"] = f"Bearer {api_key}"
         adapter = requests.adapters.HTTPAdapter(pool_maxsize=config.concurrency)
-        self.session.mount("http://", adapter)
-        self.session.mount("https://", adapter)
+        self.session.mount(self.url, adapter)
 
     def sample_id(self, messages: list[dict]) -> str:
         """What decides a sample beside its slot: messages, model, settings."""
@@ -918,9 +895,7 @@ class Teacher:
             reply = self.session.request(
                 method, self.url + path, json=body, timeout=limits, allow_redirects=False
             )
-        except requests.ConnectTimeout as error:
-            return NO_ANSWER, type(error).__name__, 0
-        except requests.Timeout:
+        except requests.ReadTimeout:
             return TIMED_OUT, f"no answer in {self.config.teacher_timeout:g} s", 0
         except (requests.RequestException, ValueError) as error:  # ValueError: a broken header
             return NO_ANSWER, type(error).__name__, 0
@@ -931,21 +906,30 @@ class Teacher:
             answer = reply.text
         return reply.status_code, answer, float(wait) if wait.isdecimal() else 0
 
-    def post(self, body: dict) -> tuple[int, Any]:
-        """POST, repeated while the server is busy or drops the line, once after a time-out."""
-        for repetition in range(REPETITIONS + 1):
+    def may_ask(self) -> bool:
+        """Counts a request, repetitions too; False where no further one may go out."""
+        with self.lock:
+            spent = self.config.teacher_budget and self.requests >= self.config.teacher_budget
+            if spent or self.stopped.is_set():
+                return False
+            self.requests += 1
+            return True
+
+    def post(self, body: dict) -> tuple[int, Any] | None:
+        """POST, repeated while the server is busy or drops the line, once after a time-out; None
+        where no further request may go out."""
+        for repetition in itertools.count():
+            if not self.may_ask():
+                return None
             status, answer, wait = self.request("/chat/completions", body)
-            last = repetition >= {TIMED_OUT: 1, NO_ANSWER: 3}.get(status, REPETITIONS)
-            if status not in (*BUSY, TIMED_OUT, NO_ANSWER) or last or self.stopped.is_set():
-                break
+            self.trouble = ""
+            if repetition >= REPEATED.get(status, 0):
+                return status, answer
             if wait > PATIENCE:
                 raise self.failure(status, f"{self.words(answer)} (wait {wait:.0f} s)")
             pause = wait or min(BACKOFF * 2**repetition, 30) * random.uniform(0.5, 1.5)
             self.trouble = f"{self.words(answer)}, status {status}, again in {pause:.0f} s"
-            if self.stopped.wait(pause):
-                break
-        self.trouble = ""
-        return status, answer
+            self.stopped.wait(pause)
 
     def words(self, answer: Any) -> str:
         """What the server said, on one line, without the key."""
@@ -959,8 +943,7 @@ class Teacher:
     def failure(self, status: int, answer: Any, body: dict | None = None) -> InputError:
         """Why this server cannot be used, and what to do where that is known: one line."""
         self.stopped.set()
-        said = self.words(answer)
-        hint = HINTS.get(429 if status in BUSY else 401 if status == 403 else status, "")
+        said, hint = self.words(answer), HINTS.get(status, "")
         optional = set(body or {}) - {"model", "messages", "n"}
         named = [name for name in optional if re.search(rf"\b{re.escape(name)}\b", said)]
         if status in (400, 422) and named:
@@ -980,12 +963,10 @@ class Teacher:
             body["max_tokens"] = config.teacher_tokens
             body["seed"] = derive_seed(sample_id) % 2**30 + slots[0]
             body = {k: v for k, v in (body | self.fields).items() if v is not None}
-            with self.lock:
-                spent = config.teacher_budget and self.requests >= config.teacher_budget
-                if spent or self.stopped.is_set():
-                    return
-                self.requests += 1
-            status, answer = self.post(body)
+            reply = self.post(body)
+            if reply is None:
+                return
+            status, answer = reply
             kept = self.keep(sample_id, slots, answer) if status == 200 else 0
             slots = slots[kept:]
             if kept:
@@ -997,8 +978,6 @@ class Teacher:
                 self.stopped.wait(BACKOFF * random.uniform(0.5, 1.5))
             elif status in (200, 400, 413, 422):
                 return self.refuse(status, answer, body)
-            elif self.stopped.is_set():
-                return
             else:
                 raise self.failure(status, answer, body)
 
@@ -1007,6 +986,7 @@ class Teacher:
         with self.lock:
             self.refusals[f"status {status}, {self.words(answer)}"] += 1
             self.refused_in_a_row += 1
+            # those refused in an earlier run are asked for again, in a row
             allowed = max(5, self.questions // 50) if self.settings_work else 3
             too_many = self.refused_in_a_row >= allowed
         if too_many:
@@ -1032,15 +1012,13 @@ def texts_of(answer: Any) -> list[tuple[str, str]]:
     found = []
     choices = answer.get("choices") if isinstance(answer, dict) else None
     for choice in choices if isinstance(choices, list) else []:
-        if not isinstance(choice, dict):
-            continue
-        message = choice.get("message")
-        content = message.get("content") if isinstance(message, dict) else choice.get("text")
-        if isinstance(content, list):  # parts
-            parts = [part.get("text") for part in content if isinstance(part, dict)]
-            content = "".join(part for part in parts if isinstance(part, str))
-        if isinstance(content, str) and content.strip():
-            found.append((content, str(choice.get("finish_reason"))))
+        with contextlib.suppress(TypeError, KeyError, AttributeError):  # not what the API promises
+            content = choice["message"]["content"] if "message" in choice else choice["text"]
+            if isinstance(content, list):  # parts
+                parts = [part.get("text") for part in content if isinstance(part, dict)]
+                content = "".join(part for part in parts if isinstance(part, str))
+            if content.strip():
+                found.append((content, str(choice.get("finish_reason"))))
     return found
 
 
@@ -1103,16 +1081,17 @@ def model_of(teacher: Teacher) -> str:
 
 def wait_for(result: Callable, teacher: Teacher) -> Any:
     """What `result(timeout)` returns; after ten seconds the user reads what is waited for."""
-    start = shown = time.monotonic()
+    start = time.monotonic()
+    shown = QUIET
     while True:
         try:
             return result(0.2)
         except multiprocessing.TimeoutError:
-            now = time.monotonic()
-            if now - shown > QUIET:
-                shown = now
+            waited = time.monotonic() - start
+            if waited > shown:
+                shown = waited + QUIET
                 why = teacher.trouble or "no answer yet"
-                say(f"  waiting for {teacher.url} for {now - start:.0f} s: {why}")
+                say(f"  waiting for {teacher.url} for {waited:.0f} s: {why}")
 
 
 def prompts_of(task: Task, examples: list[Example], config: Config) -> list[list[dict]]:
@@ -1138,20 +1117,16 @@ def teacher_samples(teacher: Teacher | None, task: Task, examples: list, ask: bo
     slots = range(1 if config.vote == "first" else config.samples)
     model = re.sub(r"[^A-Za-z0-9.-]+", "_", teacher.model)[:80]
     teacher.cache = task.folder / f"teacher-{model}.jsonl"
-    kept = None
     if ask and RANK == 0:
-        kept = ask_teacher(teacher, dict(zip(names, prompts)), slots)
-    if ask:
-        barrier()  # the other ranks wait for the samples
-    if kept is None:
-        kept = read_cache(teacher.cache)
+        ask_teacher(teacher, dict(zip(names, prompts)), slots)
+    barrier()  # the other ranks wait for the samples
+    kept = read_cache(teacher.cache)
     return [[kept.get(name, {}).get(k) for k in slots] for name in names]
 
 
-def ask_teacher(teacher: Teacher, prompts: dict[str, list[dict]], slots: Iterable[int]) -> dict:
-    """Fills the slots that the cache lacks, through `--concurrency` threads -> the cache's samples.
-    One process asks, the others wait and read. Raises InputError; whatever ends it, answers under
-    way are kept."""
+def ask_teacher(teacher: Teacher, prompts: dict[str, list[dict]], slots: Iterable[int]) -> None:
+    """Fills the slots that the cache lacks, through `--concurrency` threads. One process asks, the
+    others wait and read. Raises InputError; whatever ends it, answers under way are kept."""
     teacher.cache.parent.mkdir(parents=True, exist_ok=True)
     with t5.lock(f"{teacher.cache}.lock"):
         kept = read_cache(teacher.cache)
@@ -1161,7 +1136,7 @@ def ask_teacher(teacher: Teacher, prompts: dict[str, list[dict]], slots: Iterabl
             if missing:
                 jobs.append((messages, missing))
         if not jobs:
-            return kept
+            return
         total = sum(len(missing) for _, missing in jobs)
         characters = sum(len(part["content"]) for messages, _ in jobs for part in messages)
         tokens = (characters // 4 + 120 * total) // 1000
@@ -1179,10 +1154,8 @@ def ask_teacher(teacher: Teacher, prompts: dict[str, list[dict]], slots: Iterabl
                 say(f"  {count} questions refused: {said}")
     if teacher.config.teacher_budget and teacher.requests >= teacher.config.teacher_budget:
         say("  --teacher-budget is spent; run again, with another one, for the rest")
-    refused = sum(teacher.refusals.values())
-    most = refused > len(prompts) / 2
+    most = sum(teacher.refusals.values()) > len(prompts) / 2
     require(not most, f"teacher {teacher.url}: refused most questions, see above")
-    return read_cache(teacher.cache)
 
 
 def run_jobs(teacher: Teacher, jobs: list, total: int) -> None:
@@ -1211,7 +1184,7 @@ def report_votes(task: Task, examples: list[Example], votes: list[Vote]) -> None
     n = len(votes)
     m = sum(len(vote.positives) for vote in votes)
     k = sum(len(vote.negatives) for vote in votes)
-    unlike = sum(len(distinct(vote, vote.positives)) for vote in votes)
+    unlike = sum(len(vote.rationales(vote.positives)) for vote in votes)
     voted = sum(bool(vote.positives) for vote in votes)
     alone = sum(bool(vote.positives) and not vote.negatives for vote in votes)
     gold = [fetch_data.answer_key(task.kind, example.label) for example in examples]
@@ -1270,14 +1243,11 @@ def student_folder(model: str) -> Path:
     return folder
 
 
-BEGUN = {"config.json", "task.json", "metrics.jsonl", "snapshots", "lock"}  # before a checkpoint
-
-
 def hold(folder: Path) -> contextlib.AbstractContextManager:
     """Keeps other processes out of a run's folder; rank 0 does so for all. Raises InputError."""
     if RANK > 0:
         return contextlib.nullcontext()
-    return t5.lock(folder / "lock", f"{folder}: another process has it; name another --run")
+    return t5.lock(folder / "lock", f"{folder}: another process has it")
 
 
 def claim(config: Config) -> tuple[Path, contextlib.AbstractContextManager]:
@@ -1285,26 +1255,32 @@ def claim(config: Config) -> tuple[Path, contextlib.AbstractContextManager]:
     without a checkpoint that nobody holds is taken again. Raises InputError."""
     if RANK > 0:
         return gather([None])[0], contextlib.nullcontext()  # rank 0 claims for all
+    begun = {"config.json", "task.json", "metrics.jsonl", "snapshots", "lock"}
     name = f"runs/{Path(config.task).name}-{config.method}-{config.seed}"
     for number in itertools.count(1):
         folder = Path(config.run or (name if number == 1 else f"{name}-{number}"))
-        remedy = f"name another, or --resume {folder}"
         try:
             entries = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-            foreign = [e for e in entries if e not in BEGUN and not e.endswith(".tmp")]
-            require(not foreign and not folder.is_file(), f"--run {folder}: exists; {remedy}")
+            foreign = [e for e in entries if e not in begun and not e.endswith(".tmp")]
+            free = not foreign and not folder.is_file()
+            require(free, f"--run {folder}: exists; name another, or --resume {folder}")
             held = hold(folder)
         except InputError:
             if config.run:
                 raise
             continue
-        fetch_data.write_lines(folder / "config.json", [dataclasses.asdict(config)])
+        write_config(folder, config)
         return gather([folder])[0], held
+
+
+def write_config(folder: Path, config: Config) -> None:
+    if RANK == 0:
+        fetch_data.write_lines(folder / "config.json", [dataclasses.asdict(config)])
 
 
 def load_data(run: Run, task: Task, votes: list[Vote]) -> None:
     """Questions with their sets as token ids. votes: of the training questions, then of as many
-    validation questions as were asked. Says what the limits and the vocabulary lose."""
+    validation questions as were asked."""
     config = run.config
     run.task = task
     places = [("train", i, example) for i, example in enumerate(task.train)]
@@ -1322,47 +1298,34 @@ def load_data(run: Run, task: Task, votes: list[Vote]) -> None:
         digest.update(repr([q.x, q.target, q.S_pos, q.minority]).encode())
     require(run.train, "no training question is left: the teacher answered none")
     run.digest = digest.hexdigest()
-    report_data(run, task)
 
 
-def report_data(run: Run, task: Task) -> None:
-    """What the data lose on the way in, an example each."""
+def report_data(run: Run) -> None:
+    """What the data lose on the way in, an example each. What all questions lose is a warning, and
+    so are test questions among them."""
     config, questions = run.config, run.train + run.valid
-    labels_of = collections.defaultdict(set)
+    labels = collections.defaultdict(set)
     for q in questions:
-        labels_of[q.example.input].add(q.example.label)
-    tested = {example.input for example in task.test}
-    single, longest = config.method == "single", config.rationale_tokens
-    any_of, all_of, never = 1, len(questions), math.inf  # so many make the result wrong
-    for what, wrong_from, loses in (
-        ("reach --input-tokens", never, lambda q: len(q.x) == config.input_tokens),
-        (
-            "have labels that reach --label-tokens",
-            all_of,
-            lambda q: not single and len(q.target) == config.label_tokens,
-        ),
-        (
-            "have rationales that reach --rationale-tokens",
-            never,
-            lambda q: any(len(r) == longest for r in q.S_pos + q.minority),
-        ),
-        (
-            "hold what the student's vocabulary lacks",
-            never,
-            lambda q: t5.UNK in q.x or t5.UNK in q.target,
-        ),
-        (
-            "stand there with different labels",
-            all_of,
-            lambda q: len(labels_of[q.example.input]) > 1,
-        ),
-        ("are test questions too", any_of, lambda q: q.example.input in tested),
-    ):
-        found = [q for q in questions if loses(q)]
-        if found:
-            start = "warning" if len(found) >= wrong_from else "note"
-            shown = fetch_data.fold(found[0].example.input)[:60]
-            say(f"{start}: {len(found)} of {len(questions)} questions {what}, as {shown!r}")
+        labels[q.example.input].add(q.example.label)
+    tested = {example.input for example in run.task.test}
+    long_label = math.inf if config.method == "single" else config.label_tokens
+    found = collections.defaultdict(list)
+    for q in questions:
+        lengths = [len(r) for r in q.S_pos + q.minority]
+        for what, lost in {
+            "reach --input-tokens": len(q.x) >= config.input_tokens,
+            "have labels that reach --label-tokens": len(q.target) >= long_label,
+            "have rationales that reach --rationale-tokens": config.rationale_tokens in lengths,
+            "hold what the student's vocabulary lacks": t5.UNK in q.x or t5.UNK in q.target,
+            "stand there with different labels": len(labels[q.example.input]) > 1,
+            "are test questions too": q.example.input in tested,
+        }.items():
+            if lost:
+                found[what].append(q.example.input)
+    for what, inputs in found.items():
+        wrong = inputs[0] in tested or len(inputs) == len(questions)
+        shown = f"{len(inputs)} of {len(questions)} questions {what}"
+        say(f"{'warning' if wrong else 'note'}: {shown}, as {fetch_data.fold(inputs[0])[:60]!r}")
 
 
 def discriminator_of(student: Student, config: Config) -> Discriminator | None:
@@ -1376,18 +1339,22 @@ def discriminator_of(student: Student, config: Config) -> Discriminator | None:
     return Discriminator(student, encoder)
 
 
-def prepare(config: Config, task: Task, folder: Path, ask: bool) -> Run | None:
-    """Everything before training. ask False: with the samples on disk, for a run that has begun.
-    None: --stage teacher is done. Raises InputError."""
+def votes_of(config: Config, task: Task, examples: list[Example], ask: bool) -> list[Vote]:
+    """Every example's samples after the vote. ask False: with the samples on disk. InputError."""
     teacher = connect_teacher(config, ask)
-    judged = task.valid[:JUDGED] if config.discriminator else []
-    examples = task.train + judged
     rows = teacher_samples(teacher, task, examples, ask)
     if teacher is not None:
         some = any(slot for row in rows for slot in row)
         require(some, f"{teacher.cache}: no sample of these questions and settings is there")
-    votes = [vote_on(task, e.input, row) for e, row in zip(examples, track("  vote", rows))]
-    if teacher is not None:
+    return [vote_on(task, e.input, row) for e, row in zip(examples, track("  vote", rows))]
+
+
+def prepare(config: Config, task: Task, folder: Path, ask: bool) -> Run | None:
+    """Everything before training. ask False: of a run that has begun. None: --stage teacher is
+    done. Raises InputError."""
+    judged = task.valid[:JUDGED] if config.discriminator else []
+    votes = votes_of(config, task, task.train + judged, ask)
+    if any(vote.slots for vote in votes):
         report_votes(task, task.train, votes[: len(task.train)])
     if config.stage == "teacher":
         return None
@@ -1467,12 +1434,13 @@ def selected(lines: list[dict]) -> dict[str, Any]:
 def train(run: Run) -> None:
     """A whole run, new or resumed. Raises InputError."""
     config, folder = run.config, run.folder
+    report_data(run)
     if (folder / "checkpoint.pt").exists():
         restore(run)
     if RANK == 0:
         for path in folder.rglob("*.tmp"):  # what a killed process was writing
             path.unlink()
-        fetch_data.write_lines(folder / "config.json", [dataclasses.asdict(config)])
+        write_config(folder, config)
         options = {"name": run.task.name, "kind": run.task.kind, "options": run.task.options}
         fetch_data.write_lines(folder / "task.json", [options])
     size = sum(p.numel() for p in run.student.model.parameters()) / 1e6
@@ -1481,50 +1449,51 @@ def train(run: Run) -> None:
     say(f"run folder: {folder}" + (f", after iteration {run.iteration}" if run.lines else ""))
     on_disk = 0.0
     try:
-        if not run.lines:
-            run.lines.append(metrics(run, 0, time.perf_counter()))
-            if RANK == 0:
-                fetch_data.write_lines(folder / "metrics.jsonl", run.lines)
-        if config.steps and run.discriminator is not None and run.iteration == 0:
-            train_discriminator(run, 0, run.train)
-            say(f"discriminator: L_D {run.L_D:.3f} after {config.discriminator_pretrain} steps")
-        if config.steps:
-            say(f"  {expected_minutes(run):.1f} minutes of optimizer steps to expect\n{LEGEND}")
-        say(table_row(None))
-        for line in run.lines:
-            say(table_row(line))
+        begin(run)
         while config.steps and run.iteration < config.iterations:
             start = time.perf_counter()
             iterate(run, run.iteration + 1)
-            line = metrics(run, run.iteration + 1, start)
-            before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # no Ctrl-C within a file
-            run.lines.append(line)
-            say(table_row(line))
+            run.lines.append(metrics(run, run.iteration + 1, start))
+            say(table_row(run.lines[-1]))
             written = time.perf_counter()
             if RANK == 0:
                 save(run)
             on_disk += time.perf_counter() - written
-            signal.signal(signal.SIGINT, before)
             barrier()  # the others wait for what rank 0 has written
         test(run)
         say(f"seconds that checkpoints took: {on_disk:.1f}")
     except KeyboardInterrupt:
-        say(f"stopped; python qcrd.py --resume {folder} goes on after iteration {run.iteration}")
+        say(f"stopped; python qcrd.py --resume {folder} goes on after the last iteration on disk")
         raise
+
+
+def begin(run: Run) -> None:
+    """What comes before the first iteration to do: row zero, D's pretraining, the table so far."""
+    config = run.config
+    if not run.lines:
+        run.lines.append(metrics(run, 0, time.perf_counter()))
+        if RANK == 0:
+            fetch_data.write_lines(run.folder / "metrics.jsonl", run.lines)
+    if config.steps and run.discriminator is not None and run.iteration == 0:
+        train_discriminator(run, 0, run.train)
+        say(f"discriminator: L_D {run.L_D:.3f} after {config.discriminator_pretrain} steps")
+    if config.steps:
+        say(f"  {expected_minutes(run):.1f} minutes of optimizer steps to expect\n{LEGEND}")
+    for line in [None, *run.lines]:
+        say(table_row(line))
 
 
 def expected_minutes(run: Run) -> float:
     """Of the optimizer steps to come, from one forward and backward whose gradients go."""
-    config = run.config
-    batch = (run.train * WORLD)[: config.batch]  # a question for each rank
-    part = micro_batches(batch, config)[0]
+    config, student = run.config, run.student
+    part = micro_batches((run.train * WORLD)[: config.batch], config)[0]  # some for each rank
     start = time.perf_counter()
     candidates = candidates_of(part, config) if alphas_of(config, 1)[1] else []
-    measure(run.student, part, candidates)
+    if config.method == "qcrd":
+        measure(student, part, candidates)
     picks = pick(candidates, part, config, 0)
-    losses = [label_losses(run.student, part).sum()]
-    losses.append(rationale_losses(run.student, part, picks).sum() if picks else losses[0])
-    (losses[0] + losses[1]).backward()
+    loss = label_losses(student, part).sum() + rationale_losses(student, part, picks).sum()
+    loss.backward()
     run.optimizer.zero_grad(set_to_none=True)
     seconds = (time.perf_counter() - start) * config.batch / WORLD / len(part)
     return seconds * (config.steps - run.step) / 60
@@ -1701,31 +1670,37 @@ def load_trained(folder: Path, config: Config) -> Run:
     return run
 
 
-def use(folder: Path, config: Config, texts: list[str], file: str) -> None:
-    """Answers and explains `texts`, or evaluates a JSONL file, by default the test questions:
-    predictions on stdout, accuracies on stderr. Raises InputError."""
+def ask(folder: Path, config: Config, texts: list[str]) -> None:
+    """Answers and explains questions. Raises InputError."""
     run = load_trained(folder, config)
-    examples = [Example(text, "") for text in texts]
+    questions = [run.student.question(Example(text, "")) for text in texts]
+    for row in evaluate(run, questions, explained=len(questions)):
+        say(f"label:     {row['answer']}")
+        say(f"rationale: {row.get('rationale')}\nquality:   {row.get('quality')}")
+
+
+def evaluate_file(folder: Path, config: Config, file: str) -> None:
+    """A JSONL file, by default the test questions: predictions on stdout, accuracies on stderr.
+    Raises InputError."""
+    run = load_trained(folder, config)
     if file:
         examples = fetch_data.read_split(Path(file), run.task.kind)
-    elif not texts:
+    else:
         examples = fetch_data.load_task(config.task, config.answer).test
     questions = [run.student.question(example) for example in examples]
     rows = evaluate(run, questions, explained=len(questions))
     for row in rows:
-        if not texts:
-            print(json.dumps(row))
-            continue
-        for title, name in (("label", "answer"), ("rationale",) * 2, ("quality",) * 2):
-            say(f"{title + ':':10s} {row.get(name)}")
+        print(json.dumps(row))
     for name, value in accuracies(rows).items():
-        if value is not None and not texts:
+        if value is not None:
             print(f"{name} {interval(value, len(rows))} on {len(rows)} questions", file=sys.stderr)
 
 
 def audit(folder: Path, config: Config, count: int, as_json: bool) -> None:
     """The first `count` questions of the next iteration with its negatives and the checkpoint's
     weights (D's before its update), without dropout, by the functions that train: text or JSON."""
+    there = (folder / "checkpoint.pt").exists()
+    require(there, f"{folder}: no iteration is finished, there is nothing to audit yet")
     with contextlib.redirect_stdout(sys.stderr):
         task = load_task(config)
         run = prepare(config, task, folder, ask=False)
@@ -1734,10 +1709,7 @@ def audit(folder: Path, config: Config, count: int, as_json: bool) -> None:
         order = visits(config, len(run.train), t)
         questions = [run.train[i] for i in order[:count]]
         add_past_negatives(run, t, visited(run, order) + run.judged)
-        examples = [q.example for q in questions]
-        teacher = connect_teacher(config, ask=False)
-        rows = teacher_samples(teacher, task, examples, ask=False)
-        votes = [vote_on(task, e.input, row) for e, row in zip(examples, rows)]
+        votes = votes_of(config, task, [q.example for q in questions], ask=False)
         items = [audit_question(run, q, vote, t) for q, vote in zip(questions, votes)]
     if as_json:
         return print(json.dumps(items, indent=1))
@@ -1761,7 +1733,7 @@ def audit_question(run: Run, q: Question, vote: Vote, t: int) -> dict[str, Any]:
     losses = torch.tensor([c.loss for c in picks], device=student.device)
     L_cl = contrastive(losses, s, picks, config).sum().item()
     L_pred = label_losses(student, [q]).item()
-    scores, L_D = [None] * len(candidates), 0.0
+    scores, L_D = [1.0] * len(candidates), 0.0
     if D is not None and candidates:
         D.eval()
         logits = D([(q.x, c.r) for c in candidates])
@@ -1778,9 +1750,8 @@ def audit_question(run: Run, q: Question, vote: Vote, t: int) -> dict[str, Any]:
         item["samples"].append(row)
     of_pick = {id(c): pair for c, *pair in zip(picks, weight.tolist(), share.tolist())}
     for c, score in zip(candidates, scores):
-        score = 1.0 if score is None else score
-        plain = 1.0 if D is None else score if c.positive else 1 - score
-        weighs, counts = of_pick.get(id(c), (plain, 0.0))
+        not_picked = (1 - score if D is not None and not c.positive else score, 0.0)
+        weighs, counts = of_pick.get(id(c), not_picked)
         row = {"set": "positive" if c.positive else "negative", "source": c.source, "loss": c.loss}
         row |= {"score": score, "weight": weighs, "share": counts, "picked": id(c) in of_pick}
         item["candidates"].append(row | {"rationale": student.tokenizer.decode(c.r)})
@@ -1855,17 +1826,12 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def check_iterations(config: Config) -> None:
-    """Refuses iterations without a step; --steps 0 is row zero and the test alone. InputError."""
-    fits = config.iterations <= config.steps or not config.steps
-    require(fits, f"--iterations {config.iterations}: more than --steps {config.steps}")
-
-
 def resolve(config: Config, where: str = "") -> Config:
     """Fills in what depends on machine and method, and refuses what would waste hours."""
     check(config, where)
     require(config.batch >= WORLD, f"--batch {config.batch}: fewer questions than ranks")
-    check_iterations(config)
+    fits = config.iterations <= config.steps or not config.steps
+    require(fits, f"--iterations {config.iterations}: more than --steps {config.steps}")
     cuda = torch.cuda.is_available()
     require(cuda or config.device != "cuda", "--device cuda: there is none here; cpu works")
     config.device = config.device or ("cuda" if cuda else "cpu")
@@ -1881,9 +1847,8 @@ def resolve(config: Config, where: str = "") -> Config:
     large = "t5-base" if config.device == "cuda" else "t5-small"
     config.model = config.model or ("demo" if config.task == "demo" else large)
     of_paper = config.device == "cuda" and config.model in ("t5-small", "t5-base")
-    config.discriminator_model = config.discriminator_model or (
-        "t5-base" if of_paper else config.model
-    )
+    own = "t5-base" if of_paper else config.model
+    config.discriminator_model = config.discriminator_model or own
     for name, value in METHODS[config.method].items():
         setattr(config, name, value)
     if config.method != "qcrd":
@@ -1914,34 +1879,42 @@ def load_task(config: Config) -> Task:
     return task
 
 
-def start(given: dict[str, Any], show_prompt: bool) -> None:
-    """A new run: the flags over the defaults of their task and student. Raises InputError."""
+def settings_of(given: dict[str, Any]) -> Config:
+    """The flags over the defaults of their task and student. Raises InputError."""
     contradictions(given)
     name = given.get("task", Config.task)
     model = given.get("model", "demo" if name == "demo" else "")
     defaults = DEMO if name == "demo" else {}
     defaults = defaults | (DEMO_STUDENT if model == "demo" else {})
-    if name not in fetch_data.TASKS:
-        given["task"] = str(Path(name).resolve())  # --audit works from other folders too
+    models = ("demo", "t5-small", "t5-base")
+    for path in ("task", "prompt", "model", "negative_model", "discriminator_model"):
+        if given.get(path) and given[path] not in (*fetch_data.TASKS, *models):
+            given[path] = str(Path(given[path]).resolve())  # a run works from other folders too
     config = resolve(Config(**defaults | given))
-    for model in (config.model, config.negative_model, config.discriminator_model):
-        if model and model not in ("t5-small", "t5-base"):
-            student_folder(model)  # what is missing is said before anything is fetched
-    task = load_task(config)
-    if name not in fetch_data.TASKS and "steps" not in given:
-        passes = 20 * math.ceil(len(task.train) / config.batch)
-        config.steps = max(200, min(10_000, passes))
-        check_iterations(config)
+    for model in {config.model, config.negative_model, config.discriminator_model} - {"", *models}:
+        student_folder(model)  # what is missing is said before anything is fetched
+    return config
+
+
+def start(given: dict[str, Any], show_prompt: bool) -> None:
+    """A new run. Raises InputError."""
+    config = settings_of(given)
     if show_prompt:
+        task = load_task(config)
         for message in prompts_of(task, task.train[:1], config)[0]:
             say(f"[{message['role']}]\n{message['content']}")
         asked = f"{len(task.train)} questions and {min(JUDGED, len(task.valid))} of validation"
         return say(f"{asked}, {config.samples} samples of {config.teacher_tokens} tokens at most")
     if config.stage == "teacher":
-        prepare(config, task, Path(), ask=True)
+        prepare(config, load_task(config), Path(), ask=True)
         return say("the teacher is done; without --stage teacher its samples are trained on")
     folder, held = claim(config)
     with held:
+        task = load_task(config)
+        if config.task not in fetch_data.TASKS and "steps" not in given:
+            passes = 20 * math.ceil(len(task.train) / config.batch)
+            config.steps = max(200, min(10_000, passes))
+            write_config(folder, resolve(config))
         train(prepare(config, task, folder, ask=True))
 
 
@@ -1952,6 +1925,18 @@ def read_config(folder: Path, changes: dict[str, Any]) -> Config:
     with t5.reading(path, "not the settings of a run: {}"):
         config = Config(**json.loads(path.read_text("utf-8")) | changes)
     return resolve(config, f"{path}: ")
+
+
+def resume(folder: Path, config: Config) -> None:
+    """Goes on after the last iteration on disk; of a finished run, the result. InputError."""
+    path = folder / "result.json"
+    if path.exists():
+        with t5.reading(path, "no result of a run"):
+            text = result_text(folder, json.loads(path.read_text("utf-8")))
+        return say(text)
+    with hold(folder):
+        new = not (folder / "checkpoint.pt").exists()  # it may have ended while it asked
+        train(prepare(config, load_task(config), folder, ask=new))
 
 
 def reopen(named: list[str], given: dict[str, Any], as_json: bool) -> None:
@@ -1969,18 +1954,12 @@ def reopen(named: list[str], given: dict[str, Any], as_json: bool) -> None:
         audit(folder, config, int(rest[0]), as_json)
     elif named[0] == "ask":
         require(rest, "--ask RUN QUESTION: the question is missing")
-        use(folder, config, rest, "")
+        ask(folder, config, rest)
     elif named[0] == "eval":
         require(len(rest) < 2, "--eval RUN FILE: one file at a time")
-        use(folder, config, [], "".join(rest))
-    elif (folder / "result.json").exists():
-        with t5.reading(folder / "result.json", "no result of a run"):
-            text = result_text(folder, json.loads((folder / "result.json").read_text("utf-8")))
-        say(text)
+        evaluate_file(folder, config, "".join(rest))
     else:
-        with hold(folder):
-            ask = not (folder / "checkpoint.pt").exists()  # it may have ended while it asked
-            train(prepare(config, load_task(config), folder, ask))
+        resume(folder, config)
 
 
 def main() -> int:

@@ -62,7 +62,8 @@ def sample_rationales(folder: Path, rows: list[dict], temperature: float, seed: 
     require(run.config.method != "single", f"{folder}: --method single has no task of explaining")
     examples = [fetch_data.Example(row["input"], "") for row in rows]
     questions = [student.question(example, f"judge {example.input}") for example in examples]
-    written = student.write(student.explain, questions, longest, temperature, ("judge", seed))
+    seeds = [qcrd.derive_seed("judge", seed, q.place) for q in questions]
+    written = student.write(student.explain, questions, longest, temperature, seeds)
     return [student.tokenizer.decode(ids) for ids in written]
 
 
@@ -77,7 +78,8 @@ def ask(judge: qcrd.Teacher, prompts: list[list[dict]]) -> list[str]:
     """The judge's answer to each prompt, from the file of answers or asked for now; "": none."""
     judge.cache = fetch_data.root() / "data/judge/answers.jsonl"
     names = [judge.sample_id(prompt) for prompt in prompts]
-    kept = qcrd.ask_teacher(judge, dict(zip(names, prompts)), [0])
+    qcrd.ask_teacher(judge, dict(zip(names, prompts)), [0])
+    kept = qcrd.read_cache(judge.cache)
     return [kept[name][0][0] if name in kept else "" for name in names]
 
 

@@ -1,12 +1,12 @@
 """Pictures of runs and tables, and the audit as a page to look at.
 
     python results/plot.py scores RUN                densities of s(x, r) -> results/scores.png
-    python results/plot.py fractions [FILE]          parts of the training set -> fractions.png
+    python results/plot.py rationales [FILE]         right rationales by iteration -> rationales.png
     python results/plot.py curves RUN [RUN ...]      training curves -> results/curves.png
     python results/plot.py audit RUN N               N questions of --audit -> RUN/audit.html
 
-`scores` needs a run with a discriminator and lets its student write. `fractions` reads run.py's
-table. `curves` also takes such a table: runs that differ in the seed alone are drawn as their mean,
+`scores` needs a run with a discriminator and lets its student write. `rationales` reads run.py's
+ablation. `curves` also takes a table: runs that differ in the seed alone are drawn as their mean,
 with a band from lowest to highest. Pictures need matplotlib (pip install matplotlib).
 """
 
@@ -26,7 +26,6 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-import run as tables  # noqa: E402
 from judge import HERE_AND_NOW, load_run, read_lines  # noqa: E402
 
 import qcrd  # noqa: E402
@@ -84,16 +83,15 @@ def score_sets(run: qcrd.Run) -> dict[str, list[float]]:
     require(D is not None, f"{run.folder}: has no discriminator, so that there is no s to show")
     task = qcrd.load_task(config)
     examples = task.valid[: qcrd.JUDGED]
-    slots = qcrd.teacher_samples(qcrd.connect_teacher(config, False), task, examples, ask=False)
     questions = []
-    for i, (example, row) in enumerate(zip(examples, slots)):
-        S_pos, minority, _ = qcrd.sets_of(qcrd.vote_on(task, example.input, row), config.vote)
-        questions.append(student.question(example, f"valid {i}", S_pos, minority))
+    for i, vote in enumerate(qcrd.votes_of(config, task, examples, ask=False)):
+        S_pos, minority, _ = qcrd.sets_of(vote, config.vote)
+        questions.append(student.question(examples[i], f"valid {i}", S_pos, minority))
     pairs = {"teacher's positives": [(q.x, r) for q in questions for r in q.S_pos]}
     pairs["teacher's negatives"] = [(q.x, r) for q in questions for r in q.minority]
     for tau in (1.5, 2.0):
-        seed = (config.seed, "score figure", tau)
-        written = student.write(student.explain, questions, config.rationale_tokens, tau, seed)
+        seeds = [qcrd.derive_seed(config.seed, "score figure", tau, q.place) for q in questions]
+        written = student.write(student.explain, questions, config.rationale_tokens, tau, seeds)
         pairs[f"student's samples, τ = {tau}"] = [(q.x, r) for q, r in zip(questions, written)]
     return {name: D.score(of).tolist() for name, of in pairs.items()}
 
@@ -111,34 +109,6 @@ def draw_scores(names: list[str], path: Path) -> None:
     axis.legend()
     where = f"{run.folder.name}: validation questions of {Path(run.config.task).name}"
     save(picture, path, f"{where}. The paper's figure: SVAMP's test set, T5-base")
-
-
-def draw_fractions(names: list[str], path: Path) -> None:
-    """DSS and QCRD over parts of the training set; the paper's numbers in a panel of their own."""
-    table = Path(*names or [HERE / "fractions.jsonl"])
-    runs = read_lines(table)
-    seeds, parts = 1 + max(run["seed"] for run in runs), (25, 50, 75, 100)
-    picture, ((label, rationale, paper),) = figure(1, 3, 3.0)
-    for method, colour in (("DSS", BLUE), ("QCRD", ORANGE)):
-        cells = [f"{method}, {part} %" for part in parts]
-        for axis, key in ((label, "test_accuracy_last"), (rationale, "rationale_accuracy_last")):
-            y = np.full((seeds, len(parts)), np.nan)
-            for run in runs:
-                if run["cell"] in cells:
-                    y[run["seed"], cells.index(run["cell"])] = 100 * run[key]
-            band(axis, parts, y, method, colour)
-        printed = [tables.PAPER["svamp", "t5-base"]["fractions"][cell] for cell in cells]
-        paper.plot(parts, printed, "o--", color=colour, alpha=0.5, label=f"{method}, printed")
-    titles = ("last student: labels, %", "rationales, %", "the paper's: labels, SVAMP, T5-base, %")
-    for axis, title in zip((label, rationale, paper), titles):
-        axis.set(title=title, xticks=parts, xlabel="% of the training set")
-        axis.legend()
-    paper.set_facecolor("#f2f2f2")
-    save(
-        picture,
-        path,
-        f"White: {table.stem}, {seeds} seeds, mean and range. Grey: the paper's numbers",
-    )
 
 
 # title -> {key of metrics.jsonl: (name, colour)}
@@ -205,6 +175,24 @@ def draw_curves(names: list[str], path: Path) -> None:
         if axis.get_legend_handles_labels()[1]:
             axis.legend()
     save(picture, path, f"iteration      ({'; '.join(parts)})")
+
+
+def draw_rationales(names: list[str], path: Path) -> None:
+    """What DSS, several positives and QCRD teach the student to explain, from row zero on."""
+    table = Path(*names or [HERE / "ablation.jsonl"])
+    runs = read_lines(table)
+    picture, ((axis,),) = figure(1, 1, 3.2)
+    shown = {"none": ("DSS", BLUE), "ED": ("several positives (ED)", GREEN)}
+    for cell, (name, colour) in (shown | {"ED + NK + QJ": ("QCRD", ORANGE)}).items():
+        found = [run["iterations"] for run in runs if run["cell"] == cell]
+        if found:
+            accuracy = 100 * series(found, "valid_rationale")
+            band(axis, series(found, "iteration")[0], accuracy, name, colour)
+    axis.set(xlabel="iteration (0: before training)", ylim=(0, None))
+    axis.set(ylabel="right rationales, %")
+    axis.legend()
+    seeds = 1 + max(run["seed"] for run in runs)
+    save(picture, path, f"Demo, 100 validation questions; {seeds} seeds: mean and range")
 
 
 STYLE = """
@@ -306,7 +294,7 @@ def write_audit(names: list[str], path: Path) -> None:
     print(path)
 
 
-COMMANDS = {"scores": (draw_scores, 1), "fractions": (draw_fractions, "*")}
+COMMANDS = {"scores": (draw_scores, 1), "rationales": (draw_rationales, "*")}
 COMMANDS |= {"curves": (draw_curves, "+"), "audit": (write_audit, 2)}
 
 

@@ -46,7 +46,8 @@ CELLS: dict[str, dict[str, str]] = {
     "discriminator": {"each iteration": "", "each fifth": "--discriminator-every 5"}
     | {"never": "--discriminator-every 0"}
     | {f"{p} % swapped": f"--discriminator-noise {p / 100}" for p in (30, 50)}
-    | {"ce": "--discriminator-loss ce"},
+    | {"ce": "--discriminator-loss ce", "rate 1e-3": "--discriminator-lr 1e-3"}
+    | {"500 steps": "--discriminator-pretrain 500"},
     "fractions": {f"DSS, {part} %": f"{DSS} --fraction {part / 100}" for part in PARTS}
     | {"DSS, 100 %": DSS}
     | {f"QCRD, {part} %": f"--fraction {part / 100}" for part in PARTS}

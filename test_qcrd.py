@@ -1861,7 +1861,7 @@ def test_teacher_gives_up_early_and_keeps_what_was_served():
     words without the key, what to do, and all good samples on disk."""
     later = (429, {"error": "slow down"}, {"Retry-After": "3600"})
     thinks = "a model that thinks first needs more --teacher-tokens"
-    unloaded = (400, {"error": "model\x1bunloaded"}, {})
+    unloaded = (400, {"error": "model unloaded"}, {})
     cases = [  # the answer, good ones before, bad ones at most, the words
         (unloaded, 5, 10, "status 400, model unloaded\n"),
         (unloaded, 0, 6, "status 400, model unloaded\n"),

@@ -2721,7 +2721,7 @@ def waits(device: str) -> dict[str, Any]:
 @torch.no_grad()
 def parity(shape: str, device: str, check: Checks, *lengths: int) -> None:
     """Losses, scores, gradients, probabilities, tokens on `device` beside the CPU's float32."""
-    runs = there, here = [random_run(shape, where, "float32") for where in (device, "cpu")]
+    there, here = [random_run(shape, where, "float32") for where in (device, "cpu")]
     questions = svamp_like(4, *lengths)
     pairs = [(row, r) for row, q in enumerate(questions) for r in q.S_pos + q.minority]
     rows, targets = zip(*pairs)

@@ -13,8 +13,6 @@ Tests that need transformers, or files that are not there, say so and are left o
 with the line `N passed, N failed`.
 """
 
-import contextlib
-import functools
 import hashlib
 import html.parser
 import importlib.util
@@ -41,6 +39,9 @@ import zipfile
 from array import array
 from collections import Counter
 from collections.abc import Callable
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout, suppress
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, patch
@@ -81,23 +82,28 @@ def peer_or_skip():
     return transformers
 
 
-@contextlib.contextmanager
+@contextmanager
 def scratch():
     with tempfile.TemporaryDirectory() as name:
         yield Path(name)
 
 
-@contextlib.contextmanager
+@contextmanager
 def empty_home(**environment: str):
     """A temporary working folder for data/, weights/ and runs/; nobody sleeps in it."""
     others = {k: v for k, v in os.environ.items() if not k.startswith(("OPENAI_", "QCRD_"))}
-    with scratch() as folder, contextlib.chdir(folder), patch("time.sleep"):
+    with scratch() as folder, chdir(folder), patch("time.sleep"):
         home = {"QCRD_HOME": str(folder)}
         with patch.dict(os.environ, others | home | environment, clear=True):
             yield folder
 
 
-@contextlib.contextmanager
+def pause(seconds: float) -> None:
+    """time.sleep, which `empty_home` switches off."""
+    threading.Event().wait(seconds)
+
+
+@contextmanager
 def serving(answer):
     """A server -> its URL, the headers and bodies that it was sent. answer(body, number) ->
     status, content (None: hang up), headers (with a Content-Length the line is dropped)."""
@@ -123,10 +129,10 @@ def serving(answer):
             for name, value in ({"Content-Length": len(raw)} | headers).items():
                 self.send_header(name, str(value))
             self.end_headers()
-            with contextlib.suppress(ConnectionError):  # of a client that did not wait
+            with suppress(ConnectionError):  # of a client that did not wait
                 self.wfile.write(raw)
 
-    with patch.object(fetch_data, "Handler", Stub):
+    with patch("fetch_data.Handler", Stub):
         url, server = fetch_data.demo_teacher()
     try:
         yield url, asked
@@ -162,7 +168,7 @@ def refused(call, *words: str, kind=t5.InputError) -> str:
 
 def outcome(call, *args, **kwargs) -> str:
     """What the call prints, and "error: " with the one line of its InputError."""
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
+    with redirect_stdout(io.StringIO()) as printed:
         try:
             call(*args, **kwargs)
         except t5.InputError as error:
@@ -174,7 +180,7 @@ def outcome(call, *args, **kwargs) -> str:
 def command(module, *words: object, code: int = 0) -> str:
     """A command line in this process -> stdout; for another code than 0 stderr too."""
     out, err, argv = io.StringIO(), io.StringIO(), [module.__name__, *map(str, words)]
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), patch("sys.argv", argv):
+    with redirect_stdout(out), redirect_stderr(err), patch("sys.argv", argv):
         try:
             got = module.main()
         except SystemExit as stop:  # argparse's own
@@ -186,11 +192,17 @@ def command(module, *words: object, code: int = 0) -> str:
 
 def python(*words: object, home: Path | str = "") -> str:
     """stdout of a Python process. Raises RuntimeError with the end of its stderr."""
-    how = {"env": os.environ | {"PYTHONPATH": str(HERE), "QCRD_HOME": str(home)}, "text": True}
-    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, **how)
+    where = os.environ | {"PYTHONPATH": str(HERE), "QCRD_HOME": str(home)}
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, env=where, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:].strip())
     return done.stdout
+
+
+def mistake(module, *words: object) -> str:
+    """The one line that a command line ends with which is refused."""
+    return command(module, *words, code=2).splitlines()[-1]
 
 
 # ------------------------------------------------------------------------------------------- t5.py
@@ -241,6 +253,21 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, *case) -> None:
     assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max(), case
 
 
+def padded(rows: torch.Tensor, width: int) -> torch.Tensor:
+    return F.pad(rows, (0, width - rows.shape[1]))
+
+
+def shifted(y: torch.Tensor) -> torch.Tensor:
+    """The decoder's input for targets y."""
+    return F.pad(y, (1, 0))[:, :-1]
+
+
+def plain_losses(logits: torch.Tensor, y: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Each row's mean token cross-entropy."""
+    nats = F.cross_entropy(logits.float().transpose(1, 2), y, reduction="none")
+    return (nats * mask).sum(1) / mask.sum(1)
+
+
 def same_weights(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(x, b[name]) for name, x in a.items())
 
@@ -253,30 +280,25 @@ def test_t5_equals_transformers():
         model = t5.T5.load(folder)
         close(model(ids, mask == 1, target_in), logits)
         assert torch.equal(model.generate(ids, mask == 1, greedy.shape[1]), greedy)
-    for i, v11 in itertools.product(range(len(ODD)), (False, True)):
-        ours = odd_t5(i, v11)
+    for case in product(range(len(ODD)), (False, True)):
+        i, ours = case[0], odd_t5(*case)
         peer = peer_of(ours)
         with scratch() as folder:
             peer.save_pretrained(folder)
-            assert same_weights(t5.T5.load(folder).state_dict(), ours.state_dict()), (i, v11)
+            assert same_weights(t5.T5.load(folder).state_dict(), ours.state_dict()), case
         (x, x_mask), (y, y_mask) = (random_batch(ODD[i][0], 45, w, i + w) for w in (23, 14))
-        target_in = F.pad(y[:, :-1], (1, 0))
         hf = dict(input_ids=x, attention_mask=x_mask.long())
-        expected = peer(**hf, decoder_input_ids=target_in).logits
-        how = dict(max_new_tokens=12, do_sample=False, use_cache=False)
-        greedy = peer.generate(**hf, **how)[:, 1:]
-        close(ours(x, x_mask, target_in)[y_mask], expected[y_mask], i, v11)
-        nats = F.cross_entropy(expected.transpose(1, 2), y, reduction="none")
-        rows = nats.mul(y_mask).sum(1) / y_mask.sum(1)
-        losses = ours.loss(x, x_mask, y, y_mask)
-        assert torch.allclose(losses, rows, rtol=1e-5), (i, v11)
-        for each in (rows, losses):
+        expected = peer(**hf, decoder_input_ids=shifted(y)).logits
+        close(ours(x, x_mask, shifted(y))[y_mask], expected[y_mask], *case)
+        theirs, losses = plain_losses(expected, y, y_mask), ours.loss(x, x_mask, y, y_mask)
+        assert torch.allclose(losses, theirs, rtol=1e-5), case
+        for each in (theirs, losses):
             (each * torch.arange(1.0, 46)).sum().backward()
-        theirs = dict(peer.named_parameters())
+        weights = dict(peer.named_parameters())
         for name, weight in ours.named_parameters():
-            close(weight.grad, theirs[name].grad, i, v11, name)
-        texts = (F.pad(z, (0, 12 - z.shape[1])) for z in (greedy, ours.generate(x, x_mask, 12)))
-        assert torch.equal(*texts), (i, v11)
+            close(weight.grad, weights[name].grad, *case, name)
+        greedy = peer.generate(**hf, max_new_tokens=12, do_sample=False, use_cache=False)[:, 1:]
+        assert torch.equal(padded(greedy, 12), padded(ours.generate(x, x_mask, 12), 12)), case
 
 
 def test_t5_dropout():
@@ -327,7 +349,7 @@ def test_t5_loss_and_encoder():
     names, parameters = zip(*model.named_parameters())
     again = [torch.autograd.grad(plain @ weights, parameters, retain_graph=True) for _ in range(2)]
     assert all(map(torch.equal, *again))
-    with patch.object(t5, "FUSED", ("cpu",)):  # the attention of a GPU
+    with patch("t5.FUSED", ("cpu",)):  # the attention of a GPU
         fused = model.loss(x[rows], x_mask[rows], y, y_mask)
         assert torch.allclose(fused, plain, rtol=1e-5)
         for a, b in zip(torch.autograd.grad(fused @ weights, parameters), again[0]):
@@ -375,7 +397,7 @@ def test_t5_generation_and_sampling():
     uniforms = torch.rand(16, 25, generator=torch.Generator().manual_seed(5))
     for rows in ([3], [15, 0, 7], [9, 8, 7, 6, 5]):
         alone = model.generate(x[rows], x_mask[rows], 25, 1.5, uniforms=uniforms[rows])
-        assert torch.equal(F.pad(alone, (0, written.shape[1] - alone.shape[1])), written[rows])
+        assert torch.equal(padded(alone, written.shape[1]), written[rows])
     tokens, done = torch.zeros(16, 1, dtype=torch.long), torch.zeros(16, dtype=torch.bool)
     for t in range(written.shape[1]):
         new = t5.draw(model.eval()(x, x_mask, tokens)[:, -1] / 1.5, uniforms[:, t])
@@ -425,42 +447,40 @@ def test_t5_files():
     (x, x_mask), (y, _) = random_batch(67, 4, 9), random_batch(67, 4, 6, seed=1)
     gated = {"feed_forward_proj": "gated-gelu", "scaled": False}
     with scratch() as folder:
-        (folder / "vocab").write_bytes(b"pieces")
-        for i, changes in enumerate([{}, {"tied": False}, gated, gated | {"tied": False}]):
-            model, paths = small_t5(**changes), [folder / f"{i}", folder / f"{i}_half"]
-            model.save(paths[0], vocab=folder / "vocab")
-            model.save(paths[1], dtype=torch.float16)
-            assert (paths[0] / "spiece.model").read_bytes() == b"pieces"
-            back, half = map(t5.T5.load, paths)
+        vocab, whole, half = (folder / name for name in ("vocab", "whole", "half"))
+        vocab.write_bytes(b"pieces")
+        for changes in ({}, {"tied": False}, gated, gated | {"tied": False}):
+            model = small_t5(**changes)
+            model.save(whole, vocab=vocab)
+            model.save(half, dtype=torch.float16)
+            assert (whole / "spiece.model").read_bytes() == b"pieces"
+            models = model, back, rounded = model, t5.T5.load(whole), t5.T5.load(half)
             assert back.config == model.config and not back.training
-            assert all(p.requires_grad and p.dtype == torch.float32 for p in half.parameters())
-            expected, full, low = (m(x, x_mask, y) for m in (model, back, half))
+            assert all(p.requires_grad and p.dtype == torch.float32 for p in rounded.parameters())
+            expected, full, low = (m(x, x_mask, y) for m in models)
             assert torch.equal(full, expected) and torch.allclose(low, full, atol=0.02, rtol=0.02)
         assert not list(folder.rglob("*.tmp"))
-        folder /= "parts"
-        model.save(folder)
-        tensors = t5.read_safetensors(folder / "model.safetensors")
-        (folder / "model.safetensors").unlink()
-        refused(lambda: t5.T5.load(folder), "model.safetensors", "check the path")
-        file, ones = folder / "pytorch_model.bin", torch.ones(67, 16)
+        tensors = t5.read_safetensors(whole / "model.safetensors")
+        (whole / "model.safetensors").unlink()
+        refused(lambda: t5.T5.load(whole), "model.safetensors", "check the path")
+        file, ones, ran = whole / "pytorch_model.bin", torch.ones(67, 16), folder / "ran"
         torch.save(tensors | {"encoder.embed_tokens.weight": tensors["shared.weight"]}, file)
-        assert same_weights(t5.T5.load(folder).state_dict(), model.state_dict())
-        # a careless reader of the first makes the file `ran`
-        bomb = type("Bomb", (), {"__reduce__": lambda self: (Path.touch, (folder / "ran",))})()
+        assert same_weights(t5.T5.load(whole).state_dict(), model.state_dict())
+        bomb = type("Bomb", (), {"__reduce__": lambda self: (Path.touch, (ran,))})()
         hostile = [{"shared.weight": bad} for bad in (bomb, ones.long(), 1)]
         hostile += [[1, 2], {"a": ones}, tensors | {"decoder.embed_tokens.weight": ones}]
         for values in hostile:
             torch.save(values, file)
-            refused(lambda: t5.T5.load(folder), "pytorch_model.bin")
+            refused(lambda: t5.T5.load(whole), "pytorch_model.bin")
+        assert not ran.exists()  # a careless reader makes it
         file.write_bytes(file.read_bytes()[:-100])
         refused(lambda: t5.read_pt(file), "pytorch_model.bin", "again")
         refused(lambda: t5.read_pt(folder / "absent"), "absent", "No such file")
         t5.write_pt(file, {"step": 3, "weight": ones})
-        assert t5.read_pt(file)["step"] == 3 and not (folder / "ran").exists()
-        hf = dict(input_ids=x, attention_mask=x_mask.long(), decoder_input_ids=y)
-        peer = peer_or_skip().T5ForConditionalGeneration.from_pretrained(paths[1])
+        assert t5.read_pt(file)["step"] == 3
+        peer = peer_or_skip().T5ForConditionalGeneration.from_pretrained(half)
         assert peer.dtype == torch.float32
-        close(peer(**hf).logits, low)
+        close(peer(input_ids=x, attention_mask=x_mask.long(), decoder_input_ids=y).logits, low)
 
 
 def test_t5_refuses_broken_checkpoints():
@@ -587,7 +607,7 @@ def test_t5_atomic_files_and_progress():
     with scratch() as folder:
         path = folder / "file"
         for text, left in (("old", "old"), ("half", "old"), ("new", "new")):
-            with contextlib.suppress(ZeroDivisionError), t5.atomic(path) as temporary:
+            with suppress(ZeroDivisionError), t5.atomic(path) as temporary:
                 assert temporary.parent == folder and temporary.suffix == ".tmp"
                 temporary.write_text(text)
                 assert text != "half" or 1 / 0
@@ -595,7 +615,7 @@ def test_t5_atomic_files_and_progress():
     for columns in (40, 100):
         stream, size = io.StringIO(), os.terminal_size((columns, 9))
         stream.isatty = lambda: True
-        with contextlib.redirect_stderr(stream), patch("shutil.get_terminal_size", lambda: size):
+        with redirect_stderr(stream), patch("shutil.get_terminal_size", lambda: size):
             assert list(t5.track("work of a very long name", range(3))) == [0, 1, 2]
             progress = t5.Progress("work", 200)
             progress.update(50, "note " * 50)
@@ -603,24 +623,21 @@ def test_t5_atomic_files_and_progress():
         shown = [part.split("\x1b")[0] for part in stream.getvalue().split("\r")]
         assert max(map(len, shown)) == columns - 1 and "\n" not in stream.getvalue()
         assert any("50/200 (25%), 0 min 00 s left" in part for part in shown)
-    with contextlib.redirect_stderr(io.StringIO()) as stream:  # not a terminal, short work
+    with redirect_stderr(io.StringIO()) as stream:  # not a terminal, short work
         assert list(t5.track("work", range(3))) == [0, 1, 2]
     assert stream.getvalue() == ""
 
 
 def test_t5_programs_end_in_one_line_or_a_traceback():
-    full, missing = OSError(28, "No space left", "a/b"), RuntimeError("CUDA out of memory. Tried")
-    cases = [
+    out_of_memory = "error: out of memory; help\n"
+    for error, code, text in (
         (t5.InputError("so \n\x1b[2Jis"), 2, "error: so  [2Jis\n"),
         (KeyboardInterrupt(), 130, ""),
-    ]
-    cases += [
-        (full, 2, "error: a/b: No space left\n"),
-        (missing, 2, "error: out of memory; help\n"),
-    ]
-    cases += [(MemoryError(), 2, "error: out of memory; help\n")]
-    for error, code, text in cases:
-        with contextlib.redirect_stderr(io.StringIO()) as printed:
+        (OSError(28, "No space left", "a/b"), 2, "error: a/b: No space left\n"),
+        (RuntimeError("CUDA out of memory. Tried"), 2, out_of_memory),
+        (MemoryError(), 2, out_of_memory),
+    ):
+        with redirect_stderr(io.StringIO()) as printed:
             assert t5.run_program(Mock(side_effect=error), "help") == code
         assert printed.getvalue() == text, (error, printed.getvalue())
     for error in (RuntimeError("a bug"), KeyError("a bug")):
@@ -629,7 +646,7 @@ def test_t5_programs_end_in_one_line_or_a_traceback():
 
 
 def test_t5_lock_is_held_by_one():
-    with scratch() as folder, contextlib.redirect_stderr(io.StringIO()) as printed:
+    with scratch() as folder, redirect_stderr(io.StringIO()) as printed:
         path, taken = folder / "new/lock", []
         waiting = threading.Thread(target=lambda: taken.append(t5.lock(path)))
         with t5.lock(path, "taken"):
@@ -646,17 +663,17 @@ def test_t5_lock_is_held_by_one():
 # ----------------------------------------------------------------------------------- fetch_data.py
 
 
-@contextlib.contextmanager
+@contextmanager
 def data_home(mirror="/nowhere", content=b"", pin=""):
     """empty_home with a mirror as the internet and a source "x" that is pinned to `content`."""
     source = patch.dict(fetch_data.SOURCES, x="https://files.example/a/x")
     pinned = patch.dict(fetch_data.PINS, x=pin or hashlib.sha256(content).hexdigest())
     with empty_home(QCRD_MIRROR=str(mirror)) as home, source, pinned:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with redirect_stderr(io.StringIO()):
             yield home
 
 
-@contextlib.contextmanager
+@contextmanager
 def served(content, pin="", cut=None, ranges=True, etag="", status=()):
     """data_home with a server of `content` that first answers with the codes in `status` and drops
     the line after `cut` bytes -> home, what it was asked."""
@@ -678,8 +695,8 @@ def served(content, pin="", cut=None, ranges=True, etag="", status=()):
         yield home, asked
 
 
-def read_sample(kind, text, question="What?", **fields):
-    return fetch_data.read_sample(empty_task(kind), question, text, **fields)
+def read_sample(kind, text, question="What?", options=(), **fields):
+    return fetch_data.read_sample(empty_task(kind, options), question, text, **fields)
 
 
 def empty_task(kind, options=()):
@@ -693,49 +710,53 @@ def test_download_resumes_what_was_cut():
     with served(content, cut=131_072) as (home, asked):
         with multiprocessing.pool.ThreadPool(4) as pool:
             paths = set(pool.map(fetch_data.download, ["x"] * 4))
-        assert paths == {home / "data" / "downloads" / "x"}
-        assert fetch_data.download("x").read_bytes() == content
+        assert paths == {home / "data/downloads/x"} and FETCH_X().read_bytes() == content
         ranges = [body["range"] for _, body in asked]
         assert ranges == ["bytes=0-", "bytes=131072-", "bytes=262144-"], asked
-    content = content[:5000]  # and takes up the part of an earlier run
-    for ranges, kept in ((True, content[:2000]), (False, content[:2000]), (True, content + b"+")):
-        with served(content, ranges=ranges, status=[503]) as (home, asked):
-            part = home / "data" / "downloads" / "x.part"
-            part.parent.mkdir(parents=True)
-            part.write_bytes(kept)
-            assert fetch_data.download("x").read_bytes() == content
-            assert asked[0][1]["range"] == f"bytes={len(kept)}-" and not part.exists()
 
 
-FETCH_X = functools.partial(fetch_data.download, "x")
-
-
-def test_download_refuses_a_wrong_digest():
+def test_download_is_checked_and_repeated():
     content = b"what the server has"
     digest, other = (hashlib.sha256(x).hexdigest() for x in (content, b"pinned"))
+    size, blob = str(len(content)), hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    for how, start, *words in (  # the server, what an earlier run left, why it is refused
+        ({"pin": size, "etag": f'"{other}"'}, b"", other),
+        ({"pin": size, "etag": f'"{digest}"'}, b""),
+        ({"pin": blob}, b""),
+        ({"status": [404] * 5}, b"", "404"),
+        ({"status": [503]}, content[:9]),
+        ({"status": [503], "ranges": False}, content[:9]),
+        ({"status": [503]}, content + b"+"),
+    ):
+        with served(content, **how) as (home, asked):
+            folder = home / "data/downloads"
+            folder.mkdir(parents=True)
+            (folder / "x.part").write_bytes(start)
+            if words:
+                refused(FETCH_X, *words)
+            else:
+                assert FETCH_X().read_bytes() == content
+            assert asked[0][1]["range"] == f"bytes={len(start)}-"
+            kept = [path.name for path in folder.iterdir() if path.stat().st_size]
+            assert kept == ([] if words else ["x"]), kept  # nothing to resume either
     with served(content, other) as (home, _):
         refused(FETCH_X, digest, other)
-        folder = home / "data" / "downloads"
-        assert [path.name for path in folder.iterdir()] == ["x.lock"]  # neither used nor resumed
-        (folder / "x").write_bytes(b"a file of the user's")
+        assert os.listdir("data/downloads") == ["x.lock"]  # neither used nor resumed
+        file = home / "data/downloads/x"
+        file.write_bytes(b"a file of the user's")
         refused(FETCH_X, "move it away")
-        assert (folder / "x").read_bytes() == b"a file of the user's"
-    size, blob = str(len(content)), hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-    with served(content, size, etag=f'"{other}"'):
-        refused(FETCH_X, other)
-    for pin, etag in ((size, f'"{digest}"'), (blob, "")):
-        with served(content, pin, etag=etag):
-            assert FETCH_X().read_bytes() == content
+        assert file.read_bytes() == b"a file of the user's"
+
+
+FETCH_X = partial(fetch_data.download, "x")
 
 
 def test_download_without_a_connection_names_the_remedy():
     with data_home("http://127.0.0.1:9"):
         url = "http://127.0.0.1:9/files.example/a/x"
         refused(FETCH_X, f"cannot fetch {url}", "QCRD_MIRROR", "downloads/x")
-    with served(b"", status=[404] * 5):
-        refused(FETCH_X, "404")
     with data_home("here", content=b"content") as home:
-        path = home / "here" / "files.example" / "a" / "x"
+        path = home / "here/files.example/a/x"
         path.parent.mkdir(parents=True)
         refused(FETCH_X, "here/files.example/a/x: no such file in the mirror")
         path.write_bytes(b"forged")
@@ -854,28 +875,30 @@ def test_published_questions_and_answers():
     archive, answers = SHARED / "upstream/datasets.zip", SHARED / "teacher/svamp_train.jsonl"
     if not all(path.exists() for path in (SHARED / "mirror", archive, answers)):
         raise Skip("no ../shared with SVAMP.json, datasets.zip and answers of teachers")
-    with data_home(SHARED / "mirror"):
-        folder = fetch_data.ensure("svamp")
-        files = [folder / f"{split}.jsonl" for split in fetch_data.SPLITS]
-        splits = [path.read_bytes() for path in files]
+
+    def splits_of(name: str, *archive: Path) -> list[bytes]:
+        folder = fetch_data.ensure(name, *archive)
+        return [(folder / f"{split}.jsonl").read_bytes() for split in fetch_data.SPLITS]
+
+    with data_home(SHARED / "mirror") as home:
+        splits = splits_of("svamp")
         assert [rows.count(b"\n") for rows in splits] == [720, 80, 200]
-        for path in files:
-            path.unlink()
-        fetch_data.ensure("svamp", archive)  # [DSS]'s own files are the same split
-        assert splits == [path.read_bytes() for path in files]
+        (home / "data/svamp").rename("first")
+        assert splits_of("svamp", archive) == splits  # [DSS]'s own files are the same split
         task = fetch_data.load_task("svamp")
-        assert task.train[0].label == "( 84.0 / 2.0 )" and task.folder == folder
+        assert task.train[0].label == "( 84.0 / 2.0 )" and task.folder == home / "data/svamp"
         assert task.train[0].input.startswith("Luke scored 84 points after playing 2 rounds")
         palm = lines_of(fetch_data.palm_samples("svamp", archive))
-        folder = fetch_data.ensure("cqa", archive)
-        counts = [len(lines_of(folder / f"{split}.jsonl")) for split in fetch_data.SPLITS]
+        counts = [rows.count(b"\n") for rows in splits_of("cqa", archive)]
         assert counts == [8767, 974, 1221]
         assert len(lines_of(fetch_data.palm_samples("cqa", archive))) == 9741
-    gold = [fetch_data.answer_key("number", example.label) for example in task.train + task.valid]
-    votes = [qcrd.vote_on(task, row["question"], [(row["text"], "stop")]) for row in palm]
-    right = sum(vote.best == key for vote, key in zip(votes, gold, strict=True))
-    assert abs(right / 800 - 0.735) < 0.0101, right
-    gold = {fetch_data.fold(row["question"]): key for row, key in zip(palm, gold)}
+    gold = {e.input: fetch_data.answer_key("number", e.label) for e in task.train + task.valid}
+    right = 0
+    for row in palm:
+        vote = qcrd.vote_on(task, row["question"], [(row["text"], "stop")])
+        right += vote.best == gold[row["question"]]
+    assert len(palm) == 800 and abs(right / 800 - 0.735) < 0.0101, right
+    gold = {fetch_data.fold(question): key for question, key in gold.items()}
     turbo = [row for row in lines_of(answers) if row["source"] == "gpt-3.5-turbo"]
     positives = right = unread = 0
     for row in turbo:  # two votes of five samples, drawn from its ten
@@ -896,58 +919,43 @@ def shapes(*texts):
     return set(re.split(r"\n|(?<=[.?]) ", re.sub(rf"\b({names}|\d+)\b", "_", "\n".join(texts))))
 
 
-def test_demo_splits():
+def test_demo_problems():
+    """The splits have one distribution: the same sentences, kinds and numbers of steps as often."""
     splits = [fetch_data.demo_problems(split) for split in fetch_data.SPLITS]
     every = sum(splits, ())
     assert [*map(len, splits)] == [400, 400, 1000] and len({p.text for p in every}) == 1800
     digest = hashlib.sha256("".join(p.text + p.label for p in every).encode()).hexdigest()
     assert digest.startswith("112f0fd44ad8d4f0"), digest
+    taught = [kind for kind in fetch_data.MOVES if kind in fetch_data.TAUGHT]
+    assert [fetch_data.MOVES[kind].op for kind in taught] == ["+", "-", "*", "/", "?"]
+    uses = Counter(kind for p in every for kind, _ in p.steps)
+    assert all(uses[kind] > 0.1 * len(every) for kind in taught), uses
     for p in every:
-        numbers = (Counter(re.findall(r"\d+", text)) for text in (p.label, p.text))
-        assert not next(numbers) - next(numbers) and fetch_data.value(p.label) > 0, p
+        in_label, in_text = (Counter(re.findall(r"\d+", text)) for text in (p.label, p.text))
+        assert in_label <= in_text and fetch_data.value(p.label) > 0, p
+        assert set(taught) & {kind for kind, _ in p.steps}, p
+    told = [shapes(*(p.text for p in part)) for part in splits]
+    assert told[0] == told[1] == told[2] and len(told[0]) > 30, told
+    for trait in (lambda p: p.steps[-1][0], lambda p: len(p.steps), lambda p: not p.distractor):
+        *found, expected = [Counter(map(trait, part)) for part in splits]
+        for counts, (key, count) in product(found, expected.items()):
+            assert abs(counts[key] / 400 - count / 1000) < 0.08, (key, counts, expected)
+    assert fetch_data.solve(12, [("rule", 5)]) == ("( 12 + 5 )", [12, 17])  # not more than 12
+    assert fetch_data.solve(13, [("rule", 5)]) == ("( 13 - 5 )", [13, 8])
+    assert fetch_data.solve(13, [("rule", 13), ("gain", 2)]) == ("( 13 - 13 )", [13, None])
     with data_home() as home:
         task = fetch_data.load_task("demo")
         assert task.folder == home / "data" / "demo" and task.kind == "number"
         assert task.test[7] == (splits[2][7].text, splits[2][7].label)
 
 
-def test_demo_has_one_distribution():
-    """Each sentence of a split is in the others too; kinds and numbers of steps are as frequent."""
-    train, valid, test = (fetch_data.demo_problems(split) for split in fetch_data.SPLITS)
-    told = [shapes(*(p.text for p in part)) for part in (train, valid, test)]
-    assert told[0] == told[1] == told[2] and len(told[0]) > 30, told
-    for part in (train, valid):
-        for trait in (lambda p: p.steps[-1][0], lambda p: len(p.steps), lambda p: not p.distractor):
-            found, expected = Counter(map(trait, part)), Counter(map(trait, test))
-            for key, count in expected.items():
-                assert abs(found[key] / len(part) - count / len(test)) < 0.08, (
-                    key,
-                    found,
-                    expected,
-                )
-
-
-def test_demo_teaches_kinds_of_different_operations():
-    taught = [kind for kind in fetch_data.MOVES if kind in fetch_data.TAUGHT]
-    assert [fetch_data.MOVES[kind].op for kind in taught] == ["+", "-", "*", "/", "?"]
-    every = sum((fetch_data.demo_problems(split) for split in fetch_data.SPLITS), ())
-    uses = Counter(kind for p in every for kind, _ in p.steps)
-    assert all(uses[kind] > 0.1 * len(every) for kind in taught), uses
-    assert all(set(taught) & {kind for kind, _ in p.steps} for p in every)
-    assert fetch_data.solve(12, [("rule", 5)]) == ("( 12 + 5 )", [12, 17])  # not more than 12
-    assert fetch_data.solve(13, [("rule", 5)]) == ("( 13 - 5 )", [13, 8])
-    assert fetch_data.solve(13, [("rule", 13), ("gain", 2)]) == ("( 13 - 13 )", [13, None])
-
-
 def test_demo_student_is_pretrained_apart_from_the_demo():
     """No problem, no kind of step that the demo teaches, no calculation in the teacher's words."""
     texts, pairs = fetch_data.pretraining_data()
-    every = sum((fetch_data.demo_problems(split) for split in fetch_data.SPLITS), ())
+    every = sum(map(fetch_data.demo_problems, fetch_data.SPLITS), ())
     asked = [x.partition(": ")[2] for x, _ in pairs]
     assert len(texts) > 1000 and asked and not {p.text for p in every} & {*texts, *asked}
-    shown = shapes(
-        *asked
-    )  # two of the kinds are told in a known sentence, and asked for in a new one
+    shown = shapes(*asked)  # two of the kinds are told in a known sentence, asked for in a new one
     assert len(shown) > 30 and all(shapes(p.text) - shown for p in every)
     said = [fetch_data.teacher_answer(p, 0, 0.7) for p in fetch_data.demo_problems("train")]
     taught = shapes(*(read_sample("number", text).rationale for text in said))
@@ -999,19 +1007,16 @@ def test_demo_teacher_over_http():
 
 
 def test_demo_teacher_errs_as_the_paper_saw():
-    problems = fetch_data.demo_problems("train") + fetch_data.demo_problems("valid")
     right = positives = unanimous = 0
-    for problem in problems:
+    for problem in fetch_data.demo_problems("train") + fetch_data.demo_problems("valid"):
         slots = [(fetch_data.teacher_answer(problem, seed, 0.7), "stop") for seed in range(5)]
         vote = qcrd.vote_on(NUMBERS, problem.text, slots)
         greedy = read_sample("number", fetch_data.teacher_answer(problem, None, 0)).answer
         assert fetch_data.is_right("number", greedy, problem.label) and None not in vote.answers
-        right += vote.answers.count(fetch_data.answer_key("number", greedy))
+        right += vote.answers.count(fetch_data.answer_key("number", greedy)) / 5
         positives += len(vote.positives)
         unanimous += not vote.negatives
-    shares = [count / len(problems) for count in (right / 5, positives, unanimous)]
-    for share, low, high in zip(shares, (0.7, 3.7, 0.5), (0.8, 4.1, 0.6)):
-        assert low < share < high, shares
+    assert 0.7 < right / 800 < 0.8 and 3.7 < positives / 800 < 4.1 and 0.5 < unanimous / 800 < 0.6
 
 
 CHOICES = "Where do people keep jam?\nAnswer Choices:\n(a) cellar\n(b) train\n"
@@ -1138,83 +1143,45 @@ def test_value_is_arithmetic_and_nothing_else():
     assert not right("text", "-5", "5") and not right("text", "", "")
 
 
+SAME = [("e\u0301t\u00e9.", "ÉTÉ"), ("  The  door. ", "the door"), ("“yes”", "Yes")]
+SAME += [("ß", "SS"), ('"Dr. No.".', "dr. no"), ("``x''", "x"), ("हाँ।", "हाँ"), ("是。", "是")]
+SAME += [("...", "...")]
+OTHER = """की का, กี่ กา, ใช่ ไม่ใช่, கி கு, C# C, 10% 10, < >, ✓ ✗, -5 5, $5 5., a* a, + -, _x_ x
+C++ C#, 5' 5", __init__ init, < <=, × *, ÷ /, C:\\a C:\\b, Yahoo! Yahoo, ? !, . :, { }, ** *
+e\u0301 e, yes/no yes, non-toxic toxic"""
+OTHER = [("3.5", "3 5"), ("Dr. No", "No"), *(tuple(p.split()) for p in re.split(", |\n", OTHER))]
+
+
 def test_text_answers_compare_as_texts():
     """By NFC, case, white space, quotes and final stops; nothing else is dropped."""
-    same = [
-        ("e\u0301t\u00e9.", "ÉTÉ"),
-        ("  The  door. ", "the door"),
-        ("“yes”", "Yes"),
-        ("ß", "SS"),
-    ]
-    same += [
-        ('"Dr. No.".', "dr. no"),
-        ("``x''", "x"),
-        ("हाँ।", "हाँ"),
-        ("是。", "是"),
-        ("...", "..."),
-    ]
-    other = [("की", "का"), ("กี่", "กา"), ("ใช่", "ไม่ใช่"), ("கி", "கு"), ("C#", "C"), ("10%", "10")]
-    other += [
-        ("3.5", "3 5"),
-        ("<", ">"),
-        ("✓", "✗"),
-        ("-5", "5"),
-        ("$5", "5."),
-        ("a*", "a"),
-        ("+", "-"),
-    ]
-    other += [
-        ("_x_", "x"),
-        ("C++", "C#"),
-        ("5'", '5"'),
-        ("__init__", "init"),
-        ("<", "<="),
-        ("×", "*"),
-    ]
-    other += [
-        ("÷", "/"),
-        ("C:\\a", "C:\\b"),
-        ("Yahoo!", "Yahoo"),
-        ("?", "!"),
-        (".", ":"),
-        ("{", "}"),
-    ]
-    other += [
-        ("**", "*"),
-        ("e\u0301", "e"),
-        ("yes/no", "yes"),
-        ("non-toxic", "toxic"),
-        ("Dr. No", "No"),
-    ]
-    for a, b in same + other:
+    is_right = partial(fetch_data.is_right, "text")
+    for a, b in SAME + OTHER:
         keys = [fetch_data.answer_key("text", text) for text in (a, b)]
-        assert all(keys) and (keys[0] == keys[1]) == ((a, b) in same), (a, b, keys)
-    labels = dict.fromkeys(sum(other, ()))
+        assert all(keys) and (keys[0] == keys[1]) == ((a, b) in SAME), (a, b, keys)
+    labels = tuple(dict.fromkeys(sum(OTHER, ())))
     forms = ("{}", '"{}".', "{}\nDone.", "\\boxed{{{}}}", "**{}**", "“{}”, as said")
-    for label, form in itertools.product(labels, forms):
+    for label, form in product(labels, forms):
         said = f"<Explanation>: It is so. <Answer>: {form.format(label)}"
-        for options in ((), *((pair for pair in other if label in pair)), tuple(labels)):
+        for options in ((), *((pair for pair in OTHER if label in pair)), labels):
             if not options and ("said" in form or "{" in form and label in "{}**"):
                 continue  # the words behind it are part of a free answer
-            sample = fetch_data.read_sample(empty_task("text", options), "What?", said)
+            answer = read_sample("text", said, options=options).answer
             for gold in options or labels:
-                right = fetch_data.is_right("text", sample.answer, gold)
-                same_key = fetch_data.is_right("text", label, gold)
-                assert right == same_key, (said, options, gold, sample)
-    words = empty_task("text", ("rice", "ice", "C", "C#", "train", "train station", "yes"))
-    for said, wanted in (
-        ("It must be ice, of course", "ice"),
-        ("C# (the language) it is.", "C#"),
-        ("They meet at the train station.", "train station"),
-        ("Go to the train or the train station.", None),
-        ("So *yes*; rice-like things are not meant.", "yes"),
-        ("**Answer: yes.**", "yes"),
+                assert is_right(answer, gold) == is_right(label, gold), (said, options, gold)
+    words = ("rice", "ice", "C", "C#", "train", "train station", "yes")
+    for said, wanted, *options in (
+        ("It must be ice, of course", "ice", *words),
+        ("C# (the language) it is.", "C#", *words),
+        ("They meet at the train station.", "train station", *words),
+        ("Go to the train or the train station.", None, *words),
+        ("So *yes*; rice-like things are not meant.", "yes", *words),
+        ("**Answer: yes.**", "yes", *words),
+        ("**Answer: yes**", "yes"),
+        ("Answer: ** yes", "yes"),
+        ("The answer is $x + 1$.", "x + 1"),
     ):
-        assert fetch_data.read_sample(words, "What?", said).answer == wanted, said
-    assert not fetch_data.is_right("text", "x" * 1000 + "a", "x" * 1000 + "b")
-    free = {"**Answer: yes**": "yes", "Answer: ** yes": "yes", "The answer is $x + 1$.": "x + 1"}
-    for said, wanted in free.items():
-        assert read_sample("text", said).answer == wanted, said
+        assert read_sample("text", said, options=options).answer == wanted, said
+    assert not is_right("x" * 1000 + "a", "x" * 1000 + "b")
     line = b'{"input": "What?", "label": "\\u200b"}'
     assert fetch_data.parse_example(line, "text", "here").label
     refused(lambda: fetch_data.parse_example(line.replace(b"200b", b"00a0"), "text", "f:1"), "f:1")
@@ -1249,7 +1216,7 @@ def test_broken_data_files_name_line_and_remedy():
 def test_a_folder_is_a_task():
     rows = [(f"{i} + {i}?", str(2 * i % 4)) for i in range(20)]
     number = b'\xef\xbb\xbf{"input": "0?", "label": 0}\n'
-    with data_home() as home, contextlib.redirect_stderr(io.StringIO()) as printed:
+    with data_home() as home, redirect_stderr(io.StringIO()) as printed:
         folder = task_folder(home / "mine", train=rows, test=rows[:3], number=number)
         task = fetch_data.load_task(str(folder), "number")
         assert task.folder == home / "data" / "mine" and task.options == ()
@@ -1307,7 +1274,7 @@ def tiny_config(**changes) -> qcrd.Config:
     return qcrd.resolve(qcrd.Config(**small | changes))
 
 
-@contextlib.contextmanager
+@contextmanager
 def toy_run(seed: int = 0, **changes):
     """Questions with 3, 2, 0, 0, 1 positives and 3, 0, 1, 1, 1 negatives, two of the student's."""
     sets = [(["one and one", "2 in all", "5 + 3"], ["3 apples", "no"]), (["7", "4 times 3"], [])]
@@ -1327,6 +1294,11 @@ def toy_run(seed: int = 0, **changes):
         yield run
 
 
+def words_of(setting: str) -> list[str]:
+    """What a setting may be."""
+    return qcrd.Config.__dataclass_fields__[setting].metadata["allowed"].split("|")
+
+
 def fingerprint(model: torch.nn.Module) -> float:
     return sum(p.double().abs().sum().item() for p in model.parameters())
 
@@ -1336,8 +1308,9 @@ def gradients(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([grad.flatten() for grad in grads])
 
 
-def test_eq_2_and_its_gradient():
-    """The gradient by an s is exp(s) over its set's sum over two questions: -2 / 3.5 / 2 = -2/7."""
+def test_L_D_by_hand():
+    """Eq. (2): the gradient by an s is exp(s) over its set's sum over two questions, as in
+    -2 / 3.5 / 2 = -2/7. Cross-entropy: of s, not of exp(s)."""
     powers = [[2, 1.5], [2.5, 2.5, 2], [1, 2, 2.5], [1, 1.5]]  # of A's, B's positives; negatives
     scores = [torch.tensor(row).log().requires_grad_() for row in powers]
     L_D = qcrd.discriminator_loss(scores[:2], scores[2:])
@@ -1345,23 +1318,17 @@ def test_eq_2_and_its_gradient():
     L_D.backward()
     expected = [[-2 / 7, -3 / 14], [-5 / 28, -5 / 28, -1 / 7], [1 / 11, 2 / 11, 5 / 22], [0.2, 0.3]]
     assert all(torch.allclose(s.grad, torch.tensor(row)) for s, row in zip(scores, expected))
-    higher = qcrd.discriminator_loss([s + 0.3 for s in scores[:2]], [s + 0.3 for s in scores[2:]])
-    assert abs(L_D.item() - higher.item()) < 1e-6  # the level of s is open
-
-
-def test_cross_entropy_of_the_discriminator_by_hand():
-    """s is 1/2, 3/4 of A's positives and 3/4 of its negative; 1/2 of B's, and 1/4, 1/2."""
-    s = [[1 / 2, 3 / 4], [1 / 2], [3 / 4], [1 / 4, 1 / 2]]
-    logits = [torch.tensor(row).logit() for row in s]
+    higher = [s + 0.3 for s in scores]
+    assert abs(L_D - qcrd.discriminator_loss(higher[:2], higher[2:])) < 1e-6  # its level is open
+    s = [torch.tensor(row) for row in ([1 / 2, 3 / 4], [1 / 2], [3 / 4], [1 / 4, 1 / 2])]
+    logits = [row.logit() for row in s]
     A = (math.log(2) + math.log(4 / 3)) / 2 + math.log(4)
     B = math.log(2) + (math.log(4 / 3) + math.log(2)) / 2
     value = qcrd.discriminator_cross_entropy(logits[:2], logits[2:]).item()
     assert abs(value - (A + B) / 2) < 1e-6
-    ce, eq_2 = (tiny_config(discriminator_loss=form) for form in ("ce", "eq2"))
-    assert qcrd.L_D_of(logits[:2], logits[2:], ce).item() == value
-    s = [torch.tensor(row) for row in s]  # eq. 2 is on scores, not on logits
-    value = qcrd.L_D_of(logits[:2], logits[2:], eq_2).item()
-    assert abs(value - qcrd.discriminator_loss(s[:2], s[2:]).item()) < 1e-6
+    for form, expected in (("ce", value), ("eq2", qcrd.discriminator_loss(s[:2], s[2:]).item())):
+        config = tiny_config(discriminator_loss=form)
+        assert abs(qcrd.L_D_of(logits[:2], logits[2:], config).item() - expected) < 1e-6, form
 
 
 def test_eq_3_to_8_by_hand():
@@ -1436,17 +1403,16 @@ def plain_loss(run: qcrd.Run, questions: list, n: int, peers=()) -> torch.Tensor
     student, D, config = run.student, run.discriminator, run.config
     network, encoder = peers or (student.model, D and D.encoder.eval())
 
-    def padded(rows: list) -> list[torch.Tensor]:
+    def batch(rows: list) -> list[torch.Tensor]:
         return [x.to(student.device) for x in t5.pad(rows)]
 
     def losses(prefix: list[int], pairs: list) -> torch.Tensor:
-        x, x_mask = padded([prefix + q.x.tolist() for q, _ in pairs])
-        y, y_mask = padded([target for _, target in pairs])
-        start = {"decoder_input_ids" if peers else "target_in": F.pad(y[:, :-1], (1, 0))}
+        x, x_mask = batch([prefix + q.x.tolist() for q, _ in pairs])
+        y, y_mask = batch([target for _, target in pairs])
+        start = {"decoder_input_ids" if peers else "target_in": shifted(y)}
         with student.autocast():
             logits = network.train()(x, x_mask, **start)
-        logits = (logits[0] if peers else logits).float().transpose(1, 2)
-        return (F.cross_entropy(logits, y, reduction="none") * y_mask).sum(1) / y_mask.sum(1)
+        return plain_losses(logits[0] if peers else logits, y, y_mask)
 
     L_pred = losses(student.predict, [(q, q.target) for q in questions]).sum()
     if config.method in ("finetune", "single"):
@@ -1458,29 +1424,29 @@ def plain_loss(run: qcrd.Run, questions: list, n: int, peers=()) -> torch.Tensor
     w = [1.0] * len(candidates)
     if D:
         with torch.no_grad(), student.autocast():
-            x, mask = padded([questions[c.row].x + c.r for c in candidates])
+            x, mask = batch([questions[c.row].x + c.r for c in candidates])
             memory = encoder(x, mask)[0] if peers else encoder.encode(x, mask)
             logits = D.head(memory.masked_fill(~mask[..., None], -torch.inf).amax(1))
         s = logits.float().sigmoid().squeeze(1).tolist()
         w = [score if c.positive else 1 - score for c, score in zip(candidates, s)]
-    picks = qcrd.pick(candidates, questions, config, 0)  # by definitions with a test of their own
+    picks = set(map(id, qcrd.pick(candidates, questions, config, 0)))  # it has a test of its own
     L_cl = 0.0
-    for row, positive in itertools.product(range(len(questions)), (True, False)):
-        own = [i for i, c in enumerate(candidates) if (c.row, c.positive) == (row, positive)]
-        own = [i for i in own if any(c is candidates[i] for c in picks)]
-        terms = [
-            w[i] * (of_all[i] if positive else (of_all[i] - config.delta).clamp(max=0)) for i in own
-        ]
-        total = sum(w[i] for i in own) if config.scheme == "wmean" else len(own)
-        L_cl += sum(terms) / max(total, 1e-30) * (1 if positive else -config.beta)
+    for row, positive in product(range(len(questions)), (True, False)):
+        terms, total = 0.0, 0.0
+        for c, weight, loss in zip(candidates, w, of_all):
+            if (c.row, c.positive) == (row, positive) and id(c) in picks:
+                margin = (loss - config.delta).clamp(max=0)
+                terms += weight * (loss if positive else -config.beta * margin)
+                total += weight if config.scheme == "wmean" else 1
+        L_cl += terms / max(total, 1e-30)
     return (config.alpha_pred * L_pred + config.alpha_cl * L_cl) / n
 
 
 def test_step_equals_the_plain_mathematics():
     """Value and every gradient, whatever the micro-batch; D gets none. Some sets are empty, some
     negatives beyond δ, which are not run again."""
-    schemes = qcrd.Config.__dataclass_fields__["scheme"].metadata["allowed"].split("|")
-    cases = [{"scheme": x, "discriminator": y} for x in schemes for y in (True, False)]
+    both = product(words_of("scheme"), (True, False))
+    cases = [{"scheme": scheme, "discriminator": judged} for scheme, judged in both]
     cases += [{"method": "dss"}, {"method": "finetune"}, {"negative_source": "none"}]
     cases += [{"method": "single"}, {"alpha_pred": 0.2, "alpha_cl": 0.7}]
     left_out, losses_of, calls = 0, qcrd.Student.losses, []
@@ -1539,19 +1505,17 @@ def test_step_in_half_precision():
 
 def test_single_target_is_rationale_then_label():
     with toy_run(method="single") as run:
-        student = run.student
+        encode = run.student.tokenizer.encode
 
         def target(label: str, *S_pos: str) -> list[int]:
-            return student.question(Example("How many?", label), "", S_pos).target.tolist()
+            return run.student.question(Example("How many?", label), "", S_pos).target.tolist()
 
-        end = student.tokenizer.encode("answer: 7")
-        assert (
-            target("7", "one and one", "no") == student.tokenizer.encode("one and one")[:-1] + end
-        )
+        start, end = encode("one and one")[:-1], encode("answer: 7")
+        assert target("7", "one and one", "no") == start + end
         assert target("7") == end  # an empty slot 0
         cut = target("7", "one and one " * 60)  # the rationale first, at 20 + 64 tokens
         assert len(cut) == 84 and cut[-len(end) :] == end and len(target("7 " * 200)) == 84
-        assert student.predict == [] and qcrd.alphas_of(run.config, 1) == (1, 0, 0)
+        assert run.student.predict == [] and qcrd.alphas_of(run.config, 1) == (1, 0, 0)
 
 
 VOTES = "One and one.= 2; One and one.= ( 1 + 1 ); So two.= 2.00001; Three.= 3; So two.= 5"
@@ -1586,7 +1550,7 @@ def test_vote():
 def test_vote_is_reported():
     """3 + 1 positives, 2 + 1 distinct, 2 + 0 negatives; one majority of two is right."""
     (vote, _), (alone, _), (nothing, _) = voted(*VOTES), voted(VOTES[3], "no idea"), voted(None)
-    report = functools.partial(outcome, qcrd.report_votes, NUMBERS)
+    report = partial(outcome, qcrd.report_votes, NUMBERS)
     examples, chatter = [Example("a", "1 + 1"), Example("b", "4")], "Well, let me think about that"
     text = report(examples, [vote, alone])
     counts = "2.00 positives per question (paper: 3.87), 1.50 distinct; 1.00 negatives"
@@ -1611,19 +1575,16 @@ def test_negatives_come_from_the_student_of_j_iterations_ago():
         writers.append(past and fingerprint(past.model))
         return past
 
-    for source in (
-        qcrd.Config.__dataclass_fields__["negative_source"].metadata["allowed"].split("|")
-    ):
+    for source in words_of("negative_source"):
         writers.clear()
-        with toy_run(negative_source=source, **small) as run:
+        with toy_run(negative_source=source, **small) as run, patch("qcrd.past_student", spy):
             after = [fingerprint(run.student.model)]
             run.lines.append(qcrd.metrics(run, 0, 0.0))
-            with patch.object(qcrd, "past_student", spy):
-                for t in range(1, 5):
-                    qcrd.iterate(run, t)
-                    run.lines.append(qcrd.metrics(run, t, 0.0) | {"valid": float(t == 1)})
-                    qcrd.save(run)
-                    after.append(fingerprint(run.student.model))
+            for t in range(1, 5):
+                qcrd.iterate(run, t)
+                run.lines.append(qcrd.metrics(run, t, 0.0) | {"valid": float(t == 1)})
+                qcrd.save(run)
+                after.append(fingerprint(run.student.model))
             kept = {int(path.stem) for path in run.folder.glob("snapshots/*.pt")}
             past = [line["past"] > 0 for line in lines_of(run.folder / "metrics.jsonl")[1:]]
         assert len(set(after)) == 5  # else the next lines say nothing
@@ -1659,7 +1620,7 @@ def test_negatives_are_kept_as_sampled():
         written = [array("i", row) for row in ([1], [], [0, 1], q.S_pos[0], [5, 1], [5, 1])]
         run.config.student_temperature, run.config.iterations = 2.0, 5
         with patch.object(qcrd.Student, "write", return_value=written) as write:
-            for end, t in itertools.product((0.0, 1.0), (1, 3, 5)):
+            for end, t in product((0.0, 1.0), (1, 3, 5)):
                 run.config.student_temperature_end = end
                 qcrd.add_past_negatives(run, t, [q])
         assert [list(r) for r in q.from_past] == [[5, 1]]
@@ -1667,16 +1628,15 @@ def test_negatives_are_kept_as_sampled():
 
 
 def test_discriminator_learns_a_separable_toy():
-    for form in ("eq2", "ce"):
+    for form, most in (("eq2", 0), ("ce", 1.0)):  # L_D at s = 1/2: 0, 2 ln 2
         how = {"discriminator_lr": 1e-2, "discriminator_pretrain": 60, "discriminator_loss": form}
         with toy_run(**how) as run:
             D, student = run.discriminator, run.student
+            run.train.clear()
             for i in range(12):
                 sets = [f"{i} pears are right", f"{i} are right"], [f"{i} apples are wrong"]
-                run.train.append(
-                    student.question(Example(f"Ann has {i} pears.", "1"), f"{i}", *sets)
-                )
-            del run.train[:5]
+                example = Example(f"Ann has {i} pears.", "1")
+                run.train.append(student.question(example, f"{i}", *sets))
             before, encoder = fingerprint(student.model), fingerprint(D.encoder)
             assert encoder == fingerprint(student.model.encoder_only())  # --model's, not shared
             pairs = [(q.x, r) for q in run.train for r in q.S_pos]
@@ -1685,7 +1645,7 @@ def test_discriminator_learns_a_separable_toy():
             assert torch.equal(s, D(pairs).sigmoid()) and not D.training
             qcrd.train_discriminator(run, 0, run.train)
             judged = qcrd.judge_validation(run)
-            assert run.L_D < (0 if form == "eq2" else 1.0), (form, run.L_D)  # at s = 1/2: 0, 2 ln 2
+            assert run.L_D < most, (form, run.L_D)
             assert judged["pair"] > 0.95 and judged["pair_student"] is None
             assert judged["s"]["positives"] > judged["s"]["teacher"] + 0.3, judged
             assert fingerprint(student.model) == before and fingerprint(D.encoder) != encoder
@@ -1759,15 +1719,25 @@ def test_order_visits_every_question():
     assert sorted(few.values()) == [5, 5, 6]
 
 
-def test_selected_student_is_the_latest_within_a_standard_error():
-    """Of 100 questions: 5 points at 50 %."""
-
-    def chosen(*valid: float) -> int:
-        lines = [{"iteration": t, "valid": p, "questions": 100} for t, p in enumerate(valid)]
-        return qcrd.selected(lines)["iteration"]
-
-    assert chosen(0.9, 0.5, 0.46, 0.44) == 2 and chosen(0.9, 0.44, 0.5, 0.46, 0.5) == 4
-    assert chosen(0.9) == 0 and chosen(0.9, 0.1) == 1 and chosen(0.2, 1.0, 0.99) == 1
+def test_selected_student_is_tested_and_kept():
+    """The latest within a standard error: of 100 questions 5 points at 50 %. Then a run whose
+    selected iteration is not its last."""
+    accuracies = "0.9 0.5 0.46 0.44; 0.9 0.44 0.5 0.46 0.5; 0.9; 0.9 0.1; 0.2 1 0.99".split(";")
+    for text, expected in zip(accuracies, (2, 4, 0, 1, 1)):
+        valid = enumerate(map(float, text.split()))
+        lines = [{"iteration": t, "valid": p, "questions": 100} for t, p in valid]
+        assert qcrd.selected(lines)["iteration"] == expected, text
+    with sums_home() as (flags, _), patch("qcrd.selected", lambda lines: lines[:2][-1]):
+        qcrd_main(*flags, "run")
+        assert lines_of("run/result.json")[0]["best_iteration"] == 1
+        assert {path.name for path in Path("run/snapshots").iterdir()} == {"1.pt", "3.pt"}
+        first, last = (t5.read_pt(f"run/snapshots/{t}.pt") for t in (1, 3))
+        kept = t5.T5.load("run/student").state_dict()
+        assert same_weights(kept, first["student"]) and not same_weights(kept, last["student"])
+        judge = t5.read_pt("run/student/discriminator.pt")
+        assert [*judge] == ["config", "weights"]
+        assert same_weights(judge["weights"], first["discriminator"])
+        assert not {"student", "discriminator"} & t5.read_pt("run/checkpoint.pt").keys()
 
 
 def said(*texts: object) -> tuple:
@@ -1776,27 +1746,41 @@ def said(*texts: object) -> tuple:
     return 200, {"choices": choices}, {}
 
 
+def question_of(body: dict) -> int:
+    """The number in "What is 3 plus 3?"."""
+    return int(body["messages"][-1]["content"].split()[2])
+
+
 def sums(body: dict, number: int = 0) -> tuple:
-    """What a good teacher says to "What is 3 plus 3?": slot 4 of five is wrong."""
-    i = int(body["messages"][-1]["content"].split()[2])
+    """What a good teacher says: slot 4 of five is wrong."""
+    i = question_of(body)
     texts = [f"<Explanation>: Way {k}, {i} and {i}. <Answer>: {2 * i + k // 4}" for k in range(5)]
     return said(*texts[: body["n"]])
 
 
-def ask_sums(url: str, count: int = 4, **changes) -> list:
-    """Asks `count` questions without long pauses -> slots."""
+@contextmanager
+def asking(answer, **environment: str):
+    """An empty home and a server -> `ask_sums` of its address, what the server was sent."""
+    with empty_home(**environment), serving(answer) as (url, asked):
+        yield partial(ask_sums, url), asked
+
+
+def ask_sums(url: str, count: int = 4, **changes) -> tuple[list, str]:
+    """Asks `count` questions without long pauses -> slots, what is printed and the error's line."""
     config = tiny_config(**{"concurrency": 2, "teacher": url, "task": "sums"} | changes)
     examples = [Example(f"What is {i} plus {i}?", str(2 * i)) for i in range(count)]
-    with patch.object(qcrd, "BACKOFF", 0.002):
+    slots = []
+
+    def ask() -> None:
         teacher = qcrd.connect_teacher(config, ask=True)
-        return qcrd.teacher_samples(teacher, NUMBERS, examples, ask=True)
+        slots.extend(qcrd.teacher_samples(teacher, NUMBERS, examples, ask=True))
+
+    with patch("qcrd.BACKOFF", 0.002):
+        return slots, outcome(ask)
 
 
-def samples_of(url: str, count: int = 4, **changes) -> tuple[list, int, str]:
-    """-> slots, how many are filled, what was printed."""
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        slots = ask_sums(url, count, **changes)
-    return slots, sum(slot is not None for row in slots for slot in row), printed.getvalue()
+def filled(slots: list) -> int:
+    return sum(slot is not None for row in slots for slot in row)
 
 
 def kept_samples() -> list[str]:
@@ -1806,111 +1790,105 @@ def kept_samples() -> list[str]:
 
 
 def test_teacher_survives_what_servers_do():
-    once, huge = set(), json.dumps(said("")) * 1000 + '{"a":' * 5000 + "9**9**9 " * 100_000
-    good = said(*["<Answer>: 1"] * 4, huge)
-    parts = {"content": [{"type": "text", "text": "<Answer>:"}, None, {"text": " 1"}, {"text": 2}]}
-    parts = (200, {"choices": [{"message": parts, "finish_reason": "stop"}] * 5}, {})
-    bare = (200, {"choices": [{"text": "<Answer>: 1", "finish_reason": "stop"}] * 5}, {})
+    """The first answer to each question is trouble; the second one has one of three forms."""
+    huge = json.dumps(said("")) * 1000 + '{"a":' * 5000 + "9**9**9 " * 100_000
+    parts = [{"type": "text", "text": "<Answer>:"}, None, {"text": " 1"}, {"text": 2}]
+    bare = {"choices": [{"text": "<Answer>: 1", "finish_reason": "stop"}] * 5}
+    forms = said(*["<Answer>: 1"] * 4, huge), said(*[parts] * 5), (200, bare, {})
     trouble = [b"<html>bad gateway</html>", b"", b"[" * 100_000, {}, [], None, {"choices": []}]
     trouble += [{"choices": "none"}, {"choices": {"a": 1}}, {"choices": [None]}]
     trouble += [{"error": {"message": "overloaded"}}, {"error": None}]
     trouble = [(200, content, {}) for content in trouble] + [said(None), said(""), said([{}])]
     trouble += [(408, {}, {}), (500, {"error": "down"}, {}), (503, b"<html>", {"Retry-After": "x"})]
-    trouble += [(429, {}, {"Retry-After": "1"}), (200, good[1], {"Content-Length": 9_999_999})]
-    count = len(trouble)
+    trouble += [(429, {}, {"Retry-After": "1"}), (200, forms[0][1], {"Content-Length": 9_999_999})]
+    count, once = len(trouble), set()
 
     def flaky(body: dict, number: int) -> tuple:
-        i = int(body["messages"][-1]["content"].split()[2])
-        return (good, parts, bare)[i % 3] if i in once else once.add(i) or trouble[i]
+        i = question_of(body)
+        return forms[i % 3] if i in once else once.add(i) or trouble[i]
 
-    with empty_home(), serving(flaky) as (url, asked):
+    with asking(flaky) as (ask, asked):
         start = time.monotonic()
-        slots, filled, _ = samples_of(url, count)
+        slots, _ = ask(count)
         assert time.monotonic() - start > 1  # Retry-After is kept to
-        assert filled == 5 * count and all(row[0] == ("<Answer>: 1", "stop") for row in slots)
-        assert len(asked) == 2 * count
+        assert filled(slots) == 5 * count and len(asked) == 2 * count
+        assert all(row[0] == ("<Answer>: 1", "stop") for row in slots)
         sent = {(b["model"], b["n"], b["temperature"], b["max_tokens"]) for _, b in asked}
         assert sent == {("demo-teacher", 5, 0.7, 512)}
         assert qcrd.vote_on(NUMBERS, "How many?", slots[0]).positives == [0, 1, 2, 3]
-        assert samples_of(url, count)[0] == slots and len(asked) == 2 * count  # kept samples
-        more, _, _ = samples_of(url, count, samples=7)
+        assert ask(count)[0] == slots and len(asked) == 2 * count  # kept samples
+        more, _ = ask(count, samples=7)
         assert [row[:5] for row in more] == slots and len(asked) == 3 * count
         assert {b["n"] for _, b in asked[2 * count :]} == {2}
-        samples_of(url, 1, teacher_temperature=0.5)  # other samples than those
+        ask(1, teacher_temperature=0.5)  # other samples than those
         assert len(asked) == 3 * count + 1
+        (cache,) = Path().rglob("teacher-*.jsonl")
+        cache.write_bytes(cache.read_bytes()[:-20])  # a kill in the middle of a line
+        assert filled(ask(1, teacher_temperature=0.5)[0]) == 5 and asked[-1][1]["n"] == 1
 
 
 def test_teacher_meets_servers_that_know_less():
-    def knows(body: dict, unknown: str, limit: int) -> tuple:
+    def knows(unknown: str, limit: int, body: dict, number: int) -> tuple:
         if unknown in body and (unknown != "n" or body["n"] > 1):
             return 422, {"error": {"message": f"unknown: {unknown}"}}, {}
         return said(*[f"<Answer>: {body.get('seed')}"] * min(limit, body["n"]))
 
     # n ignored; two at most; unknown, which is noticed once
     for unknown, limit, expected in (("", 1, 20), ("", 2, 12), ("n", 5, 21)):
-        with empty_home(), serving(lambda body, _: knows(body, unknown, limit)) as (url, asked):
-            slots, filled, _ = samples_of(url, concurrency=1)
-            assert (filled, len(asked)) == (20, expected)
+        with asking(partial(knows, unknown, limit)) as (ask, asked):
+            slots, _ = ask(concurrency=1)
+            assert (filled(slots), len(asked)) == (20, expected)
             assert len({slot[0] for slot in slots[0]}) >= 3  # a seed a request
     for name in ("seed", "max_tokens"):
-        with empty_home(), serving(lambda body, _: knows(body, name, 5)) as (url, asked):
-            text, remedy = outcome(ask_sums, url, concurrency=1), '{"%s": null}' % name
+        with asking(partial(knows, name, 5)) as (ask, asked):
+            text, remedy = ask(concurrency=1)[1], '{"%s": null}' % name
             assert f"--teacher-fields '{remedy}'" in text and f"unknown: {name}" in text, text
             assert len(asked) <= 6
-            assert samples_of(url, teacher_fields=f'{remedy[:-1]}, "top_p": 0.9}}')[1] == 20
+            assert filled(ask(teacher_fields=f'{remedy[:-1]}, "top_p": 0.9}}')[0]) == 20
             assert asked[-1][1]["top_p"] == 0.9
-    censor = serving(lambda body, _: sums(body) if "3 p" not in str(body) else (400, "policy", {}))
-    with empty_home(), censor as (url, asked):
-        slots, filled, printed = samples_of(url, 8, concurrency=1)
-        assert filled == 35 and slots[3] == [None] * 5
+    policy = 400, "policy", {}
+    with asking(lambda body, _: policy if question_of(body) == 3 else sums(body)) as (ask, _):
+        slots, printed = ask(8, concurrency=1)
+        assert filled(slots) == 35 and slots[3] == [None] * 5
         assert "\n  1 questions refused: status 400, policy\n" in printed, printed
 
 
-def test_teacher_stops_where_no_retry_helps():
-    key = "sk-Secret/0123+456"
-    echo = {"error": {"message": f"Incorrect API key provided: {key}."}}
-    hints = {401: "OPENAI_API_KEY", 403: "OPENAI_API_KEY", 404: "--teacher-model", 301: "301"}
-    for status, hint in (hints | {402: "402"}).items():
-        server = serving(lambda *_: (status, echo, {"Location": "/v1/models"}))
-        with empty_home(OPENAI_API_KEY=key) as folder, server as (url, asked):
-            text = outcome(ask_sums, url, 50, concurrency=1)
-            assert f"status {status}" in text and "provided: ***." in text and hint in text
-            assert len(asked) < 5 and asked[0][0]["Authorization"] == f"Bearer {key}"
-            texts = [path.read_text() for path in folder.rglob("*") if path.is_file()]
-            assert not any("Secret" in part for part in [text, *texts])
-    with empty_home(OPENAI_API_KEY=key):
-        for url in ("gpt-4", "ftp://a", f"http://me:{key}@127.0.0.1:9", f"http://a/v1?key={key}"):
-            text = outcome(ask_sums, url)
-            assert "error: --teacher" in text and "Secret" not in text
-        assert "is the server running" in outcome(ask_sums, "http://127.0.0.1:9/v1")
-    with empty_home(OPENAI_API_KEY="sk-1\ncut"):
-        assert "error: OPENAI_API_KEY" in outcome(ask_sums, "http://127.0.0.1:9/v1")
+KEY = "sk-Secret/0123+456"
 
 
 def test_teacher_gives_up_early_and_keeps_what_was_served():
     """After `good` answers only bad ones come, one request at a time: a few of them, the server's
-    words, what to do, and all good samples on disk."""
-    unloaded, html = (400, {"error": "model unloaded"}, {}), (200, b"<p>Log in</p>", {})
+    words without the key, what to do, and all good samples on disk."""
     later = (429, {"error": "slow down"}, {"Retry-After": "3600"})
+    thinks = "a model that thinks first needs more --teacher-tokens"
+    unloaded = (400, {"error": "model unloaded"}, {})
     cases = [  # the answer, good ones before, bad ones at most, the words
         (unloaded, 5, 10, "status 400, model unloaded\n"),
         (unloaded, 0, 6, "status 400, model unloaded\n"),
-        (said(""), 5, 15, "a model that thinks first needs more --teacher-tokens"),
-        (said(""), 0, 9, "a model that thinks first needs more --teacher-tokens"),
-        (html, 0, 9, "Log in"),
+        (said(""), 5, 15, thinks),
+        (said(""), 0, 9, thinks),
+        ((200, b"<p>Log in</p>", {}), 0, 9, "Log in"),
         (later, 5, 1, "slow down (wait 3600 s); run again later: what was answered is kept"),
         ((503, {"error": "busy"}, {}), 5, qcrd.REPETITIONS + 1, "status 503, busy; run again"),
         ((402, {"error": "Insufficient credit"}, {}), 5, 1, "402, Insufficient credit\n"),
         ((200, None, {}), 5, 4, "is the server running"),
     ]
+    echo = {"error": {"message": f"Incorrect API key provided: {KEY}."}}
+    hints = {401: "; set OPENAI_API_KEY", 403: "; set OPENAI_API_KEY", 404: "; is --teacher-model"}
+    for status, hint in (hints | {301: "\n", 402: "\n"}).items():
+        words = f"status {status}, Incorrect API key provided: ***.{hint}"
+        cases += [((status, echo, {"Location": "/v1/models"}), 0, 4, words)]
     for bad, good, most, words in cases:
-        server = serving(lambda body, number: sums(body) if number <= good else bad)
-        with empty_home(), server as (url, asked):
-            text = outcome(ask_sums, url, 50, concurrency=1)
+        server = asking(lambda body, n: sums(body) if n <= good else bad, OPENAI_API_KEY=KEY)
+        with server as (ask, asked):
+            text = ask(50, concurrency=1)[1]
             last = text.strip().splitlines()[-1] + "\n"
             assert last.startswith("error: teacher http") and words in last, text
             assert good < len(asked) <= good + most, (words, len(asked))
             assert len(kept_samples()) == 5 * good
+            assert asked[0][0]["Authorization"] == f"Bearer {KEY}"
+            files = [path.read_text() for path in Path().rglob("*") if path.is_file()]
+            assert not any("Secret" in part for part in [text, *files])
     # the third of four at once is refused; the others answer later, and are kept
     late = threading.Event()
     unauthorized = (401, {"error": "expired"}, {})
@@ -1921,67 +1899,57 @@ def test_teacher_gives_up_early_and_keeps_what_was_served():
             return unauthorized
         return (number < 5 or late.wait(5)) and number < 9 and sums(body) or unauthorized
 
-    with empty_home(), serving(expires) as (url, asked):
-        text = outcome(ask_sums, url, 50, concurrency=4)
+    with asking(expires) as (ask, asked):
+        text = ask(50, concurrency=4)[1]
         assert "status 401, expired; set OPENAI_API_KEY" in text and len(asked) == 8, len(asked)
         assert len(kept_samples()) == 35 and "  35 samples, 8 requests\n" in text, text
 
 
 def test_teacher_that_is_slow_says_what_is_waited_for():
-    def slow(body: dict, number: int) -> tuple:
-        time_out = number > 1 or not hurry.wait(0.5)
-        return sums(body) if time_out else None
-
-    hurry = threading.Event()
-    with empty_home(), serving(slow) as (url, _), patch.object(qcrd, "QUIET", 0.1):
-        assert f"  waiting for {url} for 0 s: no answer yet\n" in samples_of(url)[2]
-    server = serving(lambda body, number: sums(body, hurry.wait(1)))
-    with empty_home(), server as (url, asked):
-        text = outcome(ask_sums, url, teacher_timeout=0.2, concurrency=1)
+    with asking(lambda *sent: pause(0.5) or sums(*sent)) as (ask, _), patch("qcrd.QUIET", 0.1):
+        assert re.search(r"  waiting for http\S+ for 0 s: no answer yet\n", ask(concurrency=4)[1])
+    with asking(lambda *sent: pause(1) or sums(*sent)) as (ask, asked):
+        text = ask(teacher_timeout=0.2, concurrency=1)[1]
         assert "no answer in 0.2 s; --teacher-timeout SECONDS waits longer" in text, text
         assert len(asked) == 2
 
 
 def test_teacher_gets_the_key_and_nothing_else():
     """Not what ~/.netrc says (0.0.0.0 is this machine, but not known to be); no proxy is asked on
-    the way to this machine."""
+    the way to this machine. A key stands in no URL."""
     proxies = dict.fromkeys(("HTTP_PROXY", "http_proxy"), "http://127.0.0.1:9")
     with serving(sums) as (url, asked), scratch() as folder:
         (folder / "netrc").write_text("default login me password secret\n")
         elsewhere = url.replace("127.0.0.1", "0.0.0.0")
         for address, more in ((url, proxies), (elsewhere, {"NO_PROXY": "*"})):
             for key, expected in (("sk-1", "Bearer sk-1"), ("", None)):
-                environment = {"NETRC": str(folder / "netrc"), "OPENAI_API_KEY": key} | more
-                with empty_home(**environment):
-                    assert samples_of(address, 1)[1] == 5
+                with empty_home(NETRC=str(folder / "netrc"), OPENAI_API_KEY=key, **more):
+                    assert filled(ask_sums(address, 1)[0]) == 5
                     assert asked[-1][0].get("Authorization") == expected
+    nobody = "http://127.0.0.1:9/v1"
+    with empty_home(OPENAI_API_KEY=KEY):
+        for url in ("gpt-4", "ftp://a", f"http://me:{KEY}@127.0.0.1:9", f"http://a/v1?key={KEY}"):
+            text = ask_sums(url)[1]
+            assert "error: --teacher" in text and "Secret" not in text
+        assert "is the server running" in ask_sums(nobody)[1]
+    with empty_home(OPENAI_API_KEY="sk-1\ncut"):
+        assert "error: OPENAI_API_KEY" in ask_sums(nobody)[1]
 
 
-def test_teacher_budget_and_cache():
-    """What is under way when the first of three finds the budget spent is kept."""
-    busy = serving(lambda _, n: (503, b"", {}) if n % 2 else said("1"))
-    with empty_home(), busy as (url, asked):
-        _, filled, printed = samples_of(url, teacher_budget=7, concurrency=1)
-        assert filled == 7 and len(asked) in (13, 14) and "7 samples, 7 requests" in printed
-        assert "--teacher-budget is spent" in printed
-    late = threading.Event()
-    slow = serving(lambda body, number: (late.wait(1.5 * (number < 3)), sums(body))[1])
-    with empty_home(), slow as (url, asked):
-        assert samples_of(url, 9, concurrency=3, teacher_budget=3)[1] == 15 and len(asked) == 3
-        late.set()
-    with empty_home(), serving(sums) as (url, asked):
-        samples_of(url)
-        cache = Path("data/sums/teacher-demo-teacher.jsonl")
-        lines = cache.read_bytes().strip().splitlines(True)
-        assert len(asked) == 4 and len(lines) == 20
-        cache.write_bytes(b"".join(lines)[:-20])  # a kill in the middle of a line
-        assert samples_of(url)[1] == 20 and len(asked) == 5 and asked[-1][1]["n"] == 1
+def test_teacher_budget():
+    """What is under way when the first of three finds it spent is kept."""
+    with asking(lambda _, n: (503, b"", {}) if n % 2 else said("1")) as (ask, asked):
+        slots, printed = ask(teacher_budget=7, concurrency=1)
+        assert filled(slots) == 7 and len(asked) in (13, 14)
+        assert "7 samples, 7 requests" in printed and "--teacher-budget is spent" in printed
+    with asking(lambda body, n: pause(1.5 * (n < 3)) or sums(body)) as (ask, asked):
+        assert filled(ask(9, concurrency=3, teacher_budget=3)[0]) == 15 and len(asked) == 3
 
 
 TINY = "--steps 6 --iterations 3 --lag 1 --batch 4 --rationale-tokens 8 --label-tokens 8 --lr 1e-3"
 TINY += " --discriminator-pretrain 2 --discriminator-steps 1 --discriminator-questions 2"
 TINY = [*TINY.split(), "--concurrency", "2"]
-qcrd_main = functools.partial(command, qcrd)
+qcrd_main = partial(command, qcrd)
 
 
 def qcrd_child(words: list, environment: dict, event: int | str, sign: int) -> None:
@@ -2002,8 +1970,8 @@ def qcrd_child(words: list, environment: dict, event: int | str, sign: int) -> N
         return call(*args)
 
     rename = os.replace
-    qcrd.descend = functools.partial(before, qcrd.descend)
-    os.replace = functools.partial(before, rename)
+    qcrd.descend = partial(before, qcrd.descend)
+    os.replace = partial(before, rename)
     sys.argv = ["qcrd.py", *words]
     sys.exit(qcrd.main())
 
@@ -2018,19 +1986,33 @@ def started(words: list, event: int | str = 0, sign: int = 0, **environment: str
     return child
 
 
+def ended(*children) -> list[int]:
+    """The exit codes of children that are waited for."""
+    for child in children:
+        child.join(600)
+    return [child.exitcode for child in children]
+
+
+def made_by(run: Path | str) -> tuple:
+    """What a run ends with, but for its seconds."""
+    weights = Path(run, "student/model.safetensors").read_bytes()
+    lines = [line | {"seconds": 0} for line in lines_of(f"{run}/metrics.jsonl")]
+    return lines, lines_of(f"{run}/result.json"), weights
+
+
 def until(condition) -> None:
     """Waits for it, a minute at most."""
     for _ in range(600):
         if condition():
             return
-        threading.Event().wait(0.1)
+        pause(0.1)
     raise AssertionError("waited for a minute")
 
 
-@contextlib.contextmanager
+@contextmanager
 def sums_home(dropout: float = 0.0, answer=sums):
     """An empty home with a folder task, a tiny student and a teacher -> flags, requests so far."""
-    with empty_home() as home, serving(answer) as (url, asked), patch.object(qcrd, "BACKOFF", 0.01):
+    with empty_home() as home, serving(answer) as (url, asked), patch("qcrd.BACKOFF", 0.01):
         rows = [(f"What is {i} plus {i}?", str(2 * i)) for i in range(22)]
         task_folder(home / "sums", train=rows[:12], valid=rows[12:16], test=rows[16:])
         tiny_folder(home / "tiny", dropout=dropout)
@@ -2040,53 +2022,31 @@ def sums_home(dropout: float = 0.0, answer=sums):
 
 def test_kill_and_resume_ends_in_the_same_bytes():
     """The run has 10 steps, the discriminator's included, and some 18 renamings."""
-    weights, events = "student/model.safetensors", random.Random(0)
     with sums_home(dropout=0.1) as (flags, asked):
         qcrd_main(*flags, "whole")
-        count, expected = len(asked), Path("whole", weights).read_bytes()
-        (result,) = lines_of("whole/result.json")
+        count, whole = len(asked), made_by("whole")
+        assert [line["iteration"] for line in whole[0]] == [0, 1, 2, 3]
         # anywhere; after the snapshot has its name; after the student is written
-        cases = [events.randrange(2, 24), "checkpoint.pt 2", "predictions.jsonl 1"]
+        cases = [random.Random(0).randrange(2, 24), "checkpoint.pt 2", "predictions.jsonl 1"]
         for name, event in zip("abc", cases):
             child = started([*flags, name], event, signal.SIGKILL)
-            child.join()
-            assert child.exitcode == -signal.SIGKILL and not Path(name, "result.json").exists()
+            assert ended(child) == [-signal.SIGKILL] and not Path(name, "result.json").exists()
             assert f"run folder: {name}" in qcrd_main("--resume", name)
-            assert Path(name, weights).read_bytes() == expected, event
-            assert [line["iteration"] for line in lines_of(f"{name}/metrics.jsonl")] == [0, 1, 2, 3]
-            assert lines_of(f"{name}/result.json") == [result]
-            assert not list(Path(name).rglob("*.tmp"))
-        child = started([*flags, "stopped"], 12, signal.SIGINT)
-        child.join()
+            assert made_by(name) == whole and not list(Path(name).rglob("*.tmp")), event
+        assert ended(started([*flags, "stopped"], 12, signal.SIGINT)) == [130]
         log = Path("log").read_text()
-        assert child.exitcode == 130 and "--resume stopped goes on after iteration" in log
-        assert "Traceback" not in log
+        assert "--resume stopped goes on after iteration" in log and "Traceback" not in log
         qcrd_main(*flags, "other", "--seed", 1)
-        assert Path("other", weights).read_bytes() != expected and len(asked) == count
+        assert made_by("other")[2] != whole[2] and len(asked) == count
         for name in ("test", "train"):  # other data now
             path = Path(f"sums/{name}.jsonl")
             before = path.read_bytes()
             path.write_bytes(before.replace(b"plus", b"and", 1))
-            text = qcrd_main("--resume", "stopped", code=2)
+            text = mistake(qcrd, "--resume", "stopped")
             assert "other questions or samples" in text or "no sample" in text, text
             path.write_bytes(before)
         Path("stopped/checkpoint.pt").write_bytes(Path("whole/checkpoint.pt").read_bytes()[:5000])
-        assert "checkpoint.pt" in qcrd_main("--resume", "stopped", code=2)
-
-
-def test_selected_student_is_the_one_tested_and_kept():
-    """That of another iteration than the last, too."""
-    with sums_home() as (flags, _), patch.object(qcrd, "selected", lambda lines: lines[:2][-1]):
-        qcrd_main(*flags, "run")
-        assert lines_of("run/result.json")[0]["best_iteration"] == 1
-        assert {path.name for path in Path("run/snapshots").iterdir()} == {"1.pt", "3.pt"}
-        first, last = (t5.read_pt(f"run/snapshots/{t}.pt") for t in (1, 3))
-        kept = t5.T5.load("run/student").state_dict()
-        assert same_weights(kept, first["student"]) and not same_weights(kept, last["student"])
-        judge = t5.read_pt("run/student/discriminator.pt")
-        assert [*judge] == ["config", "weights"]
-        assert same_weights(judge["weights"], first["discriminator"])
-        assert not {"student", "discriminator"} & t5.read_pt("run/checkpoint.pt").keys()
+        assert "checkpoint.pt" in mistake(qcrd, "--resume", "stopped")
 
 
 def test_a_folder_goes_from_teacher_to_student():
@@ -2113,7 +2073,7 @@ def test_a_folder_goes_from_teacher_to_student():
         Path("tiny").rename("moved")
         with scratch() as folder:
             Path("qcrd").rename(folder / "mine")
-            with contextlib.chdir(folder / "mine"):
+            with chdir(folder / "mine"):
                 text = qcrd_main("--ask", "../mine", "What is 3 plus \x1b[2J3?")
                 assert re.fullmatch(r"label: .*\nrationale: .*\nquality: +0\.\d+\n", text), text
                 assert "\x1b" not in text
@@ -2124,26 +2084,22 @@ def test_a_folder_goes_from_teacher_to_student():
 def test_one_process_has_a_run_and_its_teacher():
     """A second one under the default name gets -2 and reads the first one's samples; under the same
     --run, or with --resume, it is refused."""
-    gate = threading.Event()
-    with sums_home(answer=lambda *asked: (gate.wait(60), sums(*asked))[1]) as (flags, asked):
+    gate, name = threading.Event(), "runs/sums-qcrd-0"
+    with sums_home(answer=lambda *sent: gate.wait(60) and sums(*sent)) as (flags, asked):
         first = started(flags[:-1])
         until(lambda: asked)
-        named = "runs/sums-qcrd-0"
-        for words in ([*flags, named], ["--resume", named]):
-            assert "another process has it" in qcrd_main(*words, code=2)
+        for words in ([*flags, name], ["--resume", name]):
+            assert "another process has it" in mistake(qcrd, *words)
         second = started([*flags[:-1], "--lr", "2e-3"])
-        until(lambda: Path(f"{named}-2/config.json").exists())
+        until(lambda: Path(f"{name}-2/config.json").exists())
         until(lambda: "waiting for another process" in Path("log").read_text())
         gate.set()
-        first.join()
-        second.join()
-        assert (first.exitcode, second.exitcode) == (0, 0), Path("log").read_text()
+        assert ended(first, second) == [0, 0], Path("log").read_text()
         assert len(asked) == 16 and len(kept_samples()) == 80
-        for name, rate in ((named, 1e-3), (f"{named}-2", 2e-3)):
-            (config,) = lines_of(f"{name}/config.json")
+        assert made_by(name)[2] != made_by(f"{name}-2")[2]
+        for run, rate in ((name, 1e-3), (f"{name}-2", 2e-3)):
+            (config,) = lines_of(f"{run}/config.json")
             assert (config["lr"], config["teacher_model"]) == (rate, "demo-teacher")
-        one, two = (t5.T5.load(f"{named}{x}/student").state_dict() for x in ("", "-2"))
-        assert not same_weights(one, two)
 
 
 def test_folders_that_a_run_takes():
@@ -2156,43 +2112,29 @@ def test_folders_that_a_run_takes():
         assert lines_of("begun/result.json") and not list(Path("begun").glob("*.tmp"))
         task_folder(Path("notes"))
         Path("notes/mine.txt").write_text("mine")
+        before = sorted(Path().rglob("*"))
         for name in ("begun", "tiny", "notes", "notes/mine.txt"):
-            before = sorted(Path(name).parent.rglob("*"))
-            assert f"--run {name}: exists" in qcrd_main(*small, "--run", name, code=2)
-            assert sorted(Path(name).parent.rglob("*")) == before
-        for bad in ("notes/mine.txt/below", "n" * 300):
-            text = qcrd_main(*small, "--run", bad, code=2)
-            assert bad in text.splitlines()[-1], text
+            assert f"--run {name}: exists" in mistake(qcrd, *small, "--run", name)
+        for name in ("notes/mine.txt/below", "n" * 300):
+            assert name in mistake(qcrd, *small, "--run", name)
+        assert sorted(Path().rglob("*")) == before
         for number in ("", "-2"):
             text = qcrd_main(*small)
             assert f"run folder: runs/sums-finetune-0{number}\n" in text, text
 
 
 def test_stopped_asking_keeps_what_was_served():
-    """Ctrl-C waits for two requests under way; a server that breaks ends the run; the next asks for
-    the rest alone."""
-    gate, broken = threading.Event(), [(400, {"error": "model\x1bunloaded"}, {})] * 50
-
-    def answer(body: dict, number: int) -> tuple:
-        gate.wait(60)
-        return sums(body) if number <= 5 or not broken else broken.pop()
-
-    with sums_home(answer=answer) as (flags, asked):
+    """Ctrl-C waits for two requests under way; the next run asks for the rest alone."""
+    gate = threading.Event()
+    with sums_home(answer=lambda *sent: gate.wait(60) and sums(*sent)) as (flags, asked):
         child = started([*flags, "run"])
         until(lambda: len(asked) == 2)
         os.kill(child.pid, signal.SIGINT)
         until(lambda: "stopping; answers under way" in Path("log").read_text())
         gate.set()
-        child.join()
-        assert child.exitcode == 130 and len(asked) == 2 and len(kept_samples()) == 10
-        text = qcrd_main(*flags, "run", "--concurrency", 1, code=2)
-        assert text.splitlines()[-1].endswith("status 400, model unloaded"), text
-        assert "questions refused: status 400, model unloaded\n" in text
-        assert len(kept_samples()) == 25
-        broken.clear()
-        count = len(asked)
+        assert ended(child) == [130] and len(asked) == 2 and len(kept_samples()) == 10
         qcrd_main("--resume", "run")  # it had no checkpoint
-        assert len(asked) == count + 11 and lines_of("run/result.json")
+        assert len(asked) == 16 and lines_of("run/result.json")
 
 
 def test_wrong_use_gets_one_line():
@@ -2211,10 +2153,10 @@ def test_wrong_use_gets_one_line():
     with sums_home() as (flags, asked):
         Path("latin-1-text").write_bytes(b"\xe9\xff")
         for words in map(str.split, re.split("[;\n]", wrong)):
-            line = qcrd_main(*flags, "new", *words, code=2).splitlines()[-1]
+            line = mistake(qcrd, *flags, "new", *words)
             assert max(words, key=len) in line and not asked, line  # nothing was paid for
-        assert "none: no run" in qcrd_main("--resume", "none", code=2)
-        assert "one at a time" in qcrd_main("--resume", "none", "--ask", "none", code=2)
+        assert "none: no run" in mistake(qcrd, "--resume", "none")
+        assert "one at a time" in mistake(qcrd, "--resume", "none", "--ask", "none")
         # what is unusual but allowed
         large = ["--lag", 10**5, "--discriminator-every", 10**9, "--seed", 10**9]
         for name, count, steps in (("large", 4, []), ("none", 1, ["--steps", 0])):
@@ -2224,41 +2166,35 @@ def test_wrong_use_gets_one_line():
 
 
 def test_settings_of_a_run_are_checked_like_flags():
-    changes = [{"foo": 1}, {"negative_source": "foo"}, {"lr": "hot"}, {"lr": None}, {"steps": 6.5}]
-    changes += [{"beta": math.nan}, {"discriminator": 1}, {"task": 3}, {"batch": True}, {"lag": []}]
-    changes += [{"scheme": {}}, {"samples": -1}]
+    texts: list = ["[1]", "", "{", "null", "\0", "[" * 100_000]
+    texts += [{"foo": 1}, {"negative_source": "foo"}, {"lr": "hot"}, {"lr": None}, {"steps": 6.5}]
+    texts += [{"beta": math.nan}, {"discriminator": 1}, {"task": 3}, {"batch": True}, {"lag": []}]
+    texts += [{"scheme": {}}, {"samples": -1}]
+    resume, ask = ["--resume", "run"], ["--ask", "run", "What?"]
+    commands = resume, ask, ["--audit", "run", 1], ["--eval", "run"]
     with sums_home() as (flags, _):
         qcrd_main(*flags, "run", "--method", "finetune")
-        path = Path("run/config.json")
+        path, result = Path("run/config.json"), Path("run/result.json").read_bytes()
         good = lines_of(path)[0]
-        texts = [
-            "[1]",
-            "",
-            "{",
-            "null",
-            "\0",
-            "[" * 100_000,
-            *(good | change for change in changes),
-        ]
-        Path("run/result.json").rename("result.json")
-        for text in texts:
-            path.write_text(text if isinstance(text, str) else json.dumps(text))
-            for words in (["--resume"], ["--ask"], ["--audit"], ["--eval"]):
-                more = {"--ask": ["What?"], "--audit": [1]}.get(*words, [])
-                line = qcrd_main(*words, "run", *more, code=2).splitlines()[-1]
-                assert str(path) in line, (text, line)
+        Path("run/result.json").unlink()
+        for text, words in product(texts, commands):
+            path.write_text(text if isinstance(text, str) else json.dumps(good | text))
+            assert str(path) in mistake(qcrd, *words), (text, words)
         path.write_text(json.dumps(good))
         # without result.json a run goes on; with it, it is used
-        files = "--resume checkpoint.pt; --resume result.json; --ask task.json;"
-        for words, name in map(str.split, f"{files} --ask student/config.json".split(";")):
-            words = [words, "run"] + ["What?"] * (words == "--ask")
+        for words, name in (
+            (resume, "checkpoint.pt"),
+            (resume, "result.json"),
+            (ask, "task.json"),
+            (ask, "student/config.json"),
+        ):
             path = Path("run", name)
-            before = path.read_bytes() if path.exists() else Path("result.json").read_bytes()
+            before = path.read_bytes() if path.exists() else result
             for garbled in (b"", before[:-9], b"[]", b"\xff"):
                 path.write_bytes(garbled)
-                assert name in qcrd_main(*words, code=2).splitlines()[-1], (name, garbled)
+                assert name in mistake(qcrd, *words), (name, garbled)
             path.write_bytes(before)
-        assert "not a number" in qcrd_main("--audit", "run", "9" * 5000, code=2)
+        assert "not a number" in mistake(qcrd, "--audit", "run", "9" * 5000)
 
 
 def test_a_loss_that_is_no_number_stops_the_run():
@@ -2266,11 +2202,10 @@ def test_a_loss_that_is_no_number_stops_the_run():
         for weight in optimizer.param_groups[0]["params"]:
             weight.data.fill_(math.inf)
 
-    with sums_home() as (flags, _), patch.object(qcrd, "descend", descend):
+    with sums_home() as (flags, _), patch("qcrd.descend", descend):
         for method in ("qcrd", "dss", "single", "finetune"):
-            text = qcrd_main(*flags, method, "--method", method, code=2)
-            last = text.splitlines()[-1]
-            assert last.startswith("error: a loss became infinite or NaN; check --lr"), last
+            line = mistake(qcrd, *flags, method, "--method", method)
+            assert line.startswith("error: a loss became infinite or NaN; check --lr"), line
 
 
 def test_help_names_every_flag_with_mark_and_default():
@@ -2301,13 +2236,13 @@ def test_pipes_and_terminals():
 DEMO = {}  # the finished run's temporary folder, which goes with the process, and its output
 
 
-@contextlib.contextmanager
+@contextmanager
 def demo_run():
     """`python qcrd.py` with few steps, once -> the run, as seen from the working folder."""
     if not DEMO:
         DEMO["folder"] = tempfile.TemporaryDirectory()
     home = DEMO["folder"].name
-    with empty_home(QCRD_HOME=home), contextlib.chdir(home):
+    with empty_home(QCRD_HOME=home), chdir(home):
         if "text" not in DEMO:
             flags = [*TINY, "--samples", 3, "--fraction", 0.2]
             DEMO["text"] = python(HERE / "qcrd.py", *flags, home=home)
@@ -2392,10 +2327,10 @@ def test_demo_run_can_be_used():
         assert len(rows) == 2 and rows[0]["gold"] == "1" and rows[1]["answer"] == first["answer"]
         assert "test, 1000 questions" in qcrd_main("--resume", run, "--device", "cpu")
         assert "<Explanation>" in qcrd_main("--show-prompt")
-        assert "not --seed" in qcrd_main("--resume", run, "--seed", 1, code=2)
-        assert "'x', not a number" in qcrd_main("--audit", run, "x", code=2)
-        assert "the question is missing" in qcrd_main("--ask", run, code=2)
-        assert "gone.jsonl" in qcrd_main("--eval", run, "gone.jsonl", code=2)
+        assert "not --seed" in mistake(qcrd, "--resume", run, "--seed", 1)
+        assert "'x', not a number" in mistake(qcrd, "--audit", run, "x")
+        assert "the question is missing" in mistake(qcrd, "--ask", run)
+        assert "gone.jsonl" in mistake(qcrd, "--eval", run, "gone.jsonl")
 
 
 def test_half_a_million_questions_fit():
@@ -2408,16 +2343,15 @@ def test_half_a_million_questions_fit():
         rows = [(texts.pop(), str(i % 2)) for i in range(500)]
         task_folder(home / "large", train=rows, valid=rows[:9], test=rows[:9])
         config = tiny_config(task="large", teacher=url, model=str(tiny_folder(home / "tiny")))
-        with contextlib.redirect_stdout(io.StringIO()):
+        with redirect_stdout(io.StringIO()):
             task = qcrd.load_task(config)
             qcrd.prepare(config, task, home / "run", ask=True)
             tracemalloc.start()
             run = qcrd.prepare(config, task, home / "run", ask=False)
         size = tracemalloc.get_traced_memory()[1] / 500
         tracemalloc.stop()
-        assert sum(len(q.S_pos + q.minority) for q in run.train) == 2500 and 1000 < size < 14_000, (
-            size
-        )
+        assert sum(len(q.S_pos + q.minority) for q in run.train) == 2500
+        assert 1000 < size < 14_000, size
 
 
 # ---------------------------------------------------------------------------------------- results/
@@ -2722,16 +2656,18 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.cpu() - b.cpu()).abs() / b.cpu().abs()).max().item()
 
 
-def differing_rows(a, b, logits, tau: float, uniforms) -> list[int]:
-    """Rows whose tokens differ -> how many do so for a reason, how many by less than 1e-4: the two
-    best probabilities, or the number drawn and a boundary. logits: those after `a`."""
-    counts = [0, 0]
-    for row in (a != b).any(1).nonzero()[:, 0].tolist():
-        first = int((a[row] != b[row]).nonzero()[0])
-        p = (logits[row, first].double() / (tau or 1)).softmax(0)
-        gap = (p.cumsum(0) - uniforms[row, first]).abs().min() if tau else p.topk(2).values.diff()
-        counts[gap.abs().item() <= 1e-4] += 1
-    return counts
+def beside_logits(tokens, logits, tau: float, uniforms) -> float:
+    """How far tokens lie from what these logits write: a greedy one's probability from the best, a
+    sampled one's part of [0, 1) from the number drawn."""
+    p = (logits.double() / (tau or 1)).softmax(-1)
+    own = p.gather(2, tokens[..., None])[..., 0]
+    gap = p.amax(-1) - own
+    if tau:
+        end = p.cumsum(-1).gather(2, tokens[..., None])[..., 0]
+        drawn = uniforms[:, : tokens.shape[1]].to(end.device)
+        gap = torch.maximum(drawn - end, end - own - drawn)
+    written = (tokens == t5.PAD).cumsum(1) == 0
+    return gap[written].max().item()
 
 
 def low_precision(device: str) -> torch.dtype:
@@ -2743,8 +2679,7 @@ def low_precision(device: str) -> torch.dtype:
 
 @torch.no_grad()
 def generation(shape: str, device: str, check: Checks, *lengths: int) -> None:
-    """What is written in low precision follows the teacher-forced logits of that precision: a
-    greedy token is nearly the best one, a sampled one lies nearly where its number fell."""
+    """What is written in low precision follows the teacher-forced logits of that precision."""
     for dtype in {low_precision(device), torch.float16}:
         run = random_run(shape, device, str(dtype).removeprefix("torch."))
         model = run.student.model
@@ -2753,36 +2688,28 @@ def generation(shape: str, device: str, check: Checks, *lengths: int) -> None:
         for tau in (0.0, 1.5):
             with run.student.autocast():
                 tokens = model.generate(*batch, 24, tau, uniforms=uniforms)
-                logits = model(*batch, F.pad(tokens, (1, 0))[:, :-1]).float()
-            p = (logits / (tau or 1)).softmax(-1)
-            own = p.gather(2, tokens[..., None])[..., 0]
-            gap = p.amax(-1) - own
-            if tau:  # how far the number lies outside of the token's part of [0, 1)
-                end = p.cumsum(-1).gather(2, tokens[..., None])[..., 0]
-                drawn = uniforms[:, : tokens.shape[1]].to(end.device)
-                gap = torch.maximum(drawn - end, end - own - drawn)
-            written = (tokens == t5.PAD).cumsum(1) == 0
-            check(f"{shape}, {dtype}, τ {tau}: tokens beside the logits", gap[written].max(), 0.03)
+                logits = model(*batch, shifted(tokens)).float()
+            gap = beside_logits(tokens, logits, tau, uniforms)
+            check(f"{shape}, {dtype}, τ {tau}: tokens beside the logits", gap, 0.03)
 
 
 def waits(device: str) -> dict[str, Any]:
     """Waits for the GPU in a step of 16 questions at t5-small's shape, and peaks of memory, GiB."""
-    run, found = random_run("t5-small", device), {}
-    run.train = svamp_like(16)
+    run = random_run("t5-small", device)
+    run.train, run.config.discriminator_pretrain = svamp_like(16), 2
     one_step(run)
     torch.cuda.set_sync_debug_mode("warn")
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         one_step(run)
     torch.cuda.set_sync_debug_mode("default")
-    found["waits of a step"] = sum("synchroniz" in str(warning.message) for warning in seen)
+    found = {"waits of a step": sum("synchroniz" in str(warning.message) for warning in seen)}
     batch = run.student.inputs(run.student.explain, svamp_like(128))
-    for name, call in {
-        "step": lambda: one_step(run),
-        "D's training": lambda: qcrd.train_discriminator(run, 0, run.train),
-        "generation": lambda: run.student.model.generate(*batch, 96, 1.5),
-    }.items():
-        run.config.discriminator_pretrain = 2
+    for name, call in (
+        ("step", partial(one_step, run)),
+        ("D's training", partial(qcrd.train_discriminator, run, 0, run.train)),
+        ("generation", partial(run.student.model.generate, *batch, 96, 1.5)),
+    ):
         torch.cuda.reset_peak_memory_stats()
         with run.student.autocast():
             call()
@@ -2794,7 +2721,7 @@ def waits(device: str) -> dict[str, Any]:
 @torch.no_grad()
 def parity(shape: str, device: str, check: Checks, *lengths: int) -> None:
     """Losses, scores, gradients, probabilities, tokens on `device` beside the CPU's float32."""
-    runs = there, here = [random_run(shape, where, "float32") for where in (device, "cpu")]
+    there, here = [random_run(shape, where, "float32") for where in (device, "cpu")]
     questions = svamp_like(4, *lengths)
     pairs = [(row, r) for row, q in enumerate(questions) for r in q.S_pos + q.minority]
     rows, targets = zip(*pairs)
@@ -2806,11 +2733,8 @@ def parity(shape: str, device: str, check: Checks, *lengths: int) -> None:
         return [losses, run.discriminator.score([(questions[row].x, r) for row, r in pairs])]
 
     expected = figures(here, torch.float32)
-    for dtype, bound in (
-        (low_precision(device), 0.02),
-        (torch.float16, 0.02),
-        (torch.float32, 1e-4),
-    ):
+    low = low_precision(device)
+    for dtype, bound in ((low, 0.02), (torch.float16, 0.02), (torch.float32, 1e-4)):
         for name, value, right in zip(("ℓ", "s"), figures(there, dtype), expected):
             check(f"{shape}, {dtype}: {name}, relative", relative(value, right), bound)
 
@@ -2828,21 +2752,18 @@ def parity(shape: str, device: str, check: Checks, *lengths: int) -> None:
         return torch.tensor(loss), gradients(run.student.model.eval()).cpu()
 
     loss, gradient = step(here, torch.float32)
-    for dtype, bound, far in ((low_precision(device), 0.02, 0.1), (torch.float32, 1e-4, 1e-3)):
+    for dtype, bound, far in ((low, 0.02, 0.1), (torch.float32, 1e-4, 1e-3)):
         value, g = step(there, dtype)
         check(f"{shape}, {dtype}: a step's loss, relative", relative(value, loss), bound)
         distance = ((g - gradient).norm() / gradient.norm()).item()
         check(f"{shape}, {dtype}: its gradient, relative", distance, far)
-    theirs, ours = (run.student.model for run in runs)
     batch = here.student.inputs(here.student.explain, questions * 4)
     for tau in (0.0, 0.7, 1.5):
-        draws = [torch.Generator().manual_seed(1) for _ in range(3)]
-        a, b = (m.generate(*batch, 24, tau, draw).cpu() for m, draw in zip((ours, theirs), draws))
-        a, b = (F.pad(rows, (0, 24 - rows.shape[1])) for rows in (a, b))
-        p, q = (m(*batch, F.pad(a, (1, 0))).cpu() for m in (ours, theirs))
-        uniforms = torch.rand(16, 24, generator=draws[2])
-        wrong, close = differing_rows(a, b, p, tau, uniforms)
-        check(f"{shape}, τ {tau}: rows of 16 that differ, {close} more narrowly", wrong)
+        draws = [torch.Generator().manual_seed(1) for _ in range(2)]
+        tokens = there.student.model.generate(*batch, 24, tau, draws[0]).cpu()
+        p, q = (run.student.model(*batch, shifted(tokens)).cpu() for run in (here, there))
+        gap = beside_logits(tokens, p, tau, torch.rand(16, 24, generator=draws[1]))
+        check(f"{shape}, τ {tau}: tokens beside the CPU's logits", gap, 1e-4)
         gap = (p.softmax(-1) - q.softmax(-1)).abs().max().item()
         check(f"{shape}, τ {tau}: next-token probabilities", gap, 1e-4)
 
@@ -2871,8 +2792,7 @@ def demo_on(check: Checks, *flags: str) -> None:
     words = f"{small} --discriminator-steps 2 --run run".split()
     with empty_home():
         child = started([*words, *flags], 26, signal.SIGKILL)  # in the second iteration
-        child.join()
-        check("the demo's process ended before it was killed", child.exitcode != -signal.SIGKILL)
+        check("the demo's process ended before it was killed", ended(child) != [-signal.SIGKILL])
         check("iterations before that, not 1", abs(2 - len(lines_of("run/metrics.jsonl"))))
         qcrd_main("--resume", "run")
         check("iterations that are missing", 5 - len(lines_of("run/metrics.jsonl")))
@@ -2891,10 +2811,8 @@ def two_ranks(check: Checks, bound: float, *words: str) -> None:
             port = str(free.getsockname()[1])
         torchrun = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
         ranks = [started([*flags, "two"], RANK=i, LOCAL_RANK=i, **torchrun) for i in "01"]
-        for rank in ranks:
-            rank.join(600)
-        log = Path("log").read_text()
-        assert [rank.exitcode for rank in ranks] == [0, 0], log
+        codes, log = ended(*ranks), Path("log").read_text()
+        assert codes == [0, 0], log
         assert log.count("run folder: two") == 2  # rank 0 alone speaks
         folders = ("tiny", "one/student", "two/student")
         start, one, two = (t5.T5.load(folder).state_dict() for folder in folders)
@@ -2908,28 +2826,6 @@ def two_ranks(check: Checks, bound: float, *words: str) -> None:
         check(f"two ranks: {name}, relative", max(gaps), bound)
 
 
-def speed(shape: str, device: str, n: int, rate: float) -> None:
-    """Prints what a step of n questions takes, sampling, and what the paper's run would."""
-    ours = step_beside_plain(shape, device, n)
-    used = ours.get("operations", 0) / ours["seconds"] / rate
-    print(f"  {n / ours['seconds']:.1f} questions a second, {used:.0%} of the rate of products")
-    run, rows = random_run(shape, device), []
-    batch = run.student.inputs(run.student.explain, svamp_like(2 * n))
-    with run.student.autocast():
-        spent = seconds([lambda: rows.append(run.student.model.generate(*batch, 96, 1.5))], device)
-    tokens = int((rows[-1] != t5.PAD).sum()) / spent[0]
-    print(f"  {tokens:,.0f} tokens a second sampled, {2 * n} rows at once")
-    # svamp: before 15 of 20 iterations 720 questions and 80 of validation, some 105 tokens each
-    hours, sampling = 10_000 * ours["seconds"] / 3600, 15 * 800 * 105 / tokens / 3600
-    print(f"  the paper's 10,000 steps on svamp: {hours:.1f} h, and {sampling:.1f} h of sampling")
-
-
-def kept_efficient(shape: str, device: str, check: Checks, *lengths: int) -> None:
-    """`parity` with the kernel that the masks are made for: refused masks are errors."""
-    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
-        parity(shape, device, check, *lengths)
-
-
 def in_float16(shape: str, device: str, check: Checks) -> None:
     run = random_run(shape, device, "float16")
     run.train = svamp_like(4)
@@ -2937,38 +2833,49 @@ def in_float16(shape: str, device: str, check: Checks) -> None:
 
 
 def speeds(shape: str, device: str) -> dict[str, Any]:
-    """A step, sampling, and t5.py beside transformers, with the card's own rate of products."""
+    """Prints what a step of 64 questions and sampling take, and the paper's run would, with the
+    card's own rate of products; t5.py beside transformers."""
     a = torch.randn(8192, 8192, device=device, dtype=low_precision(device))
     rate = 2 * len(a) ** 3 * 20 / seconds([lambda: [a @ a for _ in range(20)]], device)[0]
     print(f"  products of matrices run at {rate / 1e12:.0f} TFLOP/s")
     torch.cuda.empty_cache()
-    speed(shape, device, 64, rate)
+    ours = step_beside_plain(shape, device, 64)
+    used = ours.get("operations", 0) / ours["seconds"] / rate
+    print(f"  {64 / ours['seconds']:.1f} questions a second, {used:.0%} of the rate of products")
+    run, rows = random_run(shape, device), []
+    batch = run.student.inputs(run.student.explain, svamp_like(128))
+    with run.student.autocast():
+        spent = seconds([lambda: rows.append(run.student.model.generate(*batch, 96, 1.5))], device)
+    tokens = int((rows[-1] != t5.PAD).sum()) / spent[0]
+    print(f"  {tokens:,.0f} tokens a second sampled, 128 rows at once")
+    # svamp: before 15 of 20 iterations 720 questions and 80 of validation, some 105 tokens each
+    hours, sampling = 10_000 * ours["seconds"] / 3600, 15 * 800 * 105 / tokens / 3600
+    print(f"  the paper's 10,000 steps on svamp: {hours:.1f} h, and {sampling:.1f} h of sampling")
     beside_transformers(shape, device, 64, 64)
     return {"TFLOP/s": round(rate / 1e12)}
 
 
 def cuda_stages(check: Checks, device: str = "cuda") -> dict[str, Callable]:
     """The stages of the proof in order of worth."""
+    # the kernel that the masks are made for: refused masks are errors
+    efficient = sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION)(parity)
     stages: dict[str, Callable] = {}
     for shape in ("t5-small", "t5-base"):
-        stages[f"parity {shape}"] = functools.partial(kept_efficient, shape, device, check)
-        stages[f"generation {shape}"] = functools.partial(generation, shape, device, check)
-        stages[f"float16 {shape}"] = functools.partial(in_float16, shape, device, check)
-    stages["parity gated"] = functools.partial(kept_efficient, "gated", device, check)
-    stages["parity 512 tokens"] = functools.partial(
-        kept_efficient, "tiny", device, check, 512, 1000
-    )
-    stages["demo"] = functools.partial(demo_on, check, "--device", device)
-    fp16 = ("--device", device, "--precision", "float16")
-    stages["demo float16"] = functools.partial(demo_on, check, *fp16)
-    stages["waits, memory"] = functools.partial(waits, device)
+        stages[f"parity {shape}"] = partial(efficient, shape, device, check)
+        stages[f"generation {shape}"] = partial(generation, shape, device, check)
+        stages[f"float16 {shape}"] = partial(in_float16, shape, device, check)
+    stages["parity gated"] = partial(efficient, "gated", device, check)
+    stages["parity 512 tokens"] = partial(efficient, "tiny", device, check, 512, 1000)
+    stages["demo"] = partial(demo_on, check, "--device", device)
+    stages["demo float16"] = partial(demo_on, check, "--device", device, "--precision", "float16")
+    stages["waits, memory"] = partial(waits, device)
     if torch.cuda.device_count() > 1:
-        fixed = "--device cuda --precision {} --negative-source fixed"  # the same negatives
+        words = ["--device", "cuda", "--negative-source", "fixed"]  # the same negatives
         for precision, bound in (("float32", 1e-3), ("bfloat16", 0.05)):
-            words = fixed.format(precision).split()
-            stages[f"two ranks {precision}"] = functools.partial(two_ranks, check, bound, *words)
+            stage = partial(two_ranks, check, bound, *words, "--precision", precision)
+            stages[f"two ranks {precision}"] = stage
     for shape in ("t5-base", "t5-small"):
-        stages[f"speed {shape}"] = functools.partial(speeds, shape, device)
+        stages[f"speed {shape}"] = partial(speeds, shape, device)
     return stages
 
 
@@ -3001,7 +2908,7 @@ def cuda() -> int:
     check = Checks()
     card = {"card": torch.cuda.get_device_name(), "torch": torch.__version__}
     card |= {"cuda": torch.version.cuda, "capability": torch.cuda.get_device_capability()}
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         card["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
     print(card)
@@ -3017,7 +2924,7 @@ def test_a_stage_of_the_proof_stands_alone():
         raise RuntimeError("no kernel")
 
     stages = {"first": broken, "second": lambda: {"GiB": 1}, "third": lambda: None}
-    with contextlib.redirect_stderr(io.StringIO()) as printed:
+    with redirect_stderr(io.StringIO()) as printed:
         found = run_stages(stages, Checks(), math.inf)
         late = run_stages(stages, Checks(), -1.0)
     assert "RuntimeError: no kernel" in found["first"] and "Traceback" in printed.getvalue()
@@ -3031,21 +2938,10 @@ def test_ordinary_tests_see_no_gpu():
     stand_in += "os.environ.get('CUDA_VISIBLE_DEVICES') != ''; import sys; sys.argv = ['x'{}]; "
     stand_in += "import test_qcrd, qcrd; print(qcrd.torch.cuda.is_available())"
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
-    seen = [python("-c", stand_in.format(word)) for word in ("", ", 'cuda'")]
-    assert seen[0] == "False\n"
     with patch.dict(os.environ):
         del os.environ["CUDA_VISIBLE_DEVICES"]
         seen = [python("-c", stand_in.format(word)) for word in ("", ", 'cuda'")]
     assert seen == ["False\n", "True\n"], seen
-
-
-def test_generation_beside_logits_on_the_cpu():
-    check = Checks()
-    generation("tiny", "cpu", check, 30, 1000)
-    assert not check, check
-    with patch("t5.draw", lambda logits, uniforms: logits.argmin(1)):
-        generation("tiny", "cpu", check, 30, 1000)
-    assert check
 
 
 def test_two_ranks_compute_what_one_does():
@@ -3057,13 +2953,16 @@ def test_two_ranks_compute_what_one_does():
 def test_comparisons_of_the_gpu_proof_on_the_cpu():
     check = Checks()
     parity("tiny", "cpu", check, 30, 1000)
+    generation("tiny", "cpu", check, 30, 1000)
     assert not check, check
+    with patch("t5.draw", lambda logits, uniforms: logits.argmin(1)):
+        parity("tiny", "cpu", check, 30, 1000)
+        generation("tiny", "cpu", check, 30, 1000)
+    assert sum("tokens beside" in line for line in check) == len(check) == 4, check
     check("a bound that is missed", float("nan"), 1.0)
-    assert len(check) == 1
-    model, batch = random_run("tiny", "cpu").student.model, t5.pad([[5, 6, 7, 1]])
-    tokens = model.generate(*batch, 6)
-    logits = model(*batch, F.pad(tokens, (1, 0)))
-    assert differing_rows(tokens, tokens + 1, logits, 0.0, None) == [1, 0]
+    assert len(check) == 5
+    greedy, logits = torch.tensor([[2]]), torch.tensor([[[0.0, 9.0, 0.0]]])
+    assert beside_logits(greedy, logits, 0.0, None) > 0.9
 
 
 # ---------------------------------------------------------------------------------- The runner

@@ -1940,8 +1940,8 @@ def test_teacher_budget():
     """What is under way when the first of three finds it spent is kept."""
     with asking(lambda _, n: (503, b"", {}) if n % 2 else said("1")) as (ask, asked):
         slots, printed = ask(teacher_budget=7, concurrency=1)
-        assert filled(slots) == 7 and len(asked) in (13, 14)
-        assert "7 samples, 7 requests" in printed and "--teacher-budget is spent" in printed
+        assert filled(slots) in (3, 4) and len(asked) == 7  # repetitions count
+        assert "samples, 7 requests" in printed and "--teacher-budget is spent" in printed
     with asking(lambda body, n: pause(1.5 * (n < 3)) or sums(body)) as (ask, asked):
         assert filled(ask(9, concurrency=3, teacher_budget=3)[0]) == 15 and len(asked) == 3
 
@@ -2035,7 +2035,7 @@ def test_kill_and_resume_ends_in_the_same_bytes():
             assert made_by(name) == whole and not list(Path(name).rglob("*.tmp")), event
         assert ended(started([*flags, "stopped"], 12, signal.SIGINT)) == [130]
         log = Path("log").read_text()
-        assert "--resume stopped goes on after iteration" in log and "Traceback" not in log
+        assert "--resume stopped goes on" in log and "Traceback" not in log
         qcrd_main(*flags, "other", "--seed", 1)
         assert made_by("other")[2] != whole[2] and len(asked) == count
         for name in ("test", "train"):  # other data now
@@ -2472,15 +2472,15 @@ def test_audit_page_escapes_and_holds_all():
 
 def test_pictures_and_mistakes_of_the_user():
     with scratch() as folder:
-        for words in (["curves", folder], ["fractions", f"{folder}/none"], ["scores", folder]):
+        for words in (["curves", folder], ["rationales", f"{folder}/none"], ["scores", folder]):
             text = command(plot, *words, code=2)
             assert text.startswith("error: ") and text.count("\n") == 1, text
         if importlib.util.find_spec("matplotlib") is None:
             raise Skip("matplotlib is not installed")
         lines = [{"iteration": 1, "L": 1.0, "l_neg": None}, {"iteration": 2, "s": {"student": 0.2}}]
-        run = {"cell": "QCRD, 25 %", "command": "--delta 4", "iterations": lines, "seed": 0}
+        run = {"cell": "ED", "command": "--delta 4", "iterations": lines, "seed": 0}
         fetch_data.write_lines(folder / "a.jsonl", [run | dict.fromkeys(tables.SCORES, 0.5)])
-        for what in ("curves", "fractions"):
+        for what in ("curves", "rationales"):
             out = folder / f"{what}.png"
             command(plot, what, folder / "a.jsonl", "--out", out)
             assert out.read_bytes().startswith(b"\x89PNG")

@@ -1,7 +1,6 @@
 """T5 1.0, T5 1.1 and Flan-T5 in plain PyTorch, under Hugging Face's parameter names.
 
-Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer",
-arXiv 1910.10683. Helpers, the model, its fast paths, files, tokenizer, pretraining.
+T5: Raffel et al., "Exploring the Limits of Transfer Learning ...", JMLR 2020, arXiv 1910.10683.
 
     model, tokenizer = T5.load("weights/demo"), Tokenizer("weights/demo/spiece.model")
     ids, mask = pad([tokenizer.encode("predict: Ana has 5 hats. Ana buys 4 hats. How many now?")])
@@ -47,7 +46,6 @@ class InputError(Exception):
 
 
 def require(good: bool, text: str) -> None:
-    """Raise InputError(text) unless `good`."""
     if not good:
         raise InputError(text)
 
@@ -334,12 +332,11 @@ class Stack(nn.Module):
     def position_bias(self, length: int) -> Tensor:
         """(1, H, length, length) float32, added to the scores; -inf on a decoder's later keys."""
         embedding = self.block[0].layer[0].SelfAttention.relative_attention_bias
-        # on the CPU: a GPU's log may differ in the last digit
         offset = torch.arange(1 - length, length)
         distance = offset.abs()
         buckets = self.config.relative_attention_num_buckets // (1 if self.is_decoder else 2)
         exact = buckets // 2  # buckets of one distance; the others hold growing ranges
-        # float32 and this order of operations, as published: they decide distances on a boundary
+        # as published: on the CPU, in float32, in this order; it decides distances on a boundary
         growth = torch.log(distance.clamp(min=1).float() / exact)
         growth = growth / math.log(self.config.relative_attention_max_distance / exact)
         far = (exact + (growth * (buckets - exact)).long()).clamp(max=buckets - 1)
@@ -387,12 +384,9 @@ class T5(nn.Module):
         return target.unpack(F.linear(hidden, (self.lm_head or self.shared).weight))
 
     def loss(self, ids, mask, targets, target_mask, memory=None, rows=None) -> Tensor:
-        """Mean cross-entropy over the tokens of each target row: (R,) float32, nats.
-
+        """Mean cross-entropy over each target row's tokens: (R,) float32, nats. Raises InputError.
         ids (B, S) int64, mask (B, S) bool; targets (R, T) int64 with </s>, target_mask (R, T) bool.
-        memory (B, S, D) of `encode` replaces ids; rows (R,) int64 names the memory row of each
-        target row. Masks on the CPU spare a wait for the GPU. InputError for shapes and empty rows.
-        """
+        memory (B, S, D) of `encode` replaces ids; rows (R,) int64: each target's memory row."""
         attended = len(mask) if rows is None else len(rows)
         fits = targets.shape == target_mask.shape and len(targets) == attended
         require(fits, f"loss: {tuple(targets.shape)} targets, mask and memory rows do not fit")
@@ -412,12 +406,9 @@ class T5(nn.Module):
         self, ids, mask, max_new_tokens, temperature=0.0, generator=None, limit=None, uniforms=None
     ) -> Tensor:
         """Write an answer for each row: (B, <= max_new_tokens) int64, 0 after </s>; no dropout.
-
         temperature 0 takes the best token, else softmax(logits / temperature) is sampled with one
         uniform number for each row and position, of `uniforms` (B, max_new_tokens) float32 or drawn
-        from `generator` (both on the CPU): rows do not depend on each other. Ids >= limit are never
-        chosen.
-        """
+        from `generator` (both on the CPU), so that no row depends on others. Only ids < limit."""
         was_training = self.training
         self.eval()
         device, count = self.shared.weight.device, len(ids)
@@ -523,8 +514,7 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
 
 class Packing:
     """The tokens of a padded batch, mask (B, S): all but attention runs on (N, D) without padding.
-    A mask on the CPU spares a wait for the GPU. Gain: 22 % of a step on rows of SVAMP's lengths.
-    """
+    A mask on the CPU spares a wait for the GPU. Gain: 22 % of a step on rows of SVAMP's lengths."""
 
     def __init__(self, mask: Tensor, device: torch.device):
         require(bool(mask.any(1).all()), "a row of the mask has no token; leave empty rows out")
@@ -558,10 +548,8 @@ def aligned(bias: Tensor) -> Tensor:
 
 
 class Dropout(nn.Dropout):
-    """Dropout. On a CPU it draws the gaps between dropped elements, which are geometric.
-
-    It needs p numbers an element, of torch's global generator. Gain: 12 % of a training step.
-    """
+    """Dropout. On a CPU it draws the gaps between dropped elements, which are geometric: p numbers
+    an element, of torch's global generator. Gain: 12 % of a training step."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0 or x.device.type != "cpu":
@@ -579,9 +567,7 @@ class Dropout(nn.Dropout):
 
 class OutputLoss(torch.autograd.Function):
     """Output layer and its cross-entropy: hidden (N, D), weight (V, D), targets (N,) -> (N,).
-
-    Chunks stay in the cache; one (N, V) tensor is kept: softmax - one-hot. Gain: 9 %, and memory.
-    """
+    Chunks stay in the cache; one (N, V) tensor is kept: softmax - one-hot. Gain: 9 %, memory."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, keep: bool) -> Tensor:
@@ -717,9 +703,6 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
             file.write(x.contiguous().view(torch.uint8).numpy().tobytes())
 
 
-# ---------------------------------------------------------------- tokenizer
-
-
 class Tokenizer:
     """T5's SentencePiece model; above its `size` pieces come the sentinels. Raises InputError."""
 
@@ -776,10 +759,8 @@ def pretrain(
     model, tokenizer, texts, steps, batch=64, lr=1e-3, pairs=(), share=0.5, seed=0, max_length=256
 ) -> float:
     """Train `model` in place on span corruption of `texts` and on `pairs` of (input, target) texts.
-
     share: the pairs' part of the rows. AdamW; the rate rises to `lr` over 5 % of the steps, then
-    falls to 0. Same arguments, same machine: same weights. Returns the last 50 steps' mean loss.
-    """
+    falls to 0. Same arguments, same machine: same weights. Returns the last 50 steps' mean loss."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     rows = [tokenizer.encode(text, max_length)[:-1] for text in texts]

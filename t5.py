@@ -86,7 +86,6 @@ def run_program(main: Callable[[], object], memory_help: str = "") -> int:
 def lock(path: str | Path, busy: str = "") -> filelock.AcquireReturnProxy:
     """Hold a lock file while the process lives or a `with` lasts. Where another process has it:
     InputError(busy), or without such a text a line and a wait."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     held = filelock.FileLock(path)
     try:
         return held.acquire(timeout=0)  # the lock itself would be acquired twice by `with`
@@ -97,9 +96,8 @@ def lock(path: str | Path, busy: str = "") -> filelock.AcquireReturnProxy:
 
 
 @contextlib.contextmanager
-def atomic(path: str | Path) -> Iterator[Path]:
+def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write; if the block succeeds, sync it and rename it to `path`."""
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -129,7 +127,7 @@ def read_pt(path: str | Path) -> dict:
         return dict(**torch.load(path, map_location="cpu", weights_only=True))
 
 
-def write_pt(path: str | Path, values: dict) -> None:
+def write_pt(path: Path, values: dict) -> None:
     """Write what `read_pt` reads, atomically."""
     with atomic(path) as temporary, open(temporary, "wb") as file:
         torch.save(values, file)
@@ -460,8 +458,8 @@ class T5(nn.Module):
     def _decode(self, target_in, target, cross, cross_bias, bias=None, past=None) -> Tensor:
         """target_in (R, T) -> hidden (N, D). Padding stands right, where no token looks."""
         bias = self.decoder.position_bias(target_in.shape[1]) if bias is None else bias
-        tokens = target.pack(to_device(target_in, target.device))
-        hidden = self.decoder(self.shared(tokens), target, bias, cross, cross_bias, past)
+        embedded = self.shared(target.pack(target_in))
+        hidden = self.decoder(embedded, target, bias, cross, cross_bias, past)
         return hidden * self.config.d_model**-0.5 if self.config.scaled else hidden
 
     @staticmethod
@@ -476,7 +474,8 @@ class T5(nn.Module):
         tied = torch.equal(tensors.get("lm_head.weight", copies[0]), copies[0])
         if tied:
             tensors.pop("lm_head.weight", None)
-        tensors.pop(UNUSED, None)
+        # the first published checkpoints hold it, no version of T5 uses it
+        tensors.pop("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight", None)
         config = read_config(Path(folder, "config.json"), tied)
         with reading(file, "does not fit config.json: {}"), torch.device("meta"):
             model = T5(config)
@@ -493,8 +492,7 @@ class T5(nn.Module):
         del values["tied"]
         # transformers 4 reads whether to scale from the first of these, transformers 5 from both
         values["tie_word_embeddings"] = values["scale_decoder_outputs"] = values.pop("scaled")
-        with atomic(Path(folder, "model.safetensors")) as path:
-            write_safetensors(path, tensors)
+        write_safetensors(Path(folder, "model.safetensors"), tensors)
         with atomic(Path(folder, "config.json")) as path:
             path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         if vocab is not None:
@@ -628,8 +626,6 @@ def reordered(model: nn.Module, rows: int) -> Iterator[None]:
 
 # ---------------------------------------------------------------- Hugging Face's files
 
-# the first published checkpoints hold it, no version of T5 uses it
-UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 SAFE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 IDS = {"pad_token_id": PAD, "eos_token_id": EOS, "decoder_start_token_id": PAD}
 
@@ -689,7 +685,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write what `read_safetensors` reads."""
+    """Write what `read_safetensors` reads, atomically."""
     names = {dtype: name for name, dtype in SAFE_DTYPES.items()}
     header, end = {}, 0
     for name, x in tensors.items():
@@ -697,7 +693,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
         header[name] = {"dtype": names[x.dtype], "shape": list(x.shape), "data_offsets": offsets}
         end += x.nbytes
     text = json.dumps({"__metadata__": {"format": "pt"}} | header).encode()
-    with open(path, "wb") as file:
+    with atomic(path) as temporary, open(temporary, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for x in tensors.values():
             file.write(x.contiguous().view(torch.uint8).numpy().tobytes())
@@ -707,9 +703,8 @@ class Tokenizer:
     """T5's SentencePiece model; above its `size` pieces come the sentinels. Raises InputError."""
 
     def __init__(self, path: str | Path):
-        self.pieces = sentencepiece.SentencePieceProcessor()
         with reading(path, "not a SentencePiece model"):
-            self.pieces.Load(str(path))
+            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
         special = (self.pieces.pad_id(), self.pieces.eos_id(), self.pieces.unk_id())
         require(special == (PAD, EOS, UNK), f"{path}: special ids {special}; T5's are 0, 1, 2")
         self.size = self.pieces.get_piece_size()
@@ -719,14 +714,12 @@ class Tokenizer:
     def sentinel(self, i: int) -> int:
         return self.size + SENTINELS - 1 - i
 
-    def encode(self, text: str, max_length: int | None = None) -> list[int]:
+    def encode(self, text: str, max_length: int = sys.maxsize) -> list[int]:
         """Ids of `text` and </s>, at most max_length of them, </s> included."""
         ids = []
         for part in re.split(f"({'|'.join(self.ids)})", text):
             ids += [self.ids[part]] if part in self.ids else self.pieces.encode(part)
-        if max_length is not None:
-            ids = ids[: max(max_length - 1, 0)]
-        return ids + [EOS]
+        return ids[: max(max_length - 1, 0)] + [EOS]
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
         """Text of `ids`; pad, </s>, sentinels and ids above them are left out."""

@@ -227,20 +227,17 @@ class Attention(nn.Module):
         """x (N, H * d_kv) packed -> (B, H, S, d_kv)."""
         return packing.unpack(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def forward(self, x, packing, bias, cross=None, past=None) -> Tensor:
+    def forward(self, x, packing, bias, pair=None, past=None) -> Tensor:
         """x (N, D) packed; bias broadcasts to (B, H, queries, keys) -> (N, D) packed.
-
-        cross: keys and values (2, B, H, S, d_kv) of the memory; past: of a text in generation.
-        """
+        pair: keys and values (2, B, H, S, d_kv) instead of x's; past: of a text in generation."""
         queries = self.heads(self.q(x), packing)
-        if cross is None:
-            cross = self.heads(self.k(x), packing), self.heads(self.v(x), packing)
-        keys, values = cross
+        if pair is None:
+            pair = self.heads(self.k(x), packing), self.heads(self.v(x), packing)
         if past is not None:
             length = bias.shape[-1]
-            past[0, :, :, length - 1 : length] = keys
-            past[1, :, :, length - 1 : length] = values
-            keys, values = past[:, :, :, :length]
+            past[:, :, :, length - 1 : length] = torch.stack(pair)
+            pair = past[:, :, :, :length]
+        keys, values = pair
         if x.device.type in FUSED:
             bias = bias.expand(*queries.shape[:3], keys.shape[2])  # of `aligned`
             p = self.dropout.p if self.training else 0.0
@@ -266,13 +263,10 @@ class FeedForward(nn.Module):
         hidden = self.wi_0(x) if self.gated else self.wi(x)
         half = hidden.dtype == torch.float16  # overflows in the product and in wo; bfloat16 not
         hidden = hidden.float() if half else hidden
+        hidden = F.gelu(hidden, approximate="tanh") if self.gated else F.relu(hidden)
         if self.gated:
-            hidden = F.gelu(hidden, approximate="tanh") * self.wi_1(x)
-        else:
-            hidden = F.relu(hidden)
-        if not half:
-            return self.wo(self.dropout(hidden))
-        with torch.autocast(x.device.type, enabled=False):
+            hidden = hidden * self.wi_1(x)
+        with torch.autocast(x.device.type, enabled=False) if half else contextlib.nullcontext():
             return self.wo(self.dropout(hidden))
 
 
@@ -344,9 +338,8 @@ class Stack(nn.Module):
         of_offset = embedding(to_device(bucket, embedding.weight.device)).T  # (H, 2 length - 1)
         if self.is_decoder:
             of_offset = of_offset.masked_fill(to_device(offset > 0, of_offset.device), -math.inf)
-        place = torch.arange(length)
-        place = to_device(place[None] - place[:, None] + length - 1, of_offset.device)
-        return of_offset[:, place][None]
+        place = torch.arange(length, device=of_offset.device)
+        return of_offset[:, place[None] - place[:, None] + length - 1][None]
 
 
 class T5(nn.Module):
@@ -371,14 +364,12 @@ class T5(nn.Module):
         require(ids.shape == mask.shape, "ids and mask differ in shape")
         source = Packing(mask, self.shared.weight.device)
         bias = self.encoder.position_bias(ids.shape[1]) + source.key_bias
-        tokens = source.pack(to_device(ids, source.device))
-        return source.unpack(self.encoder(self.shared(tokens), source, bias))
+        return source.unpack(self.encoder(self.shared(source.pack(ids)), source, bias))
 
     def forward(self, ids: Tensor, mask: Tensor, target_in: Tensor) -> Tensor:
         """ids (B, S), mask (B, S), target_in (B, T) that starts with 0 -> logits (B, T, V)."""
         target = Packing(torch.ones(target_in.shape, dtype=torch.bool), self.shared.weight.device)
-        cross, cross_bias = self._cross(self.encode(ids, mask), mask)
-        hidden = self._decode(target_in, target, cross, cross_bias)
+        hidden = self._decode(target_in, target, *self._cross(self.encode(ids, mask), mask))
         return target.unpack(F.linear(hidden, (self.lm_head or self.shared).weight))
 
     def loss(self, ids, mask, targets, target_mask, memory=None, rows=None) -> Tensor:
@@ -389,14 +380,11 @@ class T5(nn.Module):
         fits = targets.shape == target_mask.shape and len(targets) == attended
         require(fits, f"loss: {tuple(targets.shape)} targets, mask and memory rows do not fit")
         memory = self.encode(ids, mask) if memory is None else memory
-        cross, cross_bias = self._cross(memory, mask, rows)
         target = Packing(target_mask, memory.device)
-        targets = to_device(targets, memory.device)
         target_in = F.pad(targets[:, :-1], (1, 0), value=PAD)
-        hidden = self._decode(target_in, target, cross, cross_bias)
-        labels = target.pack(targets)
+        hidden = self._decode(target_in, target, *self._cross(memory, mask, rows))
         weight = (self.lm_head or self.shared).weight
-        nats = OutputLoss.apply(hidden, weight, labels, torch.is_grad_enabled())
+        nats = OutputLoss.apply(hidden, weight, target.pack(targets), torch.is_grad_enabled())
         return target.unpack(nats).sum(1) / to_device(target_mask.sum(1), memory.device)
 
     @torch.no_grad()
@@ -446,11 +434,11 @@ class T5(nn.Module):
         packed = source.pack(memory)
         attentions = [block.layer[1].EncDecAttention for block in self.decoder.block]
         parts = [a.heads(w(packed), source) for a in attentions for w in (a.k, a.v)]
-        cross, bias = torch.stack(parts).unflatten(0, (-1, 2)), source.key_bias
-        if rows is not None:
-            rows = to_device(rows, memory.device)
-            cross, bias = cross.index_select(2, rows), bias[rows]
-        return cross, bias
+        cross = torch.stack(parts).unflatten(0, (-1, 2))
+        if rows is None:
+            return cross, source.key_bias
+        rows = to_device(rows, memory.device)
+        return cross.index_select(2, rows), source.key_bias[rows]
 
     def _decode(self, target_in, target, cross, cross_bias, bias=None, past=None) -> Tensor:
         """target_in (R, T) -> hidden (N, D). Padding stands right, where no token looks."""
@@ -514,16 +502,13 @@ class Packing:
     def __init__(self, mask: Tensor, device: torch.device):
         require(bool(mask.any(1).all()), "a row of the mask has no token; leave empty rows out")
         self.mask = mask
-        self.device = device
-        # (B, 1, 1, S) for the attention scores: 0 on tokens, -inf on padding
-        self.key_bias = to_device(mask[:, None, None].float().log(), device)
-        self.index = None
-        if not bool(mask.all()):
-            self.index = to_device(mask.flatten().nonzero()[:, 0], device)
+        bias = mask[:, None, None].float().log()  # (B, 1, 1, S): 0 on tokens, -inf on padding
+        self.key_bias = to_device(bias, device)
+        self.index = None if mask.all() else to_device(mask.flatten().nonzero()[:, 0], device)
 
     def pack(self, x: Tensor) -> Tensor:
-        """(B, S, ...) -> (N, ...)."""
-        x = x.flatten(0, 1)
+        """(B, S, ...) -> (N, ...) on the device."""
+        x = to_device(x, self.key_bias.device).flatten(0, 1)
         return x if self.index is None else x.index_select(0, self.index)
 
     def unpack(self, x: Tensor) -> Tensor:
@@ -538,8 +523,7 @@ def aligned(bias: Tensor) -> Tensor:
     the products, rows that start at a multiple of 8. Gain: not measured, no GPU was at hand."""
     kind = bias.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else bias.dtype
-    width = bias.shape[-1]
-    return F.pad(bias.to(dtype), (0, -width % 8))[..., :width]
+    return F.pad(bias.to(dtype), (0, -bias.shape[-1] % 8))[..., : bias.shape[-1]]
 
 
 class Dropout(nn.Dropout):

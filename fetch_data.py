@@ -100,6 +100,7 @@ def download(name: str) -> Path:
     """SOURCES[name] in data/downloads/, fetched once: resumed, checked, renamed. InputError."""
     url, pins = SOURCES[name], [PINS[name]]
     if mirror := os.environ.get("QCRD_MIRROR"):
+        require("@" not in mirror, "QCRD_MIRROR: a password in it would be shown; use none")
         url = mirror.rstrip("/") + "/" + url.removeprefix("https://")
     target = root() / "data" / "downloads" / name
     part = Path(f"{target}.part")

@@ -8,11 +8,12 @@
 A large language model, the teacher, answers each question several times and
 explains its answers. A small T5, the student, learns to answer (`predict: x`)
 and to explain (`explain: x`). The first half is the method, in the paper's
-order; the second half is what a run needs.
+order; the second half is what a run needs (the first borrows `gather`,
+`student_folder` and a snapshot from it).
 
     1 settings         every flag, its default, range and source
     2 vote             the majority's rationales are S_pos, the minority's S_neg
-    3 student          a question as token ids; losses; what the student writes
+    3 student          questions as token ids; losses; what it writes; a run
     4 negatives        what an earlier student writes joins S_neg
     5 discriminator    s(x, r) and its loss L_D                  eq. (1), (2)
     6 loss             picks, margin, weights, the sum           eq. (3) to (8)
@@ -93,13 +94,15 @@ class Config:
     labels: str = option("gold", "table", "the data's, or the vote's answers", "gold|teacher")
     fraction: float = option(1.0, "ours", "part of the training data, from the first", "(0, 1]")
     # Teacher and vote
-    teacher: str = option("", "ours", "URL of a server with OpenAI's API, or palm (see the end)")
+    teacher: str = option("", "ours", "URL of a server with OpenAI's API, or palm (see below)")
     teacher_model: str = option("", "review", "gpt-3.5-turbo at OpenAI; ours: else the first")
     samples: int = option(5, "review", "K, samples a question", "[1, 128]")
     teacher_temperature: float = option(0.7, "review", "the teacher's temperature", "[0, 5]")
     teacher_tokens: int = option(512, "ours", "longest sample, in its tokens", "[1, 1e6]")
     teacher_budget: int = option(0, "ours", "at most this many requests (0: any)", NUMBER)
-    teacher_timeout: float = option(180.0, "ours", "seconds to wait for an answer", "(0, 86400]")
+    teacher_timeout: float = option(
+        180.0, "ours", "seconds without a byte that end a request", "(0, 86400]"
+    )
     teacher_fields: str = option("", "ours", "JSON merged into each request; null removes a field")
     concurrency: int = option(8, "ours", "requests under way at once", "[1, 256]")
     prompt: str = option("", "ours", "a file with a system message of yours")
@@ -111,7 +114,7 @@ class Config:
     rationale_tokens: int = option(256, "DSS", "longest rationale", "[2, 10000]")
     label_tokens: int = option(64, "ours", "longest label", "[3, 10000]")
     # Negatives
-    negative_source: str = option("snapshot", "table", "who writes them; see the end", SOURCES)
+    negative_source: str = option("snapshot", "table", "who writes them; see below", SOURCES)
     negative_model: str = option("", "ours", "folder of the fixed student (default: --model)")
     lag: int = option(5, "review", "j: iteration t samples from the student after t - j", COUNT)
     student_temperature: float = option(1.5, "review", "the student's temperature", "(0, 100]")
@@ -119,10 +122,12 @@ class Config:
     student_samples: int = option(1, "review", "the student's samples a question", "[1, 100]")
     # Discriminator
     discriminator: bool = option(True, "review", "weights s and 1 - s (without: 1)")
-    discriminator_model: str = option("", "review", "its encoder; see the end")
+    discriminator_model: str = option("", "review", "its encoder; see below")
     discriminator_loss: str = option("eq2", "eq. 2", "L_D; ce: the figure's CE", "eq2|ce")
     discriminator_pretrain: int = option(500, "review", "pretraining steps, at most there", NUMBER)
-    discriminator_every: int = option(1, "ours", "n: updates before t = 1 + n, 1 + 2n, ...", NUMBER)
+    discriminator_every: int = option(
+        1, "ours", "n: updates before t = 1 + n, ...; 0: never", NUMBER
+    )
     discriminator_steps: int = option(20, "ours", "steps of an update", COUNT)
     discriminator_questions: int = option(8, "ours", "questions a step of it", "[1, 4096]")
     discriminator_lr: float = option(1e-4, "ours", "its learning rate", "(0, 1]")
@@ -139,7 +144,7 @@ class Config:
     steps: int = option(10_000, "DSS", "optimizer steps in all", "[0, 1e8]")
     iterations: int = option(20, "ours", "equal parts that the steps are divided into", COUNT)
     batch: int = option(64, "DSS", "questions an optimizer step", COUNT)
-    micro_batch: int = option(0, "ours", "questions at once (0: 16, on CUDA all)", NUMBER)
+    micro_batch: int = option(0, "ours", "questions at once (0: 16, on a large GPU all)", NUMBER)
     lr: float = option(5e-5, "DSS", "AdamW's learning rate, falling linearly to 0", "(0, 1]")
     seed: int = option(0, "ours", "of the student's and D's randomness; never of data", NUMBER)
     precision: str = option("", "ours", "default: float32; on CUDA bf16, else fp16", PRECISIONS)
@@ -148,23 +153,25 @@ class Config:
     stage: str = option("all", "ours", "teacher: only ask the teacher", "all|teacher")
 
 
-# What the demo, its student of 1M parameters, and a method set instead. [ours]
+# Set instead by the demo and its student of 1M parameters [ours], and by a method [DSS, ours].
 DEMO = {"steps": 200, "iterations": 10, "batch": 32, "rationale_tokens": 56}
 DEMO |= {"discriminator_pretrain": 100}
 DEMO_STUDENT = {"lr": 1e-3, "discriminator_lr": 3e-4}
 METHODS: dict[str, dict[str, Any]] = {
     "qcrd": {},
-    "dss": {"vote": "first", "scheme": "mean", "negative_source": "none"},  # the mean of one
+    "dss": {"vote": "first", "scheme": "mean", "negative_source": "none"},  # mean: of one
     "single": {"vote": "first", "negative_source": "none"},
     "finetune": {"negative_source": "none"},
 }
-FOR_QCRD = "lag student_temperature student_samples delta beta alpha_d".split()  # else ignored
+FOR_QCRD = """lag student_temperature student_temperature_end student_samples negative_model
+delta beta alpha_d alpha_d_decay""".split()  # no other method uses them
 JUDGED = 100  # validation questions that the rationales and D are watched on [ours]
 FREE_ON_RESUME = ("device", "concurrency", "micro_batch")
 RANK, WORLD = 0, 1  # torchrun's, where it started this process
-with contextlib.suppress(ValueError, KeyError):
-    if "MASTER_ADDR" in os.environ:  # not RANK alone, which some clusters leave around
-        RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+with contextlib.suppress(ValueError, KeyError):  # all are there; some clusters leave RANK around
+    rank, world, _ = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    if rank < world and "MASTER_ADDR" in os.environ:
+        RANK, WORLD = rank, world
 
 
 def flag(name: str) -> str:
@@ -180,12 +187,19 @@ def check(config: Config, where: str = "") -> None:
         kind = type(setting.default)
         good = type(value) is kind or (kind is float and type(value) is int)
         require(good, f"{shown}: not of type {kind.__name__}")
+        require(kind is not str or is_text(value), f"{shown}: not UTF-8")
+        setattr(config, setting.name, kind(value))  # 1 of a float is 1.0
         if "|" in allowed:
             require(value in allowed.split("|"), f"{shown}: not one of {allowed.strip('|')}")
         elif allowed:
             low, high = map(float, allowed[1:-1].split(","))
             above = low <= value if allowed[0] == "[" else low < value
             require(above and value <= high, f"{shown}: not in {allowed}")
+
+
+def is_text(value: str) -> bool:
+    """Whether it can be written as UTF-8; an argument in another encoding cannot."""
+    return value.encode("utf-8", "replace").decode() == value
 
 
 def derive_seed(*purpose: object) -> int:
@@ -258,7 +272,7 @@ def sets_of(vote: Vote, rule: str) -> tuple[list[str], list[str], str | None]:
     return positives, negatives, vote.samples[speakers[0]].answer if speakers else None
 
 
-# ----------------------------------------------------------------------------------- 3. Student
+# ------------------------------------------------------- 3. Student, and what a run keeps of it
 
 
 @dataclass(slots=True, eq=False)
@@ -287,8 +301,13 @@ def load_model(folder: Path, vocab: Path, tokenizer: Tokenizer) -> T5:
     return model
 
 
+def is_large(device: str) -> bool:
+    """Whether it is a GPU of more than 24 GB."""
+    return device == "cuda" and torch.cuda.get_device_properties(device).total_memory > 26e9
+
+
 class Student:
-    """A T5 with its tokenizer and precision."""
+    """A T5 with its tokenizer, limits, device and precision: it reads, writes, and has losses."""
 
     def __init__(self, folder: Path, config: Config):
         self.config = config
@@ -306,11 +325,10 @@ class Student:
         return torch.autocast(self.device.type, self.dtype, enabled=half)
 
     def rows_at_once(self) -> int:
-        """How many rows are written or scored together; fewer where --micro-batch asks for it."""
+        """How many rows are written, or scored by D, together; fewer under --micro-batch."""
         rows = 128
         if self.device.type == "cuda":  # a step costs its kernel launches, whatever the batch
-            memory = torch.cuda.get_device_properties(self.device).total_memory
-            rows = 512 if memory > 24e9 else 256
+            rows = 512 if is_large(self.config.device) else 256
         return min(rows, 8 * self.config.micro_batch or rows)
 
     def ids(self, text: str, limit: int) -> array:
@@ -392,7 +410,7 @@ class Run:
         self.digest = ""  # of the data: a run goes on with what it began with
         self.lines: list[dict] = []  # metrics.jsonl: row zero, then one a completed iteration
         self.step = 0  # optimizer steps done
-        self.L_D = 0.0  # of D's last training
+        self.L_D = 0.0  # of D's last training; 0 where that did nothing
         self.sums: dict[str, list] = {}  # this iteration's statistics
         adamw = {"lr": 0.0, "weight_decay": 0.0, "fused": True}  # no weight decay [DSS]
         self.optimizer = torch.optim.AdamW(student.model.parameters(), **adamw)
@@ -413,7 +431,7 @@ class Run:
         return self.valid[:JUDGED]
 
     def note(self, name: str, amount: Tensor | float, count: Tensor | float) -> None:
-        """Adds to a mean of the iteration's line, on the device and without waiting for it."""
+        """Adds to a mean of the iteration's line. Tensors stay on the GPU: nobody waits for it."""
         total, counted = self.sums.get(name, (0.0, 0.0))
         self.sums[name] = [total + amount, counted + count]
 
@@ -423,7 +441,8 @@ class Run:
 
 def past_student(run: Run, t: int) -> Student | None:
     """Who writes negatives for iteration t: the student after t - j iterations [review], nobody
-    while t ≤ j [ours]; fixed, static: the student as it started [table], or --negative-model."""
+    while t ≤ j [ours]; fixed, static: the student as it started [table], or --negative-model; sc,
+    none: nobody."""
     config = run.config
     past = copy.copy(run.student)
     if config.negative_source in ("fixed", "static"):
@@ -431,7 +450,8 @@ def past_student(run: Run, t: int) -> Student | None:
         past.model = load_model(folder, past.vocab, past.tokenizer)
     elif config.negative_source == "snapshot" and t > config.lag:
         past.model = copy.deepcopy(past.model)
-        past.model.load_state_dict(read_snapshot(run.folder, t - config.lag)["student"])
+        weights = t5.read_pt(run.folder / f"snapshots/{t - config.lag}.pt")
+        past.model.load_state_dict(weights["student"])
     else:
         return None
     past.model.to(past.device)
@@ -440,27 +460,30 @@ def past_student(run: Run, t: int) -> Student | None:
 
 def temperature_of(config: Config, t: int) -> float:
     """τ of the student in iteration t: 1.5 [review], or on a line to another [overview]."""
-    if not config.student_temperature_end:
-        return config.student_temperature
-    part = (t - 1) / max(1, config.iterations - 1)
-    change = config.student_temperature_end - config.student_temperature
-    return config.student_temperature + min(1, part) * change
+    start = config.student_temperature
+    change = (config.student_temperature_end or start) - start
+    part = min(1, (t - 1) / max(1, config.iterations - 1))
+    return start + part * change
 
 
 def add_past_negatives(run: Run, t: int, questions: list[Question]) -> None:
     """Before iteration t an earlier student writes a rationale for each question at τ = 1.5; it
     joins the question's S_neg [review]. Empty ones and ones equal to a positive do not [ours]."""
     config = run.config
+    if run.discriminator is not None:
+        questions = questions + run.judged  # D is watched on these
     for q in run.train + run.valid:
         q.from_past = []
     past = past_student(run, t)
     if past is None:
         return
-    asked = [(q, copy) for q in questions for copy in range(config.student_samples)]
-    drawn = 1 if config.negative_source == "static" else t  # static: the same samples each time
-    seeds = [derive_seed(config.seed, "negatives", drawn, q.place, copy) for q, copy in asked]
-    asked = [q for q, _ in asked]
-    tau = temperature_of(config, drawn)
+    asked = [q for q in questions for _ in range(config.student_samples)]
+    like = 1 if config.negative_source == "static" else t  # static: as in iteration 1, each time
+    numbers = list(range(config.student_samples)) * len(questions)
+    seeds = [
+        derive_seed(config.seed, "negatives", like, q.place, k) for q, k in zip(asked, numbers)
+    ]
+    tau = temperature_of(config, like)
     for q, r in zip(asked, past.write(past.explain, asked, config.rationale_tokens, tau, seeds)):
         empty = not set(r) - {t5.PAD, t5.EOS}
         if not empty and r not in q.S_pos and r not in q.from_past:
@@ -484,11 +507,10 @@ class Discriminator(nn.Module):
         self.to(student.device)
 
     def forward(self, pairs: list[tuple[array, array]]) -> Tensor:
-        """The logits of pairs (x, r), (R,) float32. The encoder reads the ids of x, whose </s> is
-        the border, then those of r."""
-        config, device = self.student.config, self.student.device
-        limit = config.input_tokens + config.rationale_tokens
-        ids, mask = pad([(x + r)[:limit] for x, r in pairs])
+        """The logits of pairs (x, r), (R,) float32. The encoder reads the ids of x, without prefix,
+        whose </s> is the border, then those of r [ours]."""
+        device = self.student.device
+        ids, mask = pad([x + r for x, r in pairs])
         with self.student.autocast():
             memory = self.encoder.encode(to_device(ids, device), mask)
             padding = ~to_device(mask, device)[..., None]
@@ -500,6 +522,8 @@ class Discriminator(nn.Module):
         """s(x, r) = D(x, r) in [0, 1] [eq. 1; sigmoid and eval mode: ours], (R,)."""
         self.eval()
         size = self.student.rows_at_once()
+        longest = max([len(x) + len(r) for x, r in pairs], default=1)
+        size = max(1, min(size, size * 320**2 // longest**2))  # a row's memory grows as its square
         parts = [self(pairs[i : i + size]).sigmoid() for i in range(0, len(pairs), size)]
         return torch.cat(parts) if parts else torch.empty(0, device=self.student.device)
 
@@ -547,7 +571,8 @@ def balanced_sets(student: Student, q: Question, others: list[str], rng) -> tupl
     """S_pos and S_neg as L_D sees them: S_neg is filled up to the size of S_pos with corrupted
     positives [review, of pretraining; in updates, and up to that size: ours].
     --discriminator-noise swaps the two [overview]."""
-    config, filled = student.config, q.S_neg
+    config = student.config
+    filled = list(q.S_neg)  # fillers are not kept
     while len(filled) < len(q.S_pos):
         words = student.tokenizer.decode(q.S_pos[rng.integers(len(q.S_pos))]).split() or ["the"]
         filled.append(student.ids(corrupt(words, others, rng), config.rationale_tokens))
@@ -564,9 +589,10 @@ def updates_discriminator(config: Config, t: int) -> bool:
 
 def train_discriminator(run: Run, t: int, questions: list[Question]) -> None:
     """Pretraining (t = 0) or the update before iteration t: D descends α3 · L_D [eq. 8], alike on
-    every rank. AdamW divides a constant factor on the loss out again, and a falling one in part:
-    α3 hardly acts. D's rate falls with the student's, linearly to 0 [DSS: one schedule]; in
-    pretraining it is constant [ours].
+    every rank, with an AdamW of its own [ours]. Its steps stay the same when the loss is
+    multiplied by a constant, so that α3, which falls slowly, hardly acts. D's rate falls with the
+    student's, linearly to 0 [DSS: one schedule]; in pretraining it is constant [ours]. Questions
+    that have a positive are drawn with replacement [ours].
     """
     config, student, D = run.config, run.student, run.discriminator
     steps, rate = config.discriminator_pretrain, config.discriminator_lr
@@ -597,8 +623,9 @@ def train_discriminator(run: Run, t: int, questions: list[Question]) -> None:
         run.d_scaler.scale(alpha_d * L_D).backward()
         descend(run.d_optimizer, run.d_scaler, rate)
         total += L_D.detach()
-    for parameter in D.parameters() if WORLD > 1 else []:
-        dist.broadcast(parameter.data, 0)  # on CUDA the last digits of the ranks' steps may part
+    if WORLD > 1:  # on CUDA the last digits of the ranks' steps may part
+        for parameter in D.parameters():
+            dist.broadcast(parameter.data, 0)
     run.L_D = total.item() / max(1, steps)
 
 
@@ -611,7 +638,7 @@ NOT_A_NUMBER = "a loss became infinite or NaN; check --lr and the loss's weights
 class Candidate:
     """A rationale of a question's S_pos or S_neg."""
 
-    row: int  # its question's place among those at hand
+    row: int  # its question's index in the micro-batch
     r: array
     positive: bool
     source: str  # "teacher" or "student"
@@ -643,7 +670,8 @@ def measure(student: Student, questions: list[Question], candidates: list[Candid
 
 
 def by_set(candidates: list[Candidate]) -> list[list[Candidate]]:
-    """The members at hand of each question's S_pos and S_neg, which stand side by side."""
+    """Grouped by question and set, whose members are neighbours in what `candidates_of` and `pick`
+    return."""
     groups = itertools.groupby(candidates, lambda c: (c.row, c.positive))
     return [list(members) for _, members in groups]
 
@@ -653,7 +681,7 @@ def pick(candidates: list[Candidate], questions: list[Question], config: Config,
 
     minmax: r⁺ = argmin over S_pos of ℓ [eq. 4], r⁻ = argmax over S_neg of ℓ [eq. 5], the first on
     a tie [ours]; the margin keeps the order. maxmin and minmin likewise; sampling: one at random;
-    mean, wmean: all [table: the names; the rest ours].
+    mean, wmean: all [table: the names, but minmin; the rest ours].
     """
     extremes = {"minmax": (min, max), "maxmin": (max, min), "minmin": (min, min)}
     picks = []
@@ -676,7 +704,7 @@ def score_picks(D: Discriminator | None, questions: list[Question], picks: list)
 
 
 def label_losses(student: Student, questions: list[Question]) -> Tensor:
-    """Cross-entropy of each question's target, the label, with gradient, (B,)."""
+    """Cross-entropy of each question's target with gradient, (B,)."""
     targets, rows = [q.target for q in questions], list(range(len(questions)))
     return student.losses(student.predict, questions, targets, rows)
 
@@ -707,8 +735,8 @@ def weights_of(picks: list[Candidate], s: Tensor | None, device: torch.device | 
 
 
 def shares_of(picks: list[Candidate], weight: Tensor, scheme: str) -> Tensor:
-    """What a weighted term counts for, (P,): 1 of a set's single pick, 1/count under mean, 1/Σ
-    weight under wmean, 0 where Σ weight = 0 [ours]."""
+    """The factor that makes one term of a set's weighted terms, (P,): 1 for a single pick, 1/count
+    under mean, 1/Σ weight under wmean, 0 where Σ weight = 0 [ours]."""
     amount = weight if scheme == "wmean" else torch.ones_like(weight)
     parts = amount.split([len(members) for members in by_set(picks)])
     total = [part.sum().expand(len(part)) for part in parts]
@@ -726,7 +754,8 @@ def contrastive(losses: Tensor, s: Tensor | None, picks: list[Candidate], config
 
 
 def alphas_of(config: Config, t: int) -> tuple[float, float, float]:
-    """α1, α2, α3 of iteration t: 0.5 each, α3 times 0.9 after each iteration [review]."""
+    """α1, α2, α3 of iteration t: 0.5 each, α3 times 0.9 after each iteration [review]. One target
+    of finetune and single: L_pred alone [DSS]."""
     if config.method in ("finetune", "single"):
         return 1.0, 0.0, 0.0
     alpha_d = config.alpha_d * config.alpha_d_decay ** (t - 1) if config.discriminator else 0.0
@@ -749,7 +778,7 @@ def iterate(run: Run, t: int) -> None:
     questions = visited(run, order)
     run.sums = {}
 
-    add_past_negatives(run, t, questions + run.judged)  # the student of t - j writes; S_neg grows
+    add_past_negatives(run, t, questions)  # the student after t - j writes; S_neg grows
     if D is not None and updates_discriminator(config, t):
         train_discriminator(run, t, questions)  # D descends α3 · L_D                [eq. 1, 2, 8]
 
@@ -776,24 +805,25 @@ def iterate(run: Run, t: int) -> None:
 
 
 def take_statistics(run: Run, part: float, picks: list, losses: Tensor, s, L_pred, L_cl) -> None:
-    """What the iteration's line says of these questions. part: their part of the batch."""
+    """What the iteration's line says of these questions. part: their part of the batch. l_pos is
+    the training pass's ℓ; l_neg and zero are of the pass that picked."""
     run.note("L_pred", L_pred.detach(), part)
     run.note("L_cl", L_cl.detach(), part)
     positive = positive_mask(picks, losses.device)
-    negatives = [c.loss for c in picks if not c.positive]  # ℓ of the pass that picked them
+    negatives = [c.loss for c in picks if not c.positive]
     beyond = sum(loss >= run.config.delta for loss in negatives)
-    positives = len(picks) - len(negatives)
-    run.note("l_pos", (losses.detach() * positive).sum(), positives)
+    n_positives = len(picks) - len(negatives)
+    run.note("l_pos", (losses.detach() * positive).sum(), n_positives)
     run.note("l_neg", sum(negatives), len(negatives))
     run.note("zero", beyond, len(negatives))
     if s is not None:
-        run.note("s_pos", (s * positive).sum(), positives)
+        run.note("s_pos", (s * positive).sum(), n_positives)
         run.note("s_neg", (s * ~positive).sum(), len(negatives))
 
 
 def visits(config: Config, n: int, t: int) -> list[int]:
-    """The questions of iteration t in order, of an endless stream of shuffled passes over n; it
-    ends with optimizer step ⌊t · steps / iterations⌋ [ours]."""
+    """Which questions iteration t trains on, in order: a slice of an endless stream of shuffled
+    passes over n, up to optimizer step ⌊t · steps / iterations⌋ [ours]."""
     start = (t - 1) * config.steps // config.iterations * config.batch
     end = t * config.steps // config.iterations * config.batch
     stream: list[int] = []
@@ -811,13 +841,13 @@ def visited(run: Run, order: list[int]) -> list[Question]:
 def micro_batches(batch: list[Question], config: Config) -> list[list[Question]]:
     """This rank's share of a batch in parts of like length; the gradient adds up over them."""
     own = sorted(batch[RANK::WORLD], key=lambda q: sum(map(len, q.S_pos + q.minority)))
-    size = config.micro_batch or (len(batch) if config.device == "cuda" else 16)
+    size = config.micro_batch or (len(batch) if is_large(config.device) else 16)
     return [own[i : i + size] for i in range(0, len(own), size)]
 
 
 def descend(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, lr: float) -> None:
-    """A step, the gradient's norm clipped at 1 [DSS]. The scaler, which does nothing but for fp16,
-    skips one whose gradients overflowed."""
+    """A step, the gradient's norm clipped at 1 [DSS]. The scaler acts under fp16 alone; there it
+    skips a step whose gradients overflowed."""
     (group,) = optimizer.param_groups
     group["lr"] = lr
     scaler.unscale_(optimizer)
@@ -841,10 +871,10 @@ HINTS = {
     NO_ANSWER: "is the server running, and at this address?",
     TIMED_OUT: "--teacher-timeout SECONDS waits longer",
     200: "no text in its answers; a model that thinks first needs more --teacher-tokens",
-    401: "set OPENAI_API_KEY to a key that this server accepts",
-    403: "set OPENAI_API_KEY to a key that this server accepts",
     404: "is --teacher-model right, and does --teacher end in /v1?",
-} | dict.fromkeys(BUSY, "run again later: what was answered is kept")
+}
+HINTS |= dict.fromkeys((401, 403), "set OPENAI_API_KEY to a key that this server accepts")
+HINTS |= dict.fromkeys(BUSY, "run again later: what was answered is kept")
 PALM = """teacher: PaLM-540B's published rationales, ONE a question: not the paper's setting. Name
   --teacher http://localhost:11434/v1 (Ollama, vLLM, llama.cpp) or set OPENAI_API_KEY for that."""
 
@@ -866,10 +896,12 @@ class Teacher:
         self.refusals: collections.Counter[str] = collections.Counter()  # the server's words
         self.refused_in_a_row = 0
         self.questions = 1  # asked for, or answered before
-        self.settings_work = False  # an answer was kept under them
-        self.trouble = ""  # what the last request met
+        self.known = False  # some of them were answered before
+        self.trouble = ""  # what is waited for
+        self.last_words = ""  # of a server that was busy
         try:
             self.fields = dict(**json.loads(config.teacher_fields or "{}"))
+            json.dumps(self.fields, allow_nan=False)
         except (ValueError, TypeError, RecursionError):
             raise InputError("""--teacher-fields: no JSON object like '{"seed": null}'""") from None
         try:
@@ -895,9 +927,9 @@ class Teacher:
             reply = self.session.request(
                 method, self.url + path, json=body, timeout=limits, allow_redirects=False
             )
-        except requests.ReadTimeout:
-            return TIMED_OUT, f"no answer in {self.config.teacher_timeout:g} s", 0
         except (requests.RequestException, ValueError) as error:  # ValueError: a broken header
+            if isinstance(error, requests.ReadTimeout) or "Read timed out" in str(error):
+                return TIMED_OUT, f"no answer in {self.config.teacher_timeout:g} s", 0
             return NO_ANSWER, type(error).__name__, 0
         wait = reply.headers.get("Retry-After", "")
         try:
@@ -928,7 +960,8 @@ class Teacher:
             if wait > PATIENCE:
                 raise self.failure(status, f"{self.words(answer)} (wait {wait:.0f} s)")
             pause = wait or min(BACKOFF * 2**repetition, 30) * random.uniform(0.5, 1.5)
-            self.trouble = f"{self.words(answer)}, status {status}, again in {pause:.0f} s"
+            self.last_words = f"status {status}, {self.words(answer)}"
+            self.trouble = f"{self.last_words}, again in {pause:.0f} s"
             self.stopped.wait(pause)
 
     def words(self, answer: Any) -> str:
@@ -986,8 +1019,9 @@ class Teacher:
         with self.lock:
             self.refusals[f"status {status}, {self.words(answer)}"] += 1
             self.refused_in_a_row += 1
-            # those refused in an earlier run are asked for again, in a row
-            allowed = max(5, self.questions // 50) if self.settings_work else 3
+            allowed = max(5, self.questions // 10)
+            if not self.filled:  # those refused in an earlier run are asked for again, in a row
+                allowed = math.inf if self.known else 3
             too_many = self.refused_in_a_row >= allowed
         if too_many:
             raise self.failure(status, answer, body)
@@ -1003,7 +1037,6 @@ class Teacher:
                 file.write("".join(lines).encode())
                 self.filled += len(lines)
                 self.refused_in_a_row = 0
-                self.settings_work = True
         return len(lines)
 
 
@@ -1022,20 +1055,20 @@ def texts_of(answer: Any) -> list[tuple[str, str]]:
     return found
 
 
-def read_cache(path: Path, wanted: str = "key") -> dict[str, dict[int, Slot]]:
+def read_cache(path: Path, named_by: str = "key") -> dict[str, dict[int, Slot]]:
     """-> {key: {slot: (text, finish)}}; a line that a crash tore is passed over."""
     found: dict[str, dict[int, Slot]] = {}
     for line in open(path, "rb") if path.exists() else []:
         with contextlib.suppress(ValueError, KeyError, TypeError, ArithmeticError, RecursionError):
             item = json.loads(line)
             sample = (str(item["text"]), str(item.get("finish")))
-            found.setdefault(item[wanted], {}).setdefault(int(item["slot"]), sample)
+            found.setdefault(item[named_by], {}).setdefault(int(item["slot"]), sample)
     return found
 
 
 def connect_teacher(config: Config, ask: bool) -> Teacher | None:
     """The teacher that flags or environment name (the URL palm: PaLM's published rationales), None
-    where no sample is needed. ask: reach it before anything is paid for. Raises InputError."""
+    where no sample is needed. ask: it will be asked, so reach it now. Raises InputError."""
     if config.method == "finetune" and config.labels == "gold" and config.stage != "teacher":
         return None
     ask = ask and RANK == 0
@@ -1145,7 +1178,7 @@ def ask_teacher(teacher: Teacher, prompts: dict[str, list[dict]], slots: Iterabl
         with open(teacher.cache, "ab") as file:
             file.write(b"\n")  # ends a line that a crash tore
         teacher.questions = len(prompts)
-        teacher.settings_work = any(name in kept for name in prompts)
+        teacher.known = any(name in kept for name in prompts)
         try:
             run_jobs(teacher, jobs, total)
         finally:
@@ -1153,7 +1186,8 @@ def ask_teacher(teacher: Teacher, prompts: dict[str, list[dict]], slots: Iterabl
             for said, count in teacher.refusals.items():
                 say(f"  {count} questions refused: {said}")
     if teacher.config.teacher_budget and teacher.requests >= teacher.config.teacher_budget:
-        say("  --teacher-budget is spent; run again, with another one, for the rest")
+        say("  --teacher-budget is spent; ask for the rest, with another one, before a run starts:")
+        say(f"  with more samples it could not be resumed. {teacher.last_words}")
     most = sum(teacher.refusals.values()) > len(prompts) / 2
     require(not most, f"teacher {teacher.url}: refused most questions, see above")
 
@@ -1167,15 +1201,14 @@ def run_jobs(teacher: Teacher, jobs: list, total: int) -> None:
             for _ in jobs:
                 wait_for(results.next, teacher)
                 progress.update(teacher.filled)
-        except (KeyboardInterrupt, InputError):
-            teacher.stopped.set()
-            say("  stopping; answers under way are waited for (a second Ctrl-C does not wait)")
-            for _ in jobs:
-                with contextlib.suppress(InputError, StopIteration):
-                    wait_for(results.next, teacher)
-            raise
-        finally:
             progress.close()
+        except BaseException:
+            teacher.stopped.set()
+            with contextlib.suppress(OSError):  # nobody may read it
+                say("  stopping; answers under way are waited for (a further Ctrl-C does not wait)")
+            pool.close()
+            pool.join()
+            raise
 
 
 def report_votes(task: Task, examples: list[Example], votes: list[Vote]) -> None:
@@ -1260,10 +1293,12 @@ def claim(config: Config) -> tuple[Path, contextlib.AbstractContextManager]:
     for number in itertools.count(1):
         folder = Path(config.run or (name if number == 1 else f"{name}-{number}"))
         try:
-            entries = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-            foreign = [e for e in entries if e not in begun and not e.endswith(".tmp")]
-            free = not foreign and not folder.is_file()
+            entries = set(folder.iterdir()) if folder.is_dir() else set()
+            names = {path.name for path in entries - temporaries(folder)}
+            free = names <= begun and not folder.is_file()
             require(free, f"--run {folder}: exists; name another, or --resume {folder}")
+            if names - {"lock"}:
+                read_config(folder, {})  # it is a run's
             held = hold(folder)
         except InputError:
             if config.run:
@@ -1271,6 +1306,11 @@ def claim(config: Config) -> tuple[Path, contextlib.AbstractContextManager]:
             continue
         write_config(folder, config)
         return gather([folder])[0], held
+
+
+def temporaries(folder: Path) -> set[Path]:
+    """What a killed process was writing."""
+    return {path for path in folder.rglob("*.tmp") if re.fullmatch(r".+\.\d+\.tmp", path.name)}
 
 
 def write_config(folder: Path, config: Config) -> None:
@@ -1323,7 +1363,7 @@ def report_data(run: Run) -> None:
             if lost:
                 found[what].append(q.example.input)
     for what, inputs in found.items():
-        wrong = inputs[0] in tested or len(inputs) == len(questions)
+        wrong = what == "are test questions too" or len(inputs) == len(questions)
         shown = f"{len(inputs)} of {len(questions)} questions {what}"
         say(f"{'warning' if wrong else 'note'}: {shown}, as {fetch_data.fold(inputs[0])[:60]!r}")
 
@@ -1364,14 +1404,9 @@ def prepare(config: Config, task: Task, folder: Path, ask: bool) -> Run | None:
     return run
 
 
-def read_snapshot(folder: Path, t: int) -> dict[str, dict]:
-    """The weights of student and discriminator after iteration t."""
-    return t5.read_pt(folder / f"snapshots/{t}.pt")
-
-
 def load_weights(run: Run, t: int) -> None:
     """Gives student and discriminator their weights after iteration t."""
-    weights = read_snapshot(run.folder, t)
+    weights = t5.read_pt(run.folder / f"snapshots/{t}.pt")
     run.student.model.load_state_dict(weights["student"])
     if run.discriminator is not None:
         run.discriminator.load_state_dict(weights["discriminator"])
@@ -1438,7 +1473,7 @@ def train(run: Run) -> None:
     if (folder / "checkpoint.pt").exists():
         restore(run)
     if RANK == 0:
-        for path in folder.rglob("*.tmp"):  # what a killed process was writing
+        for path in temporaries(folder):
             path.unlink()
         write_config(folder, config)
         options = {"name": run.task.name, "kind": run.task.kind, "options": run.task.options}
@@ -1484,19 +1519,31 @@ def begin(run: Run) -> None:
 
 
 def expected_minutes(run: Run) -> float:
-    """Of the optimizer steps to come, from one forward and backward whose gradients go."""
+    """Of the optimizer steps to come, from a forward and backward whose gradients go."""
+    config = run.config
+    parts = micro_batches((run.train * WORLD)[: config.batch], config)  # some for each rank
+    part = parts[len(parts) // 2]  # of middle length
+    if config.device == "cuda":
+        trial_seconds(run, part)  # the first one loads kernels
+    seconds = trial_seconds(run, part) * config.batch / WORLD / len(part)
+    return seconds * (config.steps - run.step) / 60
+
+
+def trial_seconds(run: Run, part: list[Question]) -> float:
+    """What a forward and backward of these questions takes."""
     config, student = run.config, run.student
-    part = micro_batches((run.train * WORLD)[: config.batch], config)[0]  # some for each rank
     start = time.perf_counter()
     candidates = candidates_of(part, config) if alphas_of(config, 1)[1] else []
     if config.method == "qcrd":
         measure(student, part, candidates)
     picks = pick(candidates, part, config, 0)
+    score_picks(run.discriminator, part, picks)
     loss = label_losses(student, part).sum() + rationale_losses(student, part, picks).sum()
     loss.backward()
     run.optimizer.zero_grad(set_to_none=True)
-    seconds = (time.perf_counter() - start) * config.batch / WORLD / len(part)
-    return seconds * (config.steps - run.step) / 60
+    if config.device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 # ------------------------------------------------------------------------------- 10. Evaluation
@@ -1513,7 +1560,7 @@ def evaluate(run: Run, questions: list[Question], explained: int) -> list[dict[s
     have {rationale, rationale_right, quality}: quality is s(x, r), None without a discriminator."""
     student, config, D = run.student, run.config, run.discriminator
     single, rows = config.method == "single", []
-    longest = config.label_tokens + single * config.rationale_tokens
+    longest = config.label_tokens + (config.rationale_tokens if single else 0)
     written = student.write(student.predict, questions, longest)
     answers = [student.tokenizer.decode(ids) for ids in written]
     if single:  # the answer is what follows the last "answer:"; without one there is none
@@ -1528,11 +1575,13 @@ def evaluate(run: Run, questions: list[Question], explained: int) -> list[dict[s
     if not single:
         written = student.write(student.explain, questions, config.rationale_tokens)
         rationales = [student.tokenizer.decode(ids) for ids in written]
-    quality = D.score([(q.x, r) for q, r in zip(questions, written)]).tolist() if D else []
-    for i, (row, q, text) in enumerate(zip(rows, questions, rationales)):
+    quality = [None] * len(questions)
+    if D is not None:
+        quality = D.score([(q.x, r) for q, r in zip(questions, written)]).tolist()
+    for row, q, text, s in zip(rows, questions, rationales, quality):
         row["rationale"] = text.strip()
         row["rationale_right"] = rationale_right(run, q, text)
-        row["quality"] = quality[i] if D else None
+        row["quality"] = s
     return rows
 
 
@@ -1588,11 +1637,11 @@ def metrics(run: Run, t: int, start: float) -> dict[str, Any]:
 COLUMNS = """iteration:2d:t L:6.3f L_pred:6.3f L_cl:6.3f L_D:6.3f s_pos:5.2f zero:4.0%
 pair:4.0% past:4.2f right:5.0% valid:5.1%:label
 valid_rationale:9.1%:rationale seconds:6.1f:sec"""
-LEGEND = """t: iteration, 0 before training; L: eq. (8) and its parts; s_pos: s of r⁺;
-zero: negative terms that are 0; pair: how often a positive scores above a
-negative of its question; past: negatives a question by the student's past;
-right: those of them that end in the right answer; label, rationale: greedy
-answers and rationales that are right, on validation questions"""
+LEGEND = """t: iteration, 0 before training; L: eq. (8) and its parts, L_D as last trained;
+s_pos: s of r⁺; zero: negative terms that are 0; pair: how often a positive
+scores above a negative of its question; past: negatives a question by the
+student's past; right: those of them that end in the right answer; label,
+rationale: greedy answers and rationales that are right, on validation"""
 
 
 def table_row(line: dict[str, Any] | None) -> str:
@@ -1665,12 +1714,12 @@ def load_trained(folder: Path, config: Config) -> Run:
     run = Run(config, student, D, folder)
     with t5.reading(folder / "task.json", "damaged"):
         saved = json.loads((folder / "task.json").read_text("utf-8"))
-        options = tuple(saved["options"])
+        options = tuple(map(str, saved["options"]))
         run.task = Task(saved["name"], saved["kind"], Path(), [], [], [], options)
     return run
 
 
-def ask(folder: Path, config: Config, texts: list[str]) -> None:
+def ask_student(folder: Path, config: Config, texts: list[str]) -> None:
     """Answers and explains questions. Raises InputError."""
     run = load_trained(folder, config)
     questions = [run.student.question(Example(text, "")) for text in texts]
@@ -1708,7 +1757,7 @@ def audit(folder: Path, config: Config, count: int, as_json: bool) -> None:
         t = run.iteration + 1
         order = visits(config, len(run.train), t)
         questions = [run.train[i] for i in order[:count]]
-        add_past_negatives(run, t, visited(run, order) + run.judged)
+        add_past_negatives(run, t, visited(run, order))
         votes = votes_of(config, task, [q.example for q in questions], ask=False)
         items = [audit_question(run, q, vote, t) for q, vote in zip(questions, votes)]
     if as_json:
@@ -1862,7 +1911,10 @@ def contradictions(given: dict[str, Any]) -> None:
     for name, value in METHODS.get(method, {}).items():
         good = given.get(name, value) == value
         require(good, f"{flag(name)} {given.get(name)}: --method {method} has {value}")
-    ignored = [flag(name) for name in FOR_QCRD if name in given]
+    unused = list(FOR_QCRD)
+    if method in ("single", "finetune"):
+        unused += ["scheme", "alpha_pred", "alpha_cl"]
+    ignored = [flag(name) for name in unused if name in given]
     ignored += [flag(name) for name in given if name.startswith("discriminator")]
     if method != "qcrd" and ignored:
         say(f"note: --method {method} does not use {', '.join(ignored)}")
@@ -1903,8 +1955,10 @@ def start(given: dict[str, Any], show_prompt: bool) -> None:
         task = load_task(config)
         for message in prompts_of(task, task.train[:1], config)[0]:
             say(f"[{message['role']}]\n{message['content']}")
-        asked = f"{len(task.train)} questions and {min(JUDGED, len(task.valid))} of validation"
-        return say(f"{asked}, {config.samples} samples of {config.teacher_tokens} tokens at most")
+        judged = min(JUDGED, len(task.valid)) if config.discriminator else 0
+        k = 1 if config.vote == "first" else config.samples
+        asked = f"{len(task.train)} questions and {judged} of validation, {k} samples each"
+        return say(f"{asked}, of {config.teacher_tokens} tokens at most")
     if config.stage == "teacher":
         prepare(config, load_task(config), Path(), ask=True)
         return say("the teacher is done; without --stage teacher its samples are trained on")
@@ -1949,12 +2003,12 @@ def reopen(named: list[str], given: dict[str, Any], as_json: bool) -> None:
     folder = Path(folder)
     config = read_config(folder, given)
     if named[0] == "audit":
-        good = rest[0].isdecimal() and 0 < len(rest[0]) < 10
+        good = rest[0].isdecimal() and 0 < len(rest[0].lstrip("0")) < 10
         require(good, f"--audit RUN N: N is {rest[0][:20]!r}, not a number")
         audit(folder, config, int(rest[0]), as_json)
     elif named[0] == "ask":
         require(rest, "--ask RUN QUESTION: the question is missing")
-        ask(folder, config, rest)
+        ask_student(folder, config, rest)
     elif named[0] == "eval":
         require(len(rest) < 2, "--eval RUN FILE: one file at a time")
         evaluate_file(folder, config, "".join(rest))
@@ -1968,6 +2022,8 @@ def main() -> int:
 
 
 def run_command() -> None:
+    for word in sys.argv:
+        require(is_text(word), f"{word!r}: not UTF-8")
     given = vars(parser().parse_args())
     as_json, show_prompt = given.pop("json", False), given.pop("show_prompt", False)
     named = [name for name in ("resume", "ask", "audit", "eval") if name in given]

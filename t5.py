@@ -20,6 +20,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 import textwrap
 import time
@@ -33,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PAD, EOS, UNK = 0, 1, 2
-SENTINELS = 100  # <extra_id_0> to <extra_id_99>: the ids above the SentencePiece pieces, falling
+SENTINELS = 100  # <extra_id_0> to <extra_id_99>: ids above the SentencePiece pieces, falling
 FUSED = ("cuda",)  # devices whose attention torch computes without keeping the weights
 torch.backends.cuda.enable_cudnn_sdp(False)  # plans for each new shape; NaN with some masks
 
@@ -58,9 +59,11 @@ def safe(text: str) -> str:
 def run_program(main: Callable[[], object], memory_help: str = "") -> int:
     """main() -> exit code: 0; 2 after one line for what comes from outside, wherever it comes up;
     130 for Ctrl-C; 141 where nobody reads what is printed. A bug keeps its traceback."""
+    sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal in ASCII or latin-1 has no ℓ
             stream.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what Ctrl-C does
     try:
         code = main()
         sys.stdout.flush()
@@ -130,7 +133,10 @@ def read_pt(path: str | Path) -> dict:
 def write_pt(path: Path, values: dict) -> None:
     """Write what `read_pt` reads, atomically."""
     with atomic(path) as temporary, open(temporary, "wb") as file:
-        torch.save(values, file)
+        try:
+            torch.save(values, file)
+        except RuntimeError as error:  # torch's, in place of that of a Ctrl-C or a full disk
+            raise error.__context__ or error
 
 
 class Progress:
@@ -143,14 +149,13 @@ class Progress:
         self.start = time.monotonic()
         self.shown = -math.inf if self.live else self.start
 
-    def update(self, done: int, note: str = "") -> None:
+    def update(self, done: int) -> None:
         now = time.monotonic()
         if now - self.shown < (0.2 if self.live else 30):
             return
         self.shown = now
         left = (now - self.start) / max(done, 1) * max(self.total - done, 0)
-        line = f"{self.what}: {done}/{self.total} ({done / max(self.total, 1):.0%}), "
-        line += f"{left // 60:.0f} min {left % 60:02.0f} s left  {note}"
+        line = f"{self.what}: {done}/{self.total}, {left // 60:.0f} min {left % 60:02.0f} s left"
         if self.live:
             line = f"\r{line[: shutil.get_terminal_size().columns - 1]}\033[K"
         print(line, end="" if self.live else "\n", file=sys.stderr, flush=True)
@@ -688,10 +693,8 @@ class Tokenizer:
         require(special == (PAD, EOS, UNK), f"{path}: special ids {special}; T5's are 0, 1, 2")
         self.size = self.pieces.get_piece_size()
         self.ids = {"<pad>": PAD, "</s>": EOS, "<unk>": UNK}
-        self.ids |= {f"<extra_id_{i}>": self.sentinel(i) for i in range(SENTINELS)}
-
-    def sentinel(self, i: int) -> int:
-        return self.size + SENTINELS - 1 - i
+        self.sentinels = [self.size + SENTINELS - 1 - i for i in range(SENTINELS)]
+        self.ids |= {f"<extra_id_{i}>": number for i, number in enumerate(self.sentinels)}
 
     def encode(self, text: str, max_length: int = sys.maxsize) -> list[int]:
         """Ids of `text` and </s>, at most max_length of them, </s> included."""
@@ -721,8 +724,8 @@ def corrupt(ids: Sequence[int], tokenizer: Tokenizer, rng: random.Random) -> tup
     source, target, start = [], [], 0
     for i, (kept, masked) in enumerate(zip(lengths(len(ids) - hidden), lengths(hidden))):
         middle = start + kept
-        source += [*ids[start:middle], tokenizer.sentinel(i)]
-        target += [tokenizer.sentinel(i), *ids[middle : middle + masked]]
+        source += [*ids[start:middle], tokenizer.sentinels[i]]
+        target += [tokenizer.sentinels[i], *ids[middle : middle + masked]]
         start = middle + masked
     return source + [EOS], target + [EOS]
 
@@ -742,10 +745,9 @@ def pretrain(
     share = share if rows and pair_rows else float(bool(pair_rows))
     warmup = max(1, steps // 20)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
-    progress = Progress("pretraining", steps)
     batches, losses = [], []
     model.train()
-    for step in range(steps):
+    for step in track("pretraining", range(steps)):
         if not batches:  # 16 at once, cut from examples sorted by length: little padding
             examples = []
             for _ in range(16 * batch):
@@ -764,7 +766,5 @@ def pretrain(
         optimizer.param_groups[0]["lr"] = lr * min((step + 1) / warmup, decay)
         optimizer.step()
         losses = losses[-49:] + [loss.item()]
-        progress.update(step + 1, f"loss {sum(losses) / len(losses):.3f}")
-    progress.close()
     model.eval()
     return sum(losses) / max(len(losses), 1)

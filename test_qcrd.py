@@ -13,6 +13,7 @@ Tests that need transformers, or files that are not there, say so and are left o
 with the line `N passed, N failed`.
 """
 
+import gc
 import hashlib
 import html.parser
 import importlib.util
@@ -46,8 +47,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, patch
 
-if sys.argv[1:2] not in (["cuda"], ["bench"]):
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # ordinary tests are of the CPU, their children too
+if sys.argv[1:2] in (["cuda"], ["bench"]):
+    os.environ["TESTS_MAY_USE_A_GPU"] = "1"  # children too, whose arguments are others
+if "TESTS_MAY_USE_A_GPU" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # ordinary tests are of the CPU
 
 import numpy as np
 import requests
@@ -550,8 +553,10 @@ def test_t5_tokenizer():
         cut = ours.encode("apples " * 50, 7)
         assert ours.encode("") == [t5.EOS] and len(cut) == 7 and cut[-1] == t5.EOS
         assert ours.encode("Tom</s>Ann") == ours.encode("Tom") + ours.encode("Ann")
-        assert ours.encode("<extra_id_0>")[0] == ours.size + 99 == ours.sentinel(0)
-        assert ours.decode([ours.sentinel(3), 0, 1, 10**6]) == "" and ours.sentinel(99) == ours.size
+        assert ours.encode("<extra_id_0>")[0] == ours.size + 99 == ours.sentinels[0]
+        assert (
+            ours.decode([ours.sentinels[3], 0, 1, 10**6]) == "" and ours.sentinels[99] == ours.size
+        )
         (folder / "other").write_bytes(b"nothing of the kind")
         for name in ("other", "absent"):
             refused(lambda: t5.Tokenizer(folder / name), name)
@@ -618,11 +623,12 @@ def test_t5_atomic_files_and_progress():
         with redirect_stderr(stream), patch("shutil.get_terminal_size", lambda: size):
             assert list(t5.track("work of a very long name", range(3))) == [0, 1, 2]
             progress = t5.Progress("work", 200)
-            progress.update(50, "note " * 50)
+            progress.update(50)
             progress.close()
+            t5.Progress("long " * 50, 200).update(50)
         shown = [part.split("\x1b")[0] for part in stream.getvalue().split("\r")]
         assert max(map(len, shown)) == columns - 1 and "\n" not in stream.getvalue()
-        assert any("50/200 (25%), 0 min 00 s left" in part for part in shown)
+        assert any("50/200, 0 min 00 s left" in part for part in shown)
     with redirect_stderr(io.StringIO()) as stream:  # not a terminal, short work
         assert list(t5.track("work", range(3))) == [0, 1, 2]
     assert stream.getvalue() == ""
@@ -1889,6 +1895,19 @@ def test_teacher_gives_up_early_and_keeps_what_was_served():
             assert asked[0][0]["Authorization"] == f"Bearer {KEY}"
             files = [path.read_text() for path in Path().rglob("*") if path.is_file()]
             assert not any("Secret" in part for part in [text, *files])
+
+    # a sixth is refused alone; a later run asks for it again, in a row, and goes on
+    def refuses_some(body: dict, _) -> tuple:
+        i = int(body["messages"][-1]["content"].split()[2])
+        return unloaded if i % 6 == 5 else sums(body)
+
+    with asking(refuses_some) as (ask, _):
+        for _ in range(2):
+            slots, text = ask(50, concurrency=1)
+            assert (
+                filled(slots) == 5 * 42
+                and "8 questions refused: status 400, model unloaded" in text
+            )
     # the third of four at once is refused; the others answer later, and are kept
     late = threading.Event()
     unauthorized = (401, {"error": "expired"}, {})
@@ -2106,8 +2125,11 @@ def test_folders_that_a_run_takes():
     with sums_home() as (flags, _):
         small = [*flags[:-1], "--method", "finetune"]
         Path("begun/snapshots").mkdir(parents=True)
-        for name in ("config.json", "metrics.jsonl", "checkpoint.pt.5.tmp", "lock"):
+        for name in ("metrics.jsonl", "checkpoint.pt.5.tmp", "lock"):
             Path("begun", name).write_text("torn")
+        Path("begun/config.json").write_text('{"mine": 1}')
+        assert "not the settings of a run" in mistake(qcrd, *small, "--run", "begun")
+        qcrd.write_config(Path("begun"), tiny_config())
         qcrd_main(*small, "--run", "begun")
         assert lines_of("begun/result.json") and not list(Path("begun").glob("*.tmp"))
         task_folder(Path("notes"))
@@ -2140,8 +2162,9 @@ def test_stopped_asking_keeps_what_was_served():
 def test_wrong_use_gets_one_line():
     """It names the longest word of the mistake, before anything is asked."""
     wrong = """--samples 0; --fraction 2; --lr nan; --micro-batch -1; --discriminator-questions 0
-        --teacher-fields {no; --teacher-fields [1]; --teacher http://127.0.0.1:9/v1; --run tiny
-        --unknown; --task nowhere; --model missing; --prompt no-such-file; --prompt latin-1-text
+        --teacher-fields {no; --teacher-fields [1]; --teacher-fields {"x":NaN}
+        --teacher http://127.0.0.1:9/v1; --run tiny; --unknown
+        --task nowhere; --model missing; --prompt no-such-file; --prompt latin-1-text
         --student-temperature hot; --negative-source fixed --negative-model nowhere-to-be-found
         --discriminator-lr -1; --alpha-d -1; --discriminator-noise 2; --discriminator-noise nan
         --student-temperature-end -3; --discriminator-every -1; --lr 1e30; --lr 0; --beta inf
@@ -2508,8 +2531,9 @@ class Checks(list):
 
 def random_run(shape: str, device: str, precision: str = "", dropout: float = 0.0) -> qcrd.Run:
     """Random weights, alike on every device, scaled so that the next token is neither the last one
-    again nor any of 32,128 alike: else tokens compare nothing. precision "": bf16 on CUDA."""
-    precision = precision or ("bfloat16" if device == "cuda" else "float32")
+    again nor any of 32,128 alike: else tokens compare nothing. precision "": a run's own."""
+    low = str(low_precision(device)).removeprefix("torch.")
+    precision = precision or (low if device == "cuda" else "float32")
     config = qcrd.Config(model="demo", device=device, precision=precision)
     config.steps = config.iterations = 100  # an iteration is a step
     student = qcrd.Student(HERE / "weights/demo", config)
@@ -2604,7 +2628,7 @@ def step_beside_plain(shape: str, device: str, n: int) -> dict:
             found.append(json.loads(python("-c", f"import {Path(__file__).stem} as own; {call}")))
             print("  {name}: {seconds:.3f} s, {memory:.2f} GiB".format(**found[-1]), flush=True)
         except RuntimeError as error:
-            if "OutOfMemoryError" not in str(error) or size == 1:
+            if not re.search("out of ?memory|ALLOC_FAILED", str(error), re.I) or size == 1:
                 raise
             size = (size or n) // 2
     ours, plain = found
@@ -2703,16 +2727,19 @@ def waits(device: str) -> dict[str, Any]:
         warnings.simplefilter("always")
         one_step(run)
     torch.cuda.set_sync_debug_mode("default")
-    found = {"waits of a step": sum("synchroniz" in str(warning.message) for warning in seen)}
+    count = sum("synchroniz" in str(warning.message) for warning in seen)
+    found = {"waits of a step": count - 1}  # one is that of reading its loss
     batch = run.student.inputs(run.student.explain, svamp_like(128))
     for name, call in (
         ("step", partial(one_step, run)),
         ("D's training", partial(qcrd.train_discriminator, run, 0, run.train)),
-        ("generation", partial(run.student.model.generate, *batch, 96, 1.5)),
+        (
+            "generation",
+            run.student.autocast()(partial(run.student.model.generate, *batch, 96, 1.5)),
+        ),
     ):
         torch.cuda.reset_peak_memory_stats()
-        with run.student.autocast():
-            call()
+        call()
         found[f"GiB, {name}"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     print(f"  {found}")
     return found
@@ -2740,6 +2767,8 @@ def parity(shape: str, device: str, check: Checks, *lengths: int) -> None:
 
     def step(run: qcrd.Run, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         run.student.dtype = dtype
+        fp16 = dtype == torch.float16  # small gradients would vanish
+        run.scaler = torch.amp.GradScaler(run.config.device, 2.0**10, enabled=fp16)
         run.train = questions
         run.config.delta = 30.0  # random weights' ℓ is near 18: negatives count too
         measure = qcrd.measure
@@ -2749,10 +2778,13 @@ def parity(shape: str, device: str, check: Checks, *lengths: int) -> None:
 
         with torch.enable_grad(), patch("qcrd.measure", on_the_cpu):
             loss = one_step(run)
-        return torch.tensor(loss), gradients(run.student.model.eval()).cpu()
+        return torch.tensor(loss), gradients(
+            run.student.model.eval()
+        ).cpu() / run.scaler.get_scale()
 
     loss, gradient = step(here, torch.float32)
-    for dtype, bound, far in ((low, 0.02, 0.1), (torch.float32, 1e-4, 1e-3)):
+    # rounding grows with the layers: 0.04 was seen at t5-small's six
+    for dtype, bound, far in ((low, 0.02, 0.15), (torch.float32, 1e-4, 1e-3)):
         value, g = step(there, dtype)
         check(f"{shape}, {dtype}: a step's loss, relative", relative(value, loss), bound)
         distance = ((g - gradient).norm() / gradient.norm()).item()
@@ -2763,9 +2795,10 @@ def parity(shape: str, device: str, check: Checks, *lengths: int) -> None:
         tokens = there.student.model.generate(*batch, 24, tau, draws[0]).cpu()
         p, q = (run.student.model(*batch, shifted(tokens)).cpu() for run in (here, there))
         gap = beside_logits(tokens, p, tau, torch.rand(16, 24, generator=draws[1]))
-        check(f"{shape}, τ {tau}: tokens beside the CPU's logits", gap, 1e-4)
+        bound = 5e-4 if shape == "gated" else 1e-4  # its logits reach 200
+        check(f"{shape}, τ {tau}: tokens beside the CPU's logits", gap, bound)
         gap = (p.softmax(-1) - q.softmax(-1)).abs().max().item()
-        check(f"{shape}, τ {tau}: next-token probabilities", gap, 1e-4)
+        check(f"{shape}, τ {tau}: next-token probabilities", gap, bound)
 
 
 def overflow(name: str, run: qcrd.Run, check: Checks) -> int:
@@ -2838,6 +2871,7 @@ def speeds(shape: str, device: str) -> dict[str, Any]:
     a = torch.randn(8192, 8192, device=device, dtype=low_precision(device))
     rate = 2 * len(a) ** 3 * 20 / seconds([lambda: [a @ a for _ in range(20)]], device)[0]
     print(f"  products of matrices run at {rate / 1e12:.0f} TFLOP/s")
+    gc.collect()  # of earlier stages; the children share the card
     torch.cuda.empty_cache()
     ours = step_beside_plain(shape, device, 64)
     used = ours.get("operations", 0) / ours["seconds"] / rate
@@ -2891,10 +2925,13 @@ def run_stages(stages: dict[str, Callable], check: Checks, minutes: float) -> di
         print(f"== {name}, after {spent:.0f} s", flush=True)
         try:
             figures = stage()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # what failed there belongs to this stage
             found[name] = figures or ("ok" if len(check) == missed else "missed")
         except Exception as error:
             traceback.print_exc()
             found[name] = f"raised {type(error).__name__}: {fetch_data.fold(str(error))[:200]}"
+        print(json.dumps({name: found[name]}), flush=True)  # what is cut off has told so much
     return found
 
 
@@ -2903,7 +2940,11 @@ def cuda() -> int:
     if not torch.cuda.is_available():
         print("cuda: skipped, torch sees no GPU here")
         return 0
-    minutes = float(sys.argv[3]) if sys.argv[2:3] == ["--minutes"] else math.inf
+    minutes = math.inf
+    if sys.argv[2:]:
+        name, _, number = "=".join(sys.argv[2:]).partition("=")
+        assert name == "--minutes" and number, "usage: python test_qcrd.py cuda [--minutes N]"
+        minutes = float(number)
     torch.backends.cuda.matmul.allow_tf32 = False
     check = Checks()
     card = {"card": torch.cuda.get_device_name(), "torch": torch.__version__}
@@ -2941,7 +2982,9 @@ def test_ordinary_tests_see_no_gpu():
     with patch.dict(os.environ):
         del os.environ["CUDA_VISIBLE_DEVICES"]
         seen = [python("-c", stand_in.format(word)) for word in ("", ", 'cuda'")]
-    assert seen == ["False\n", "True\n"], seen
+        os.environ["TESTS_MAY_USE_A_GPU"] = "1"  # a child of `cuda`
+        seen.append(python("-c", stand_in.format("")))
+    assert seen == ["False\n", "True\n", "True\n"], seen
 
 
 def test_two_ranks_compute_what_one_does():

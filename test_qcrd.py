@@ -1605,6 +1605,7 @@ def test_negatives_come_from_the_student_of_j_iterations_ago():
 def test_negatives_are_kept_as_sampled():
     """Each question's are its own: whatever the source, other questions and the batches."""
     with toy_run(negative_source="fixed", rationale_tokens=6, student_samples=3) as run:
+        run.valid = []
 
         def sampled(t: int, seed: int = 0, questions=run.train) -> list:
             run.config.seed = seed

@@ -26,7 +26,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import t5  # noqa: E402
-from t5 import InputError, require  # noqa: E402
+from t5 import InputError  # noqa: E402
 
 DSS = "--method dss"
 ED = "--negative-source none --no-discriminator"  # extended and denoised positives
@@ -121,15 +121,10 @@ def records(path: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def is_early(run: dict) -> bool:
-    """Whether a line is of the method up to commit 2fc418e, before --steps in equal parts."""
-    return "steps" not in run
-
-
 def finished(task: str) -> dict[str, dict]:
-    """Every recorded run of the task by its command, not the early ones: tables share cells."""
+    """Every recorded run of the task by its command: tables share cells."""
     runs = [run for table in TABLES for run in records(path_of(table, task))]
-    return {run["command"]: run for run in runs if not is_early(run)}
+    return {run["command"]: run for run in runs}
 
 
 def command_of(flags: str, seed: int, passed: list[str]) -> str:
@@ -160,9 +155,8 @@ def run_cell(command: str, folder: Path) -> dict | None:
 
 
 def run_table(table: str, task: str, passed: list[str], seeds: int) -> None:
-    """Runs what is missing, seed by seed, and records it. Raises InputError."""
+    """Runs what is missing, seed by seed, and records it."""
     path = path_of(table, task)
-    require(not any(map(is_early, records(path))), f"{path}: 2fc418e's method; remove it first")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True)
     for seed, (cell, flags) in itertools.product(range(seeds), TABLES[table][2].items()):
         command = command_of(flags, seed, passed)
@@ -193,11 +187,9 @@ def spread(values: list[float]) -> str:
 
 
 def runs_of(table: str, task: str, passed: list[str]) -> dict[str, dict[int, dict]]:
-    """The recorded runs of each cell that has some, by seed; early ones only where all are."""
+    """The recorded runs of each cell that has some, by seed."""
     seeds, _, cells = TABLES[table]
-    runs = records(path_of(table, task))
-    early = all(map(is_early, runs))
-    of_command = {run["command"]: run for run in runs if is_early(run) == early}
+    of_command = {run["command"]: run for run in records(path_of(table, task))}
     of = {}
     for cell, flags in cells.items():
         every = [of_command.get(command_of(flags, seed, passed)) for seed in range(seeds)]

@@ -1186,8 +1186,9 @@ def ask_teacher(teacher: Teacher, prompts: dict[str, list[dict]], slots: Iterabl
             for said, count in teacher.refusals.items():
                 say(f"  {count} questions refused: {said}")
     if teacher.config.teacher_budget and teacher.requests >= teacher.config.teacher_budget:
-        say("  --teacher-budget is spent; ask for the rest, with another one, before a run starts:")
-        say(f"  with more samples it could not be resumed. {teacher.last_words}")
+        say(f"  --teacher-budget is spent {teacher.last_words}")
+        say("  ask for the rest before you train:")
+        say("  a run started now could not be resumed once there are more samples.")
     most = sum(teacher.refusals.values()) > len(prompts) / 2
     require(not most, f"teacher {teacher.url}: refused most questions, see above")
 
@@ -1205,7 +1206,7 @@ def run_jobs(teacher: Teacher, jobs: list, total: int) -> None:
         except BaseException:
             teacher.stopped.set()
             with contextlib.suppress(OSError):  # nobody may read it
-                say("  stopping; answers under way are waited for (a further Ctrl-C does not wait)")
+                say("  stopping; answers under way are waited for (Ctrl-C: no longer)")
             pool.close()
             pool.join()
             raise
@@ -1509,11 +1510,14 @@ def begin(run: Run) -> None:
         run.lines.append(metrics(run, 0, time.perf_counter()))
         if RANK == 0:
             fetch_data.write_lines(run.folder / "metrics.jsonl", run.lines)
-    if config.steps and run.discriminator is not None and run.iteration == 0:
-        train_discriminator(run, 0, run.train)
-        say(f"discriminator: L_D {run.L_D:.3f} after {config.discriminator_pretrain} steps")
     if config.steps:
-        say(f"  {expected_minutes(run):.1f} minutes of optimizer steps to expect\n{LEGEND}")
+        say(f"  {expected_minutes(run):.1f} minutes of optimizer steps to expect")
+    if config.steps and run.discriminator is not None and run.iteration == 0:
+        say(f"discriminator: {config.discriminator_pretrain} steps before the first iteration")
+        train_discriminator(run, 0, run.train)
+        say(f"  L_D {run.L_D:.3f}")
+    if config.steps:
+        say(LEGEND)
     for line in [None, *run.lines]:
         say(table_row(line))
 
@@ -1725,7 +1729,10 @@ def ask_student(folder: Path, config: Config, texts: list[str]) -> None:
     questions = [run.student.question(Example(text, "")) for text in texts]
     for row in evaluate(run, questions, explained=len(questions)):
         say(f"label:     {row['answer']}")
-        say(f"rationale: {row.get('rationale')}\nquality:   {row.get('quality')}")
+        if "rationale" in row:
+            say(f"rationale: {row['rationale']}")
+        if row.get("quality") is not None:
+            say(f"quality:   {row['quality']:.4f}")
 
 
 def evaluate_file(folder: Path, config: Config, file: str) -> None:
@@ -1918,6 +1925,8 @@ def contradictions(given: dict[str, Any]) -> None:
     ignored += [flag(name) for name in given if name.startswith("discriminator")]
     if method != "qcrd" and ignored:
         say(f"note: --method {method} does not use {', '.join(ignored)}")
+    if method == "qcrd" and given.get("iterations", math.inf) <= given.get("lag", Config.lag):
+        say("note: --iterations is not above --lag: the past student writes no negatives")
 
 
 def load_task(config: Config) -> Task:
@@ -1928,6 +1937,8 @@ def load_task(config: Config) -> Task:
     if RANK == 0:
         barrier()
     task.train[:] = task.train[: max(1, round(len(task.train) * config.fraction))]
+    if task.kind == "text" and all(fetch_data.value(e.label) is not None for e in task.train):
+        say("note: all labels are numbers: --answer number compares by value, and asks for them")
     return task
 
 

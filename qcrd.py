@@ -1299,7 +1299,7 @@ def claim(config: Config) -> tuple[Path, contextlib.AbstractContextManager]:
             free = names <= begun and not folder.is_file()
             require(free, f"--run {folder}: exists; name another, or --resume {folder}")
             if names - {"lock"}:
-                read_config(folder, {})  # it is a run's
+                read_config(folder, {})  # refuses a folder that is not a run's
             held = hold(folder)
         except InputError:
             if config.run:

@@ -2010,6 +2010,7 @@ def ended(*children) -> list[int]:
     """The exit codes of children that are waited for."""
     for child in children:
         child.join(600)
+        child.kill()  # one that hangs, as a rank of NCCL does after its peer's death
     return [child.exitcode for child in children]
 
 

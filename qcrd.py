@@ -262,11 +262,12 @@ def sets_of(vote: Vote, rule: str) -> tuple[list[str], list[str], str | None]:
     """-> the rationales of S_pos and of S_neg, and the teacher's answer as the lowest slot that
     gave it wrote it. rule: majority; first: slot 0's rationale, right, wrong or unreadable [DSS];
     all: every slot's is a positive [ours]."""
+    slots = range(len(vote.samples))
     speakers, members, others = vote.positives, vote.positives, vote.negatives
     if rule == "first":
-        speakers, members, others = range(len(vote.samples))[:1], range(len(vote.samples))[:1], []
+        speakers, members, others = slots[:1], slots[:1], []
     if rule == "all":
-        members, others = range(len(vote.samples)), []
+        members, others = slots, []
     positives = vote.rationales(members)
     negatives = [r for r in vote.rationales(others) if r not in positives]
     return positives, negatives, vote.samples[speakers[0]].answer if speakers else None
@@ -1150,16 +1151,19 @@ def teacher_samples(teacher: Teacher | None, task: Task, examples: list, ask: bo
     slots = range(1 if config.vote == "first" else config.samples)
     model = re.sub(r"[^A-Za-z0-9.-]+", "_", teacher.model)[:80]
     teacher.cache = task.folder / f"teacher-{model}.jsonl"
+    kept = None
     if ask and RANK == 0:
-        ask_teacher(teacher, dict(zip(names, prompts)), slots)
+        kept = ask_teacher(teacher, dict(zip(names, prompts)), slots)
     barrier()  # the other ranks wait for the samples
-    kept = read_cache(teacher.cache)
+    if kept is None:
+        kept = read_cache(teacher.cache)
     return [[kept.get(name, {}).get(k) for k in slots] for name in names]
 
 
-def ask_teacher(teacher: Teacher, prompts: dict[str, list[dict]], slots: Iterable[int]) -> None:
-    """Fills the slots that the cache lacks, through `--concurrency` threads. One process asks, the
-    others wait and read. Raises InputError; whatever ends it, answers under way are kept."""
+def ask_teacher(teacher: Teacher, prompts: dict[str, list[dict]], slots: Iterable[int]) -> dict:
+    """Fills the slots that the cache lacks, through `--concurrency` threads -> the cache's samples.
+    One process asks, the others wait and read. Raises InputError; whatever ends it, answers under
+    way are kept."""
     teacher.cache.parent.mkdir(parents=True, exist_ok=True)
     with t5.lock(f"{teacher.cache}.lock"):
         kept = read_cache(teacher.cache)
@@ -1169,7 +1173,7 @@ def ask_teacher(teacher: Teacher, prompts: dict[str, list[dict]], slots: Iterabl
             if missing:
                 jobs.append((messages, missing))
         if not jobs:
-            return
+            return kept
         total = sum(len(missing) for _, missing in jobs)
         characters = sum(len(part["content"]) for messages, _ in jobs for part in messages)
         tokens = (characters // 4 + 120 * total) // 1000
@@ -1191,6 +1195,7 @@ def ask_teacher(teacher: Teacher, prompts: dict[str, list[dict]], slots: Iterabl
         say("  a run started now could not be resumed once there are more samples.")
     most = sum(teacher.refusals.values()) > len(prompts) / 2
     require(not most, f"teacher {teacher.url}: refused most questions, see above")
+    return read_cache(teacher.cache)
 
 
 def run_jobs(teacher: Teacher, jobs: list, total: int) -> None:
@@ -1206,7 +1211,8 @@ def run_jobs(teacher: Teacher, jobs: list, total: int) -> None:
         except BaseException:
             teacher.stopped.set()
             with contextlib.suppress(OSError):  # nobody may read it
-                say("  stopping; answers under way are waited for (Ctrl-C: no longer)")
+                progress.close()
+                say("  stopping; answers under way are waited for (Ctrl-C ends the waiting)")
             pool.close()
             pool.join()
             raise

@@ -100,9 +100,7 @@ class Config:
     teacher_temperature: float = option(0.7, "review", "the teacher's temperature", "[0, 5]")
     teacher_tokens: int = option(512, "ours", "longest sample, in its tokens", "[1, 1e6]")
     teacher_budget: int = option(0, "ours", "at most this many requests (0: any)", NUMBER)
-    teacher_timeout: float = option(
-        180.0, "ours", "seconds without a byte that end a request", "(0, 86400]"
-    )
+    teacher_timeout: float = option(180.0, "ours", "longest silence, in seconds", "(0, 86400]")
     teacher_fields: str = option("", "ours", "JSON merged into each request; null removes a field")
     concurrency: int = option(8, "ours", "requests under way at once", "[1, 256]")
     prompt: str = option("", "ours", "a file with a system message of yours")
@@ -125,9 +123,7 @@ class Config:
     discriminator_model: str = option("", "review", "its encoder; see below")
     discriminator_loss: str = option("eq2", "eq. 2", "L_D; ce: the figure's CE", "eq2|ce")
     discriminator_pretrain: int = option(500, "review", "pretraining steps, at most there", NUMBER)
-    discriminator_every: int = option(
-        1, "ours", "n: updates before t = 1 + n, ...; 0: never", NUMBER
-    )
+    discriminator_every: int = option(1, "ours", "n: updates at t = 1 + n, ...; 0: never", NUMBER)
     discriminator_steps: int = option(20, "ours", "steps of an update", COUNT)
     discriminator_questions: int = option(8, "ours", "questions a step of it", "[1, 4096]")
     discriminator_lr: float = option(1e-4, "ours", "its learning rate", "(0, 1]")
@@ -187,7 +183,6 @@ def check(config: Config, where: str = "") -> None:
         kind = type(setting.default)
         good = type(value) is kind or (kind is float and type(value) is int)
         require(good, f"{shown}: not of type {kind.__name__}")
-        require(kind is not str or is_text(value), f"{shown}: not UTF-8")
         setattr(config, setting.name, kind(value))  # 1 of a float is 1.0
         if "|" in allowed:
             require(value in allowed.split("|"), f"{shown}: not one of {allowed.strip('|')}")
@@ -195,11 +190,6 @@ def check(config: Config, where: str = "") -> None:
             low, high = map(float, allowed[1:-1].split(","))
             above = low <= value if allowed[0] == "[" else low < value
             require(above and value <= high, f"{shown}: not in {allowed}")
-
-
-def is_text(value: str) -> bool:
-    """Whether it can be written as UTF-8; an argument in another encoding cannot."""
-    return value.encode("utf-8", "replace").decode() == value
 
 
 def derive_seed(*purpose: object) -> int:
@@ -317,8 +307,10 @@ class Student:
         self.tokenizer = Tokenizer(self.vocab)
         self.model = load_model(folder, self.vocab, self.tokenizer).to(self.device)
         # the prefixes of the two tasks [DSS; the review: <Predict>, <Explain>]; one target: none
-        self.predict = self.tokenizer.encode("predict:")[:-1] if config.method != "single" else []
-        self.explain = self.tokenizer.encode("explain:")[:-1]
+        self.predict_prefix = (
+            self.tokenizer.encode("predict:")[:-1] if config.method != "single" else []
+        )
+        self.explain_prefix = self.tokenizer.encode("explain:")[:-1]
         self.dtype = getattr(torch, config.precision)
 
     def autocast(self) -> torch.autocast:
@@ -426,11 +418,6 @@ class Run:
         """Completed iterations."""
         return max(0, len(self.lines) - 1)
 
-    @property
-    def judged(self) -> list[Question]:
-        """The validation questions that the rationales and D are watched on."""
-        return self.valid[:JUDGED]
-
     def note(self, name: str, amount: Tensor | float, count: Tensor | float) -> None:
         """Adds to a mean of the iteration's line. Tensors stay on the GPU: nobody waits for it."""
         total, counted = self.sums.get(name, (0.0, 0.0))
@@ -472,20 +459,20 @@ def add_past_negatives(run: Run, t: int, questions: list[Question]) -> None:
     joins the question's S_neg [review]. Empty ones and ones equal to a positive do not [ours]."""
     config = run.config
     if run.discriminator is not None:
-        questions = questions + run.judged  # D is watched on these
+        questions = questions + run.valid[:JUDGED]  # D is watched on these
     for q in run.train + run.valid:
         q.from_past = []
     past = past_student(run, t)
     if past is None:
         return
-    asked = [q for q in questions for _ in range(config.student_samples)]
     like = 1 if config.negative_source == "static" else t  # static: as in iteration 1, each time
-    numbers = list(range(config.student_samples)) * len(questions)
-    seeds = [
-        derive_seed(config.seed, "negatives", like, q.place, k) for q, k in zip(asked, numbers)
-    ]
     tau = temperature_of(config, like)
-    for q, r in zip(asked, past.write(past.explain, asked, config.rationale_tokens, tau, seeds)):
+    draws = list(itertools.product(questions, range(config.student_samples)))
+    seeds = [derive_seed(config.seed, "negatives", like, q.place, k) for q, k in draws]
+    asked = [q for q, _ in draws]
+    for q, r in zip(
+        asked, past.write(past.explain_prefix, asked, config.rationale_tokens, tau, seeds)
+    ):
         empty = not set(r) - {t5.PAD, t5.EOS}
         if not empty and r not in q.S_pos and r not in q.from_past:
             q.from_past.append(r)
@@ -529,7 +516,7 @@ class Discriminator(nn.Module):
         return torch.cat(parts) if parts else torch.empty(0, device=self.student.device)
 
 
-def discriminator_loss(s_pos: list[Tensor], s_neg: list[Tensor]) -> Tensor:
+def L_D_eq2(s_pos: list[Tensor], s_neg: list[Tensor]) -> Tensor:
     """L_D = E_x[ -log( Σ exp(s_pos) / Σ exp(s_neg) ) ] [eq. 2]: a question's m positives above the
     line, its k negatives, and they alone, below it. A tensor of scores a question in each list.
     It stays the same when all scores rise alike: their level, which weighs in eq. (6), is open."""
@@ -537,7 +524,7 @@ def discriminator_loss(s_pos: list[Tensor], s_neg: list[Tensor]) -> Tensor:
     return torch.stack(terms).mean()
 
 
-def discriminator_cross_entropy(logits_pos: list[Tensor], logits_neg: list[Tensor]) -> Tensor:
+def L_D_ce(logits_pos: list[Tensor], logits_neg: list[Tensor]) -> Tensor:
     """The "CE" that the overview figure draws between s and L_D [figure]: a question's mean binary
     cross-entropy over S_pos plus that over S_neg [its form: ours]. It fixes the level of s."""
     pairs = zip(logits_pos, logits_neg)
@@ -548,9 +535,9 @@ def discriminator_cross_entropy(logits_pos: list[Tensor], logits_neg: list[Tenso
 def L_D_of(logits_pos: list[Tensor], logits_neg: list[Tensor], config: Config) -> Tensor:
     """L_D of each question's logits, in the form that --discriminator-loss names."""
     if config.discriminator_loss == "ce":
-        return discriminator_cross_entropy(logits_pos, logits_neg)
+        return L_D_ce(logits_pos, logits_neg)
     s_pos, s_neg = [[x.sigmoid() for x in logits] for logits in (logits_pos, logits_neg)]
-    return discriminator_loss(s_pos, s_neg)
+    return L_D_eq2(s_pos, s_neg)
 
 
 def corrupt(words: list[str], others: list[str], rng: np.random.Generator) -> str:
@@ -664,7 +651,7 @@ def measure(student: Student, questions: list[Question], candidates: list[Candid
     if not candidates:
         return
     targets, rows = [c.r for c in candidates], [c.row for c in candidates]
-    losses = student.losses(student.explain, questions, targets, rows).tolist()
+    losses = student.losses(student.explain_prefix, questions, targets, rows).tolist()
     for c, loss in zip(candidates, losses):
         require(math.isfinite(loss), NOT_A_NUMBER)
         c.loss = loss
@@ -707,7 +694,7 @@ def score_picks(D: Discriminator | None, questions: list[Question], picks: list)
 def label_losses(student: Student, questions: list[Question]) -> Tensor:
     """Cross-entropy of each question's target with gradient, (B,)."""
     targets, rows = [q.target for q in questions], list(range(len(questions)))
-    return student.losses(student.predict, questions, targets, rows)
+    return student.losses(student.predict_prefix, questions, targets, rows)
 
 
 def rationale_losses(student: Student, questions: list[Question], picks: list) -> Tensor:
@@ -718,7 +705,7 @@ def rationale_losses(student: Student, questions: list[Question], picks: list) -
     if not again:
         return losses
     targets, rows = [picks[i].r for i in again], [picks[i].row for i in again]
-    with_gradient = student.losses(student.explain, questions, targets, rows)
+    with_gradient = student.losses(student.explain_prefix, questions, targets, rows)
     return losses.index_put((to_device(torch.tensor(again), student.device),), with_gradient)
 
 
@@ -775,8 +762,8 @@ def iterate(run: Run, t: int) -> None:
     """Iteration t of QCRD, whole."""
     config, student, D = run.config, run.student, run.discriminator
     α1, α2, _ = alphas_of(config, t)  # α3 is D's
-    order = visits(config, len(run.train), t)
-    questions = visited(run, order)
+    order = order_of(config, len(run.train), t)
+    questions = questions_of(run, order)
     run.sums = {}
 
     add_past_negatives(run, t, questions)  # the student after t - j writes; S_neg grows
@@ -822,7 +809,7 @@ def take_statistics(run: Run, part: float, picks: list, losses: Tensor, s, L_pre
         run.note("s_neg", (s * ~positive).sum(), len(negatives))
 
 
-def visits(config: Config, n: int, t: int) -> list[int]:
+def order_of(config: Config, n: int, t: int) -> list[int]:
     """Which questions iteration t trains on, in order: a slice of an endless stream of shuffled
     passes over n, up to optimizer step ⌊t · steps / iterations⌋ [ours]."""
     start = (t - 1) * config.steps // config.iterations * config.batch
@@ -834,7 +821,7 @@ def visits(config: Config, n: int, t: int) -> list[int]:
     return stream[start % n : start % n + end - start]
 
 
-def visited(run: Run, order: list[int]) -> list[Question]:
+def questions_of(run: Run, order: list[int]) -> list[Question]:
     """The questions of an iteration's order, each once, as they stand in the data."""
     return [run.train[i] for i in sorted(set(order))]
 
@@ -1518,11 +1505,10 @@ def begin(run: Run) -> None:
             fetch_data.write_lines(run.folder / "metrics.jsonl", run.lines)
     if config.steps:
         say(f"  {expected_minutes(run):.1f} minutes of optimizer steps to expect")
-    if config.steps and run.discriminator is not None and run.iteration == 0:
-        say(f"discriminator: {config.discriminator_pretrain} steps before the first iteration")
-        train_discriminator(run, 0, run.train)
-        say(f"  L_D {run.L_D:.3f}")
-    if config.steps:
+        if run.discriminator is not None and run.iteration == 0:
+            say(f"discriminator: {config.discriminator_pretrain} steps before the first iteration")
+            train_discriminator(run, 0, run.train)
+            say(f"  L_D {run.L_D:.3f}")
         say(LEGEND)
     for line in [None, *run.lines]:
         say(table_row(line))
@@ -1530,30 +1516,22 @@ def begin(run: Run) -> None:
 
 def expected_minutes(run: Run) -> float:
     """Of the optimizer steps to come, from a forward and backward whose gradients go."""
-    config = run.config
+    config, student = run.config, run.student
     parts = micro_batches((run.train * WORLD)[: config.batch], config)  # some for each rank
     part = parts[len(parts) // 2]  # of middle length
-    if config.device == "cuda":
-        trial_seconds(run, part)  # the first one loads kernels
-    seconds = trial_seconds(run, part) * config.batch / WORLD / len(part)
+    for _ in range(2 if config.device == "cuda" else 1):  # the first one loads kernels
+        start = time.perf_counter()
+        candidates = candidates_of(part, config) if alphas_of(config, 1)[1] else []
+        if config.method == "qcrd":
+            measure(student, part, candidates)
+        picks = pick(candidates, part, config, 0)
+        score_picks(run.discriminator, part, picks)
+        loss = label_losses(student, part).sum() + rationale_losses(student, part, picks).sum()
+        loss.backward()
+        loss.item()  # waits for the GPU
+        run.optimizer.zero_grad(set_to_none=True)
+    seconds = (time.perf_counter() - start) * config.batch / WORLD / len(part)
     return seconds * (config.steps - run.step) / 60
-
-
-def trial_seconds(run: Run, part: list[Question]) -> float:
-    """What a forward and backward of these questions takes."""
-    config, student = run.config, run.student
-    start = time.perf_counter()
-    candidates = candidates_of(part, config) if alphas_of(config, 1)[1] else []
-    if config.method == "qcrd":
-        measure(student, part, candidates)
-    picks = pick(candidates, part, config, 0)
-    score_picks(run.discriminator, part, picks)
-    loss = label_losses(student, part).sum() + rationale_losses(student, part, picks).sum()
-    loss.backward()
-    run.optimizer.zero_grad(set_to_none=True)
-    if config.device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 # ------------------------------------------------------------------------------- 10. Evaluation
@@ -1571,7 +1549,7 @@ def evaluate(run: Run, questions: list[Question], explained: int) -> list[dict[s
     student, config, D = run.student, run.config, run.discriminator
     single, rows = config.method == "single", []
     longest = config.label_tokens + (config.rationale_tokens if single else 0)
-    written = student.write(student.predict, questions, longest)
+    written = student.write(student.predict_prefix, questions, longest)
     answers = [student.tokenizer.decode(ids) for ids in written]
     if single:  # the answer is what follows the last "answer:"; without one there is none
         parts = [text.rpartition("answer:") for text in answers]
@@ -1583,7 +1561,7 @@ def evaluate(run: Run, questions: list[Question], explained: int) -> list[dict[s
         rows.append(row | {"right": right})
     questions = questions[:explained] if config.method != "finetune" else []
     if not single:
-        written = student.write(student.explain, questions, config.rationale_tokens)
+        written = student.write(student.explain_prefix, questions, config.rationale_tokens)
         rationales = [student.tokenizer.decode(ids) for ids in written]
     quality = [None] * len(questions)
     if D is not None:
@@ -1595,20 +1573,23 @@ def evaluate(run: Run, questions: list[Question], explained: int) -> list[dict[s
     return rows
 
 
-def accuracies(rows: list[dict]) -> dict[str, float | None]:
-    """Of `evaluate`'s rows; None where no rationales were written."""
-    names = {"test_accuracy": "right", "rationale_accuracy": "rationale_right"}
-    return {name: mean([row[key] for row in rows if key in row]) for name, key in names.items()}
+ACCURACIES = ("test_accuracy", "rationale_accuracy")
+
+
+def accuracies(rows: list[dict]) -> list[float | None]:
+    """Of `evaluate`'s rows, labels and rationales; None where no rationales were written."""
+    return [mean([row[k] for row in rows if k in row]) for k in ("right", "rationale_right")]
 
 
 def judge_validation(run: Run) -> dict[str, Any]:
     """What D makes of validation questions: mean s of the teacher's positives and negatives and of
     the student's samples, and how often a positive scores above a negative of its question."""
-    pairs = [(q.x, r) for q in run.judged for r in q.S_pos + q.S_neg]
+    questions = run.valid[:JUDGED]
+    pairs = [(q.x, r) for q in questions for r in q.S_pos + q.S_neg]
     scores = iter(run.discriminator.score(pairs).tolist())
     s: dict[str, list] = {"positives": [], "teacher": [], "student": []}
     above: dict[str, list] = {"teacher": [], "student": []}
-    for q in run.judged:
+    for q in questions:
         sizes = {"positives": q.S_pos, "teacher": q.minority, "student": q.from_past}
         own = {kind: [next(scores) for _ in members] for kind, members in sizes.items()}
         for kind in s:
@@ -1631,7 +1612,7 @@ def metrics(run: Run, t: int, start: float) -> dict[str, Any]:
             require(math.isfinite(total), NOT_A_NUMBER)
             line[name] = total / count if count else None
         line["L"] = total_loss(line["alphas"], line["L_pred"], line["L_cl"], run.L_D)
-        questions = visited(run, visits(run.config, len(run.train), t))
+        questions = questions_of(run, order_of(run.config, len(run.train), t))
         from_past = [(q, run.student.tokenizer.decode(r)) for q in questions for r in q.from_past]
         line["minor"] = mean([len(q.minority) for q in questions])
         line["past"] = len(from_past) / len(questions)
@@ -1639,8 +1620,7 @@ def metrics(run: Run, t: int, start: float) -> dict[str, Any]:
         if run.discriminator is not None:
             line |= judge_validation(run)
     rows = evaluate(run, run.valid, explained=JUDGED)
-    found = accuracies(rows)
-    line |= {"valid": found["test_accuracy"], "valid_rationale": found["rationale_accuracy"]}
+    line["valid"], line["valid_rationale"] = accuracies(rows)
     return line | {"questions": len(rows), "seconds": time.perf_counter() - start}
 
 
@@ -1675,7 +1655,8 @@ def test(run: Run) -> None:
     if best["iteration"] != run.iteration:
         load_weights(run, best["iteration"])
         rows = evaluate(run, questions, explained=len(questions))
-    result = accuracies(rows) | {f"{name}_last": value for name, value in last.items()}
+    result = dict(zip(ACCURACIES, accuracies(rows)))
+    result |= {f"{name}_last": value for name, value in zip(ACCURACIES, last)}
     result |= {"questions": len(rows), "valid_accuracy": best["valid"]}
     result["best_iteration"] = best["iteration"]
     if RANK == 0:
@@ -1694,7 +1675,7 @@ def result_text(folder: Path, result: dict[str, Any]) -> str:
     n, t = result["questions"], result["best_iteration"]
     lines = [f"test, {n} questions; student of iteration {t}, the latest within a"]
     lines.append("standard error of the best labels on validation")
-    for name in ("test_accuracy", "rationale_accuracy"):
+    for name in ACCURACIES:
         if result[name] is not None:
             last = f"last student {result[f'{name}_last']:.1%}"
             lines.append(f"  {name:18s} {interval(result[name], n)}, {last}")
@@ -1753,7 +1734,7 @@ def evaluate_file(folder: Path, config: Config, file: str) -> None:
     rows = evaluate(run, questions, explained=len(questions))
     for row in rows:
         print(json.dumps(row))
-    for name, value in accuracies(rows).items():
+    for name, value in zip(ACCURACIES, accuracies(rows)):
         if value is not None:
             print(f"{name} {interval(value, len(rows))} on {len(rows)} questions", file=sys.stderr)
 
@@ -1768,9 +1749,9 @@ def audit(folder: Path, config: Config, count: int, as_json: bool) -> None:
         run = prepare(config, task, folder, ask=False)
         restore(run)
         t = run.iteration + 1
-        order = visits(config, len(run.train), t)
+        order = order_of(config, len(run.train), t)
         questions = [run.train[i] for i in order[:count]]
-        add_past_negatives(run, t, visited(run, order))
+        add_past_negatives(run, t, questions_of(run, order))
         votes = votes_of(config, task, [q.example for q in questions], ask=False)
         items = [audit_question(run, q, vote, t) for q, vote in zip(questions, votes)]
     if as_json:
@@ -2040,7 +2021,8 @@ def main() -> int:
 
 def run_command() -> None:
     for word in sys.argv:
-        require(is_text(word), f"{word!r}: not UTF-8")
+        text = word.encode("utf-8", "replace").decode()
+        require(text == word, f"{text}: not UTF-8")
     given = vars(parser().parse_args())
     as_json, show_prompt = given.pop("json", False), given.pop("show_prompt", False)
     named = [name for name in ("resume", "ask", "audit", "eval") if name in given]

@@ -1319,20 +1319,20 @@ def test_L_D_by_hand():
     -2 / 3.5 / 2 = -2/7. Cross-entropy: of s, not of exp(s)."""
     powers = [[2, 1.5], [2.5, 2.5, 2], [1, 2, 2.5], [1, 1.5]]  # of A's, B's positives; negatives
     scores = [torch.tensor(row).log().requires_grad_() for row in powers]
-    L_D = qcrd.discriminator_loss(scores[:2], scores[2:])
+    L_D = qcrd.L_D_eq2(scores[:2], scores[2:])
     assert abs(L_D.item() - (math.log(5.5 / 3.5) + math.log(2.5 / 7)) / 2) < 1e-6
     L_D.backward()
     expected = [[-2 / 7, -3 / 14], [-5 / 28, -5 / 28, -1 / 7], [1 / 11, 2 / 11, 5 / 22], [0.2, 0.3]]
     assert all(torch.allclose(s.grad, torch.tensor(row)) for s, row in zip(scores, expected))
     higher = [s + 0.3 for s in scores]
-    assert abs(L_D - qcrd.discriminator_loss(higher[:2], higher[2:])) < 1e-6  # its level is open
+    assert abs(L_D - qcrd.L_D_eq2(higher[:2], higher[2:])) < 1e-6  # its level is open
     s = [torch.tensor(row) for row in ([1 / 2, 3 / 4], [1 / 2], [3 / 4], [1 / 4, 1 / 2])]
     logits = [row.logit() for row in s]
     A = (math.log(2) + math.log(4 / 3)) / 2 + math.log(4)
     B = math.log(2) + (math.log(4 / 3) + math.log(2)) / 2
-    value = qcrd.discriminator_cross_entropy(logits[:2], logits[2:]).item()
+    value = qcrd.L_D_ce(logits[:2], logits[2:]).item()
     assert abs(value - (A + B) / 2) < 1e-6
-    for form, expected in (("ce", value), ("eq2", qcrd.discriminator_loss(s[:2], s[2:]).item())):
+    for form, expected in (("ce", value), ("eq2", qcrd.L_D_eq2(s[:2], s[2:]).item())):
         config = tiny_config(discriminator_loss=form)
         assert abs(qcrd.L_D_of(logits[:2], logits[2:], config).item() - expected) < 1e-6, form
 
@@ -1420,11 +1420,11 @@ def plain_loss(run: qcrd.Run, questions: list, n: int, peers=()) -> torch.Tensor
             logits = network.train()(x, x_mask, **start)
         return plain_losses(logits[0] if peers else logits, y, y_mask)
 
-    L_pred = losses(student.predict, [(q, q.target) for q in questions]).sum()
+    L_pred = losses(student.predict_prefix, [(q, q.target) for q in questions]).sum()
     if config.method in ("finetune", "single"):
         return L_pred / n
     candidates = qcrd.candidates_of(questions, config)
-    of_all = losses(student.explain, [(questions[c.row], c.r) for c in candidates])
+    of_all = losses(student.explain_prefix, [(questions[c.row], c.r) for c in candidates])
     for c, loss in zip(candidates, of_all.tolist()):
         c.loss = loss
     w = [1.0] * len(candidates)
@@ -1521,7 +1521,7 @@ def test_single_target_is_rationale_then_label():
         assert target("7") == end  # an empty slot 0
         cut = target("7", "one and one " * 60)  # the rationale first, at 20 + 64 tokens
         assert len(cut) == 84 and cut[-len(end) :] == end and len(target("7 " * 200)) == 84
-        assert run.student.predict == [] and qcrd.alphas_of(run.config, 1) == (1, 0, 0)
+        assert run.student.predict_prefix == [] and qcrd.alphas_of(run.config, 1) == (1, 0, 0)
 
 
 VOTES = "One and one.= 2; One and one.= ( 1 + 1 ); So two.= 2.00001; Three.= 3; So two.= 5"
@@ -1714,15 +1714,15 @@ def test_discriminator_descends_alpha_3_at_a_falling_rate():
 def test_order_visits_every_question():
     """Ten steps of 4 questions in three iterations are 3, 3, 4; passes of 10 go on across them."""
     config = tiny_config(batch=4, steps=10, iterations=3)
-    parts = [qcrd.visits(config, 10, t) for t in (1, 2, 3)]
+    parts = [qcrd.order_of(config, 10, t) for t in (1, 2, 3)]
     stream = sum(parts, [])
     assert [len(part) for part in parts] == [12, 12, 16]
     passes = [stream[i : i + 10] for i in range(0, 40, 10)]
     assert all(sorted(order) == list(range(10)) for order in passes)
     assert len(set(map(tuple, passes))) == 4
     config.seed = 1
-    assert qcrd.visits(config, 10, 1) != parts[0]
-    few = Counter(qcrd.visits(config, 3, 3))  # 16 visits of 3 questions, from the 25th on
+    assert qcrd.order_of(config, 10, 1) != parts[0]
+    few = Counter(qcrd.order_of(config, 3, 3))  # 16 visits of 3 questions, from the 25th on
     assert sorted(few.values()) == [5, 5, 6]
 
 
@@ -2702,7 +2702,7 @@ def generation(shape: str, device: str, check: Checks, *lengths: int) -> None:
     for dtype in {low_precision(device), torch.float16}:
         run = random_run(shape, device, str(dtype).removeprefix("torch."))
         model = run.student.model
-        batch = run.student.inputs(run.student.explain, svamp_like(8, *lengths))
+        batch = run.student.inputs(run.student.explain_prefix, svamp_like(8, *lengths))
         uniforms = torch.rand(8, 24, generator=torch.Generator().manual_seed(1))
         for tau in (0.0, 1.5):
             with run.student.autocast():
@@ -2724,7 +2724,7 @@ def waits(device: str) -> dict[str, Any]:
     torch.cuda.set_sync_debug_mode("default")
     count = sum("synchroniz" in str(warning.message) for warning in seen)
     found = {"waits of a step": count - 1}  # one is that of reading its loss
-    batch = run.student.inputs(run.student.explain, svamp_like(128))
+    batch = run.student.inputs(run.student.explain_prefix, svamp_like(128))
     for name, call in (
         ("step", partial(one_step, run)),
         ("D's training", partial(qcrd.train_discriminator, run, 0, run.train)),
@@ -2751,7 +2751,7 @@ def parity(shape: str, device: str, check: Checks, *lengths: int) -> None:
     def figures(run: qcrd.Run, dtype: torch.dtype) -> list[torch.Tensor]:
         run.student.model.eval()
         run.student.dtype = dtype
-        losses = run.student.losses(run.student.explain, questions, targets, rows)
+        losses = run.student.losses(run.student.explain_prefix, questions, targets, rows)
         return [losses, run.discriminator.score([(questions[row].x, r) for row, r in pairs])]
 
     expected = figures(here, torch.float32)
@@ -2784,7 +2784,7 @@ def parity(shape: str, device: str, check: Checks, *lengths: int) -> None:
         check(f"{shape}, {dtype}: a step's loss, relative", relative(value, loss), bound)
         distance = ((g - gradient).norm() / gradient.norm()).item()
         check(f"{shape}, {dtype}: its gradient, relative", distance, far)
-    batch = here.student.inputs(here.student.explain, questions * 4)
+    batch = here.student.inputs(here.student.explain_prefix, questions * 4)
     for tau in (0.0, 0.7, 1.5):
         draws = [torch.Generator().manual_seed(1) for _ in range(2)]
         tokens = there.student.model.generate(*batch, 24, tau, draws[0]).cpu()
@@ -2872,7 +2872,7 @@ def speeds(shape: str, device: str) -> dict[str, Any]:
     used = ours.get("operations", 0) / ours["seconds"] / rate
     print(f"  {64 / ours['seconds']:.1f} questions a second, {used:.0%} of the rate of products")
     run, rows = random_run(shape, device), []
-    batch = run.student.inputs(run.student.explain, svamp_like(128))
+    batch = run.student.inputs(run.student.explain_prefix, svamp_like(128))
     with run.student.autocast():
         spent = seconds([lambda: rows.append(run.student.model.generate(*batch, 96, 1.5))], device)
     tokens = int((rows[-1] != t5.PAD).sum()) / spent[0]

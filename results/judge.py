@@ -63,7 +63,7 @@ def sample_rationales(folder: Path, rows: list[dict], temperature: float, seed: 
     examples = [fetch_data.Example(row["input"], "") for row in rows]
     questions = [student.question(example, f"judge {example.input}") for example in examples]
     seeds = [qcrd.derive_seed("judge", seed, q.place) for q in questions]
-    written = student.write(student.explain, questions, longest, temperature, seeds)
+    written = student.write(student.explain_prefix, questions, longest, temperature, seeds)
     return [student.tokenizer.decode(ids) for ids in written]
 
 

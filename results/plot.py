@@ -91,7 +91,9 @@ def score_sets(run: qcrd.Run) -> dict[str, list[float]]:
     pairs["teacher's negatives"] = [(q.x, r) for q in questions for r in q.minority]
     for tau in (1.5, 2.0):
         seeds = [qcrd.derive_seed(config.seed, "score figure", tau, q.place) for q in questions]
-        written = student.write(student.explain, questions, config.rationale_tokens, tau, seeds)
+        written = student.write(
+            student.explain_prefix, questions, config.rationale_tokens, tau, seeds
+        )
         pairs[f"student's samples, τ = {tau}"] = [(q.x, r) for q, r in zip(questions, written)]
     return {name: D.score(of).tolist() for name, of in pairs.items()}
 

@@ -73,8 +73,7 @@ from t5 import T5, InputError, Tokenizer, pad, require, to_device, track
 
 
 def option(default: Any, mark: str, help: str, allowed: str = "") -> Any:
-    """A flag: its default, the source of the default, its help text, and what it may be: an
-    interval such as (0, 1], or words such as gold|teacher."""
+    """A flag. allowed: an interval such as (0, 1], or words such as gold|teacher."""
     return field(default=default, metadata={"mark": mark, "help": help, "allowed": allowed})
 
 
@@ -150,8 +149,7 @@ class Config:
 
 
 # Set instead by the demo and its student of 1M parameters [ours], and by a method [DSS, ours].
-DEMO = {"steps": 200, "iterations": 10, "batch": 32, "rationale_tokens": 56}
-DEMO |= {"discriminator_pretrain": 100}
+DEMO = dict(steps=200, iterations=10, batch=32, rationale_tokens=56, discriminator_pretrain=100)
 DEMO_STUDENT = {"lr": 1e-3, "discriminator_lr": 3e-4}
 METHODS: dict[str, dict[str, Any]] = {
     "qcrd": {},
@@ -213,10 +211,8 @@ Slot = tuple[str, str] | None  # a sample's text and finish_reason; None: there 
 
 def majority(answers: list[str | None]) -> tuple[str | None, list[int], list[int]]:
     """Self-consistency -> â, the slots of S_pos (a_k = â) [abstract], of S_neg (a_k ≠ â) [review].
-
-    answers: the slots' a_k in the form that they are compared in; None, one that cannot be read, is
-    in neither set. A tie goes to the answer of the lowest slot [ours].
-    """
+    answers: each slot's a_k; None, one that cannot be read, is in neither set. A tie goes to the
+    answer of the lowest slot [ours]."""
     counts = collections.Counter(a for a in answers if a is not None)
     best = max(counts, key=counts.__getitem__, default=None)  # the first of equals, in slot order
     positives = [slot for slot, a in enumerate(answers) if a is not None and a == best]
@@ -283,15 +279,6 @@ class Question:
         return self.minority + self.from_past
 
 
-def load_model(folder: Path, vocab: Path, tokenizer: Tokenizer) -> T5:
-    """A T5 that has a row for each piece of the tokenizer in `vocab`. Raises InputError."""
-    model = T5.load(folder)
-    rows = model.config.vocab_size
-    fits = tokenizer.size <= rows
-    require(fits, f"{vocab}: {tokenizer.size} pieces, but {folder} embeds {rows}")
-    return model
-
-
 def is_large(device: str) -> bool:
     """Whether it is a GPU of more than 24 GB."""
     return device == "cuda" and torch.cuda.get_device_properties(device).total_memory > 26e9
@@ -305,17 +292,23 @@ class Student:
         self.device = torch.device(config.device)
         self.vocab = folder / "spiece.model"
         self.tokenizer = Tokenizer(self.vocab)
-        self.model = load_model(folder, self.vocab, self.tokenizer).to(self.device)
+        self.model = self.load(folder)
         # the prefixes of the two tasks [DSS; the review: <Predict>, <Explain>]; one target: none
-        self.predict_prefix = (
-            self.tokenizer.encode("predict:")[:-1] if config.method != "single" else []
-        )
+        self.predict_prefix = self.tokenizer.encode("predict:")[:-1]
         self.explain_prefix = self.tokenizer.encode("explain:")[:-1]
+        if config.method == "single":
+            self.predict_prefix = []
         self.dtype = getattr(torch, config.precision)
 
+    def load(self, folder: Path) -> T5:
+        """A T5 that has a row for each piece of the tokenizer. Raises InputError."""
+        model = T5.load(folder)
+        pieces, rows = self.tokenizer.size, model.config.vocab_size
+        require(pieces <= rows, f"{self.vocab}: {pieces} pieces, but {folder} embeds {rows}")
+        return model.to(self.device)
+
     def autocast(self) -> torch.autocast:
-        half = self.dtype != torch.float32
-        return torch.autocast(self.device.type, self.dtype, enabled=half)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def rows_at_once(self) -> int:
         """How many rows are written, or scored by D, together; fewer under --micro-batch."""
@@ -324,7 +317,7 @@ class Student:
             rows = 512 if is_large(self.config.device) else 256
         return min(rows, 8 * self.config.micro_batch or rows)
 
-    def ids(self, text: str, limit: int) -> array:
+    def ids(self, text: str, limit: int = sys.maxsize) -> array:
         return array("i", self.tokenizer.encode(text, limit))
 
     def question(self, example: Example, place: str = "", S_pos=(), minority=()) -> Question:
@@ -332,31 +325,25 @@ class Student:
         config = self.config
         x = self.ids(example.input, config.input_tokens)
         target = self.ids(example.label, config.label_tokens)
+        if config.method == "single":  # the rationale, then the label [DSS]; it is cut first [ours]
+            longest = config.rationale_tokens + config.label_tokens
+            label = self.ids(f"answer: {example.label}", longest)
+            rationale = self.ids(S_pos[0] if S_pos else "")[:-1]
+            target = rationale[: longest - len(label)] + label
         positives = [self.ids(r, config.rationale_tokens) for r in S_pos]
-        if config.method == "single":
-            target = self.rationale_then_label(S_pos[0] if S_pos else "", example.label)
         negatives = [self.ids(r, config.rationale_tokens) for r in minority]
         return Question(example, place, x, target, positives, negatives)
 
-    def rationale_then_label(self, rationale: str, label: str) -> array:
-        """The target of single-task training [DSS]; the rationale is cut first [ours]."""
-        longest = self.config.rationale_tokens + self.config.label_tokens
-        end = self.tokenizer.encode(f"answer: {label}", longest)
-        start = self.tokenizer.encode(rationale)[:-1]
-        return array("i", start[: longest - len(end)] + end)
-
     def inputs(self, prefix: list[int], questions: list[Question]) -> tuple[Tensor, Tensor]:
         """Prefix and x, cut to --input-tokens with </s> kept -> ids (B, S), mask (B, S)."""
-        limit = self.config.input_tokens
-        rows = [prefix + q.x.tolist() for q in questions]
-        ids, mask = pad([row if len(row) <= limit else row[: limit - 1] + [t5.EOS] for row in rows])
-        return to_device(ids, self.device), mask
+        limit = self.config.input_tokens - 1
+        return pad([(prefix + q.x.tolist()[:-1])[:limit] + [t5.EOS] for q in questions])
 
     def losses(self, prefix: list[int], questions: list, targets: list, rows: list) -> Tensor:
         """ℓ, the mean token cross-entropy [mean: ours] of each target given its question, (R,).
-
-        rows: each target's place in `questions`. One encoding serves all targets of a question.
-        """
+        rows: each target's place in `questions`. One encoding serves all targets of a question."""
+        if not targets:
+            return torch.empty(0, device=self.device)
         ids, mask = self.inputs(prefix, questions)
         target, target_mask = pad(targets)
         with self.autocast():
@@ -364,29 +351,26 @@ class Student:
             return self.model.loss(None, mask, target, target_mask, memory, torch.tensor(rows))
 
     def write(self, prefix: list[int], questions: list, longest: int, tau=0.0, seeds=()) -> list:
-        """What the student writes for each question: ids, </s> only where it was written.
-
-        seeds: of each row's random numbers where τ > 0, so that a text does not depend on how
-        questions are batched. The ranks share the batches out.
-        """
+        """What the student writes for each question: ids, </s> only where it was written. The ranks
+        share the batches out. seeds: of each row's random numbers where τ > 0, so that a text does
+        not depend on how questions are batched."""
         order = sorted(range(len(questions)), key=lambda i: len(questions[i].x))
         size = self.rows_at_once()
         batches = [order[i : i + size] for i in range(0, len(order), size)]
         written = []
         for batch in track("  writing", batches[RANK::WORLD]):
-            ids, mask = self.inputs(prefix, [questions[i] for i in batch])
+            x = self.inputs(prefix, [questions[i] for i in batch])
             uniforms = None
             if tau:
                 draws = [torch.Generator().manual_seed(seeds[i]) for i in batch]
                 uniforms = torch.stack([torch.rand(longest, generator=draw) for draw in draws])
             with self.autocast():
-                rows = self.model.generate(
-                    ids, mask, longest, tau, limit=self.tokenizer.size, uniforms=uniforms
-                )
+                limit = self.tokenizer.size
+                rows = self.model.generate(*x, longest, tau, limit=limit, uniforms=uniforms)
             for i, row in zip(batch, rows.tolist()):
                 end = row.index(t5.EOS) + 1 if t5.EOS in row else len(row)
                 written.append((i, array("i", row[:end])))
-        return [row for _, row in sorted(gather(written), key=lambda pair: pair[0])]
+        return [row for _, row in sorted(gather(written))]
 
 
 class Run:
@@ -418,31 +402,23 @@ class Run:
         """Completed iterations."""
         return max(0, len(self.lines) - 1)
 
-    def note(self, name: str, amount: Tensor | float, count: Tensor | float) -> None:
-        """Adds to a mean of the iteration's line. Tensors stay on the GPU: nobody waits for it."""
-        total, counted = self.sums.get(name, (0.0, 0.0))
-        self.sums[name] = [total + amount, counted + count]
-
 
 # --------------------------------------------------------------------------------- 4. Negatives
 
 
 def past_student(run: Run, t: int) -> Student | None:
     """Who writes negatives for iteration t: the student after t - j iterations [review], nobody
-    while t ≤ j [ours]; fixed, static: the student as it started [table], or --negative-model; sc,
-    none: nobody."""
+    while t ≤ j [ours]; fixed, static: as it started [table]; sc, none: nobody."""
     config = run.config
     past = copy.copy(run.student)
     if config.negative_source in ("fixed", "static"):
-        folder = student_folder(config.negative_model or config.model)
-        past.model = load_model(folder, past.vocab, past.tokenizer)
+        past.model = past.load(student_folder(config.negative_model or config.model))
     elif config.negative_source == "snapshot" and t > config.lag:
         past.model = copy.deepcopy(past.model)
         weights = t5.read_pt(run.folder / f"snapshots/{t - config.lag}.pt")
         past.model.load_state_dict(weights["student"])
     else:
         return None
-    past.model.to(past.device)
     return past
 
 
@@ -458,21 +434,20 @@ def add_past_negatives(run: Run, t: int, questions: list[Question]) -> None:
     """Before iteration t an earlier student writes a rationale for each question at τ = 1.5; it
     joins the question's S_neg [review]. Empty ones and ones equal to a positive do not [ours]."""
     config = run.config
-    if run.discriminator is not None:
-        questions = questions + run.valid[:JUDGED]  # D is watched on these
     for q in run.train + run.valid:
         q.from_past = []
     past = past_student(run, t)
     if past is None:
         return
+    if run.discriminator is not None:
+        questions = questions + run.valid[:JUDGED]  # D is watched on these
     like = 1 if config.negative_source == "static" else t  # static: as in iteration 1, each time
     tau = temperature_of(config, like)
     draws = list(itertools.product(questions, range(config.student_samples)))
     seeds = [derive_seed(config.seed, "negatives", like, q.place, k) for q, k in draws]
     asked = [q for q, _ in draws]
-    for q, r in zip(
-        asked, past.write(past.explain_prefix, asked, config.rationale_tokens, tau, seeds)
-    ):
+    written = past.write(past.explain_prefix, asked, config.rationale_tokens, tau, seeds)
+    for q, r in zip(asked, written):
         empty = not set(r) - {t5.PAD, t5.EOS}
         if not empty and r not in q.S_pos and r not in q.from_past:
             q.from_past.append(r)
@@ -482,8 +457,7 @@ def add_past_negatives(run: Run, t: int, questions: list[Question]) -> None:
 
 
 class Discriminator(nn.Module):
-    """D, the judge of rationales: a T5 encoder, max-pooling and two linear layers [review]; their
-    hidden width and ReLU are ours."""
+    """D: a T5 encoder, max-pooling and two linear layers [review]; hidden width, ReLU: ours."""
 
     def __init__(self, student: Student, encoder: T5):
         super().__init__()
@@ -495,13 +469,12 @@ class Discriminator(nn.Module):
         self.to(student.device)
 
     def forward(self, pairs: list[tuple[array, array]]) -> Tensor:
-        """The logits of pairs (x, r), (R,) float32. The encoder reads the ids of x, without prefix,
-        whose </s> is the border, then those of r [ours]."""
-        device = self.student.device
+        """The logits of pairs (x, r), (R,) float32. The encoder reads x without a prefix, whose
+        </s> is the border, then r [ours]."""
         ids, mask = pad([x + r for x, r in pairs])
+        padding = to_device(~mask[..., None], self.student.device)
         with self.student.autocast():
-            memory = self.encoder.encode(to_device(ids, device), mask)
-            padding = ~to_device(mask, device)[..., None]
+            memory = self.encoder.encode(ids, mask)
             logits = self.head(memory.masked_fill(padding, -torch.inf).amax(1))
         return logits.squeeze(-1).float()
 
@@ -510,23 +483,23 @@ class Discriminator(nn.Module):
         """s(x, r) = D(x, r) in [0, 1] [eq. 1; sigmoid and eval mode: ours], (R,)."""
         self.eval()
         size = self.student.rows_at_once()
-        longest = max([len(x) + len(r) for x, r in pairs], default=1)
-        size = max(1, min(size, size * 320**2 // longest**2))  # a row's memory grows as its square
+        longest = max([320] + [len(x) + len(r) for x, r in pairs])  # tokens
+        size = max(1, size * 320**2 // longest**2)  # a row's memory grows as its square
         parts = [self(pairs[i : i + size]).sigmoid() for i in range(0, len(pairs), size)]
         return torch.cat(parts) if parts else torch.empty(0, device=self.student.device)
 
 
 def L_D_eq2(s_pos: list[Tensor], s_neg: list[Tensor]) -> Tensor:
-    """L_D = E_x[ -log( Σ exp(s_pos) / Σ exp(s_neg) ) ] [eq. 2]: a question's m positives above the
-    line, its k negatives, and they alone, below it. A tensor of scores a question in each list.
-    It stays the same when all scores rise alike: their level, which weighs in eq. (6), is open."""
+    """L_D = E_x[ -log( Σ exp(s_pos) / Σ exp(s_neg) ) ] [eq. 2]: a question's m positives over its k
+    negatives alone. A tensor of scores a question in each list. It stays the same when all scores
+    rise alike: their level, which weighs in eq. (6), is open."""
     terms = [neg.exp().sum().log() - pos.exp().sum().log() for pos, neg in zip(s_pos, s_neg)]
     return torch.stack(terms).mean()
 
 
 def L_D_ce(logits_pos: list[Tensor], logits_neg: list[Tensor]) -> Tensor:
-    """The "CE" that the overview figure draws between s and L_D [figure]: a question's mean binary
-    cross-entropy over S_pos plus that over S_neg [its form: ours]. It fixes the level of s."""
+    """The "CE" that the figure draws between s and L_D [figure]: a question's mean cross-entropy
+    over S_pos plus that over S_neg [its form: ours]. It fixes the level of s."""
     pairs = zip(logits_pos, logits_neg)
     terms = [F.softplus(-pos).mean() + F.softplus(neg).mean() for pos, neg in pairs]
     return torch.stack(terms).mean()
@@ -536,8 +509,7 @@ def L_D_of(logits_pos: list[Tensor], logits_neg: list[Tensor], config: Config) -
     """L_D of each question's logits, in the form that --discriminator-loss names."""
     if config.discriminator_loss == "ce":
         return L_D_ce(logits_pos, logits_neg)
-    s_pos, s_neg = [[x.sigmoid() for x in logits] for logits in (logits_pos, logits_neg)]
-    return L_D_eq2(s_pos, s_neg)
+    return L_D_eq2([x.sigmoid() for x in logits_pos], [x.sigmoid() for x in logits_neg])
 
 
 def corrupt(words: list[str], others: list[str], rng: np.random.Generator) -> str:
@@ -560,13 +532,12 @@ def balanced_sets(student: Student, q: Question, others: list[str], rng) -> tupl
     positives [review, of pretraining; in updates, and up to that size: ours].
     --discriminator-noise swaps the two [overview]."""
     config = student.config
-    filled = list(q.S_neg)  # fillers are not kept
-    while len(filled) < len(q.S_pos):
+    S_neg = q.S_neg  # a new list: fillers are not kept
+    while len(S_neg) < len(q.S_pos):
         words = student.tokenizer.decode(q.S_pos[rng.integers(len(q.S_pos))]).split() or ["the"]
-        filled.append(student.ids(corrupt(words, others, rng), config.rationale_tokens))
-    if rng.random() < config.discriminator_noise:
-        return filled, q.S_pos
-    return q.S_pos, filled
+        S_neg.append(student.ids(corrupt(words, others, rng), config.rationale_tokens))
+    swapped = rng.random() < config.discriminator_noise
+    return (S_neg, q.S_pos) if swapped else (q.S_pos, S_neg)
 
 
 def updates_discriminator(config: Config, t: int) -> bool:
@@ -577,18 +548,13 @@ def updates_discriminator(config: Config, t: int) -> bool:
 
 def train_discriminator(run: Run, t: int, questions: list[Question]) -> None:
     """Pretraining (t = 0) or the update before iteration t: D descends α3 · L_D [eq. 8], alike on
-    every rank, with an AdamW of its own [ours]. Its steps stay the same when the loss is
-    multiplied by a constant, so that α3, which falls slowly, hardly acts. D's rate falls with the
-    student's, linearly to 0 [DSS: one schedule]; in pretraining it is constant [ours]. Questions
-    that have a positive are drawn with replacement [ours].
-    """
+    every rank, with an AdamW of its own [ours], whose steps stay the same when the loss is
+    multiplied by a constant: α3, which falls slowly, hardly acts. Its rate falls with the student's
+    [DSS: one schedule]. Questions with a positive are drawn with replacement [ours]."""
     config, student, D = run.config, run.student, run.discriminator
-    steps, rate = config.discriminator_pretrain, config.discriminator_lr
-    alpha_d = config.alpha_d or 1  # it is pretrained where α3 is 0, too
-    if t > 0:
-        steps = config.discriminator_steps
-        rate *= 1 - run.step / config.steps
-        alpha_d = alphas_of(config, t)[2]
+    steps = config.discriminator_steps if t else config.discriminator_pretrain
+    alpha_d = alphas_of(config, t)[2] if t else config.alpha_d or 1  # pretrained without α3, too
+    rate = config.discriminator_lr * (1 - run.step / config.steps)  # constant in pretraining [ours]
     questions = [q for q in questions if q.S_pos]
     run.L_D = 0.0
     if not questions or not alpha_d:
@@ -602,10 +568,9 @@ def train_discriminator(run: Run, t: int, questions: list[Question]) -> None:
         drawn = [questions[i] for i in places]
         others = " ".join(student.tokenizer.decode(r) for q in drawn for r in q.S_pos).split()
         sets = [balanced_sets(student, q, others or ["the"], rng) for q in drawn]
-        rationales = [r for S_pos, S_neg in sets for r in S_pos + S_neg]
-        xs = [q.x for q, (S_pos, S_neg) in zip(drawn, sets) for _ in S_pos + S_neg]
+        pairs = [(q.x, r) for q, (S_pos, S_neg) in zip(drawn, sets) for r in S_pos + S_neg]
         sizes = [len(members) for both in sets for members in both]
-        logits = D(list(zip(xs, rationales))).split(sizes)  # S_pos, S_neg of each question in turn
+        logits = D(pairs).split(sizes)  # S_pos, S_neg of each question in turn
         L_D = L_D_of(logits[0::2], logits[1::2], config)
         run.d_optimizer.zero_grad(set_to_none=True)
         run.d_scaler.scale(alpha_d * L_D).backward()
@@ -648,8 +613,6 @@ def candidates_of(questions: list[Question], config: Config) -> list[Candidate]:
 def measure(student: Student, questions: list[Question], candidates: list[Candidate]) -> None:
     """ℓ of the candidates in eval mode without gradient [ours]. Raises InputError for a NaN."""
     student.model.eval()
-    if not candidates:
-        return
     targets, rows = [c.r for c in candidates], [c.row for c in candidates]
     losses = student.losses(student.explain_prefix, questions, targets, rows).tolist()
     for c, loss in zip(candidates, losses):
@@ -658,19 +621,16 @@ def measure(student: Student, questions: list[Question], candidates: list[Candid
 
 
 def by_set(candidates: list[Candidate]) -> list[list[Candidate]]:
-    """Grouped by question and set, whose members are neighbours in what `candidates_of` and `pick`
-    return."""
+    """Grouped by question and set, whose members are neighbours."""
     groups = itertools.groupby(candidates, lambda c: (c.row, c.positive))
     return [list(members) for _, members in groups]
 
 
 def pick(candidates: list[Candidate], questions: list[Question], config: Config, step: int) -> list:
-    """The candidates that count in the loss, of each question's S_pos and S_neg.
-
-    minmax: r⁺ = argmin over S_pos of ℓ [eq. 4], r⁻ = argmax over S_neg of ℓ [eq. 5], the first on
-    a tie [ours]; the margin keeps the order. maxmin and minmin likewise; sampling: one at random;
-    mean, wmean: all [table: the names, but minmin; the rest ours].
-    """
+    """The candidates that count in the loss. minmax: r⁺ = argmin over S_pos of ℓ [eq. 4], r⁻ =
+    argmax over S_neg of ℓ [eq. 5], the first on a tie [ours]; the margin keeps the order. maxmin
+    and minmin likewise; sampling: one of each set at random; mean, wmean: all [table: the names,
+    but minmin; the rest ours]."""
     extremes = {"minmax": (min, max), "maxmin": (max, min), "minmin": (min, min)}
     picks = []
     for members in by_set(candidates):
@@ -702,11 +662,10 @@ def rationale_losses(student: Student, questions: list[Question], picks: list) -
     and is not run again."""
     losses = to_device(torch.tensor([c.loss for c in picks]), student.device)
     again = [i for i, c in enumerate(picks) if c.positive or c.loss < student.config.delta]
-    if not again:
-        return losses
     targets, rows = [picks[i].r for i in again], [picks[i].row for i in again]
     with_gradient = student.losses(student.explain_prefix, questions, targets, rows)
-    return losses.index_put((to_device(torch.tensor(again), student.device),), with_gradient)
+    index = to_device(torch.tensor(again, dtype=torch.long), student.device)
+    return losses.index_put((index,), with_gradient)
 
 
 def positive_mask(picks: list[Candidate], device: torch.device | str) -> Tensor:
@@ -793,20 +752,21 @@ def iterate(run: Run, t: int) -> None:
 
 
 def take_statistics(run: Run, part: float, picks: list, losses: Tensor, s, L_pred, L_cl) -> None:
-    """What the iteration's line says of these questions. part: their part of the batch. l_pos is
-    the training pass's ℓ; l_neg and zero are of the pass that picked."""
-    run.note("L_pred", L_pred.detach(), part)
-    run.note("L_cl", L_cl.detach(), part)
+    """Adds to the sums and counts whose means the iteration's line holds. part: these questions' of
+    the batch. l_pos is the training pass's ℓ; l_neg and zero are of the pass that picked."""
     positive = positive_mask(picks, losses.device)
     negatives = [c.loss for c in picks if not c.positive]
-    beyond = sum(loss >= run.config.delta for loss in negatives)
-    n_positives = len(picks) - len(negatives)
-    run.note("l_pos", (losses.detach() * positive).sum(), n_positives)
-    run.note("l_neg", sum(negatives), len(negatives))
-    run.note("zero", beyond, len(negatives))
+    m, k = len(picks) - len(negatives), len(negatives)
+    found = {"L_pred": (L_pred.detach(), part), "L_cl": (L_cl.detach(), part)}
+    found["l_pos"] = (losses.detach() * positive).sum(), m
+    found["l_neg"] = sum(negatives), k
+    found["zero"] = sum(loss >= run.config.delta for loss in negatives), k
     if s is not None:
-        run.note("s_pos", (s * positive).sum(), n_positives)
-        run.note("s_neg", (s * ~positive).sum(), len(negatives))
+        found["s_pos"] = (s * positive).sum(), m
+        found["s_neg"] = (s * ~positive).sum(), k
+    for name, (amount, count) in found.items():  # tensors stay on the GPU: nobody waits for it
+        total, counted = run.sums.get(name, (0.0, 0.0))
+        run.sums[name] = [total + amount, counted + count]
 
 
 def order_of(config: Config, n: int, t: int) -> list[int]:
@@ -1369,7 +1329,7 @@ def discriminator_of(student: Student, config: Config) -> Discriminator | None:
     folder = student_folder(config.discriminator_model)
     same = (folder / "spiece.model").read_bytes() == student.vocab.read_bytes()
     require(same, f"--discriminator-model {folder}: its spiece.model is not the student's")
-    encoder = load_model(folder, student.vocab, student.tokenizer).encoder_only()
+    encoder = student.load(folder).encoder_only()
     return Discriminator(student, encoder)
 
 

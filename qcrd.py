@@ -249,11 +249,9 @@ def sets_of(vote: Vote, rule: str) -> tuple[list[str], list[str], str | None]:
     gave it wrote it. rule: majority; first: slot 0's rationale, right, wrong or unreadable [DSS];
     all: every slot's is a positive [ours]."""
     slots = range(len(vote.samples))
-    speakers, members, others = vote.positives, vote.positives, vote.negatives
-    if rule == "first":
-        speakers, members, others = slots[:1], slots[:1], []
-    if rule == "all":
-        members, others = slots, []
+    members = {"majority": vote.positives, "first": slots[:1], "all": slots}[rule]
+    others = vote.negatives if rule == "majority" else []
+    speakers = slots[:1] if rule == "first" else vote.positives
     positives = vote.rationales(members)
     negatives = [r for r in vote.rationales(others) if r not in positives]
     return positives, negatives, vote.samples[speakers[0]].answer if speakers else None
@@ -425,9 +423,9 @@ def past_student(run: Run, t: int) -> Student | None:
 def temperature_of(config: Config, t: int) -> float:
     """τ of the student in iteration t: 1.5 [review], or on a line to another [overview]."""
     start = config.student_temperature
-    change = (config.student_temperature_end or start) - start
+    end = config.student_temperature_end or start
     part = min(1, (t - 1) / max(1, config.iterations - 1))
-    return start + part * change
+    return start + part * (end - start)
 
 
 def add_past_negatives(run: Run, t: int, questions: list[Question]) -> None:
@@ -498,8 +496,8 @@ def L_D_eq2(s_pos: list[Tensor], s_neg: list[Tensor]) -> Tensor:
 
 
 def L_D_ce(logits_pos: list[Tensor], logits_neg: list[Tensor]) -> Tensor:
-    """The "CE" that the figure draws between s and L_D [figure]: a question's mean cross-entropy
-    over S_pos plus that over S_neg [its form: ours]. It fixes the level of s."""
+    """The "CE" that the overview figure draws between s and L_D [figure]: a question's mean binary
+    cross-entropy over S_pos plus that over S_neg [its form: ours]. It fixes the level of s."""
     pairs = zip(logits_pos, logits_neg)
     terms = [F.softplus(-pos).mean() + F.softplus(neg).mean() for pos, neg in pairs]
     return torch.stack(terms).mean()
@@ -529,14 +527,13 @@ def corrupt(words: list[str], others: list[str], rng: np.random.Generator) -> st
 
 def balanced_sets(student: Student, q: Question, others: list[str], rng) -> tuple[list, list]:
     """S_pos and S_neg as L_D sees them: S_neg is filled up to the size of S_pos with corrupted
-    positives [review, of pretraining; in updates, and up to that size: ours].
-    --discriminator-noise swaps the two [overview]."""
+    positives [review, of pretraining; in updates, and up to that size: ours]."""
     config = student.config
     S_neg = q.S_neg  # a new list: fillers are not kept
     while len(S_neg) < len(q.S_pos):
         words = student.tokenizer.decode(q.S_pos[rng.integers(len(q.S_pos))]).split() or ["the"]
         S_neg.append(student.ids(corrupt(words, others, rng), config.rationale_tokens))
-    swapped = rng.random() < config.discriminator_noise
+    swapped = rng.random() < config.discriminator_noise  # label noise [overview]
     return (S_neg, q.S_pos) if swapped else (q.S_pos, S_neg)
 
 
@@ -550,12 +547,12 @@ def train_discriminator(run: Run, t: int, questions: list[Question]) -> None:
     """Pretraining (t = 0) or the update before iteration t: D descends α3 · L_D [eq. 8], alike on
     every rank, with an AdamW of its own [ours], whose steps stay the same when the loss is
     multiplied by a constant: α3, which falls slowly, hardly acts. Its rate falls with the student's
-    [DSS: one schedule]. Questions with a positive are drawn with replacement [ours]."""
+    to 0 [DSS: one schedule]; in pretraining, before its first step, it is constant [ours]."""
     config, student, D = run.config, run.student, run.discriminator
     steps = config.discriminator_steps if t else config.discriminator_pretrain
     alpha_d = alphas_of(config, t)[2] if t else config.alpha_d or 1  # pretrained without α3, too
-    rate = config.discriminator_lr * (1 - run.step / config.steps)  # constant in pretraining [ours]
-    questions = [q for q in questions if q.S_pos]
+    rate = config.discriminator_lr * (1 - run.step / config.steps)
+    questions = [q for q in questions if q.S_pos]  # drawn with replacement [ours]
     run.L_D = 0.0
     if not questions or not alpha_d:
         return
@@ -628,9 +625,8 @@ def by_set(candidates: list[Candidate]) -> list[list[Candidate]]:
 
 def pick(candidates: list[Candidate], questions: list[Question], config: Config, step: int) -> list:
     """The candidates that count in the loss. minmax: r⁺ = argmin over S_pos of ℓ [eq. 4], r⁻ =
-    argmax over S_neg of ℓ [eq. 5], the first on a tie [ours]; the margin keeps the order. maxmin
-    and minmin likewise; sampling: one of each set at random; mean, wmean: all [table: the names,
-    but minmin; the rest ours]."""
+    argmax over S_neg of ℓ [eq. 5], whose order the margin keeps; the first on a tie [ours]. The
+    other schemes: their names [table], but minmin's; what they mean and minmin [ours]."""
     extremes = {"minmax": (min, max), "maxmin": (max, min), "minmin": (min, min)}
     picks = []
     for members in by_set(candidates):
@@ -658,8 +654,7 @@ def label_losses(student: Student, questions: list[Question]) -> Tensor:
 
 
 def rationale_losses(student: Student, questions: list[Question], picks: list) -> Tensor:
-    """ℓ of the picks with gradient, (P,). A negative that the eval pass finds beyond δ adds nothing
-    and is not run again."""
+    """ℓ of the picks, (P,), with gradient; without for a negative beyond δ, whose term is 0."""
     losses = to_device(torch.tensor([c.loss for c in picks]), student.device)
     again = [i for i, c in enumerate(picks) if c.positive or c.loss < student.config.delta]
     targets, rows = [picks[i].r for i in again], [picks[i].row for i in again]
@@ -701,9 +696,8 @@ def contrastive(losses: Tensor, s: Tensor | None, picks: list[Candidate], config
 
 
 def alphas_of(config: Config, t: int) -> tuple[float, float, float]:
-    """α1, α2, α3 of iteration t: 0.5 each, α3 times 0.9 after each iteration [review]. One target
-    of finetune and single: L_pred alone [DSS]."""
-    if config.method in ("finetune", "single"):
+    """α1, α2, α3 of iteration t: 0.5 each, α3 times 0.9 after each iteration [review]."""
+    if config.method in ("finetune", "single"):  # one target: L_pred alone [DSS]
         return 1.0, 0.0, 0.0
     alpha_d = config.alpha_d * config.alpha_d_decay ** (t - 1) if config.discriminator else 0.0
     return config.alpha_pred, config.alpha_cl, alpha_d
@@ -756,7 +750,8 @@ def take_statistics(run: Run, part: float, picks: list, losses: Tensor, s, L_pre
     the batch. l_pos is the training pass's ℓ; l_neg and zero are of the pass that picked."""
     positive = positive_mask(picks, losses.device)
     negatives = [c.loss for c in picks if not c.positive]
-    m, k = len(picks) - len(negatives), len(negatives)
+    k = len(negatives)
+    m = len(picks) - k
     found = {"L_pred": (L_pred.detach(), part), "L_cl": (L_cl.detach(), part)}
     found["l_pos"] = (losses.detach() * positive).sum(), m
     found["l_neg"] = sum(negatives), k
@@ -794,13 +789,12 @@ def micro_batches(batch: list[Question], config: Config) -> list[list[Question]]
 
 
 def descend(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, lr: float) -> None:
-    """A step, the gradient's norm clipped at 1 [DSS]. The scaler acts under fp16 alone; there it
-    skips a step whose gradients overflowed."""
+    """A step, the gradient's norm clipped at 1 [DSS]. The scaler acts under fp16 alone."""
     (group,) = optimizer.param_groups
     group["lr"] = lr
     scaler.unscale_(optimizer)
     nn.utils.clip_grad_norm_(group["params"], 1.0)
-    scaler.step(optimizer)
+    scaler.step(optimizer)  # none where fp16's gradients overflowed
     scaler.update()
 
 

@@ -323,7 +323,7 @@ class Student:
         config = self.config
         x = self.ids(example.input, config.input_tokens)
         target = self.ids(example.label, config.label_tokens)
-        if config.method == "single":  # the rationale, then the label [DSS]; it is cut first [ours]
+        if config.method == "single":  # the rationale, cut first [ours], and the label [DSS]
             longest = config.rationale_tokens + config.label_tokens
             label = self.ids(f"answer: {example.label}", longest)
             rationale = self.ids(S_pos[0] if S_pos else "")[:-1]
@@ -363,8 +363,7 @@ class Student:
                 draws = [torch.Generator().manual_seed(seeds[i]) for i in batch]
                 uniforms = torch.stack([torch.rand(longest, generator=draw) for draw in draws])
             with self.autocast():
-                limit = self.tokenizer.size
-                rows = self.model.generate(*x, longest, tau, limit=limit, uniforms=uniforms)
+                rows = self.model.generate(*x, longest, tau, None, self.tokenizer.size, uniforms)
             for i, row in zip(batch, rows.tolist()):
                 end = row.index(t5.EOS) + 1 if t5.EOS in row else len(row)
                 written.append((i, array("i", row[:end])))
@@ -617,10 +616,10 @@ def measure(student: Student, questions: list[Question], candidates: list[Candid
         c.loss = loss
 
 
-def by_set(candidates: list[Candidate]) -> list[list[Candidate]]:
-    """Grouped by question and set, whose members are neighbours."""
+def by_set(candidates: list[Candidate]) -> list[tuple[tuple[int, bool], list[Candidate]]]:
+    """((row, positive), members) of each question's sets, whose members are neighbours."""
     groups = itertools.groupby(candidates, lambda c: (c.row, c.positive))
-    return [list(members) for _, members in groups]
+    return [(key, list(members)) for key, members in groups]
 
 
 def pick(candidates: list[Candidate], questions: list[Question], config: Config, step: int) -> list:
@@ -629,8 +628,7 @@ def pick(candidates: list[Candidate], questions: list[Question], config: Config,
     other schemes: their names [table], but minmin's; what they mean and minmin [ours]."""
     extremes = {"minmax": (min, max), "maxmin": (max, min), "minmin": (min, min)}
     picks = []
-    for members in by_set(candidates):
-        row, positive = members[0].row, members[0].positive
+    for (row, positive), members in by_set(candidates):
         if config.scheme in ("mean", "wmean"):
             picks += members
         elif config.scheme == "sampling":
@@ -680,7 +678,7 @@ def shares_of(picks: list[Candidate], weight: Tensor, scheme: str) -> Tensor:
     """The factor that makes one term of a set's weighted terms, (P,): 1 for a single pick, 1/count
     under mean, 1/Σ weight under wmean, 0 where Σ weight = 0 [ours]."""
     amount = weight if scheme == "wmean" else torch.ones_like(weight)
-    parts = amount.split([len(members) for members in by_set(picks)])
+    parts = amount.split([len(members) for _, members in by_set(picks)])
     total = [part.sum().expand(len(part)) for part in parts]
     return torch.cat([torch.where(sums > 0, 1 / sums, 0.0) for sums in total] or [weight])
 

@@ -73,7 +73,7 @@ from t5 import T5, InputError, Tokenizer, pad, require, to_device, track
 
 
 def option(default: Any, mark: str, help: str, allowed: str = "") -> Any:
-    """A flag. allowed: an interval such as (0, 1], or words such as gold|teacher."""
+    """A flag. mark: the default's source; allowed: an interval, (0, 1], or words, gold|teacher."""
     return field(default=default, metadata={"mark": mark, "help": help, "allowed": allowed})
 
 

@@ -624,8 +624,9 @@ def by_set(candidates: list[Candidate]) -> list[tuple[tuple[int, bool], list[Can
 
 def pick(candidates: list[Candidate], questions: list[Question], config: Config, step: int) -> list:
     """The candidates that count in the loss. minmax: r⁺ = argmin over S_pos of ℓ [eq. 4], r⁻ =
-    argmax over S_neg of ℓ [eq. 5], whose order the margin keeps; the first on a tie [ours]. The
-    other schemes: their names [table], but minmin's; what they mean and minmin [ours]."""
+    argmax over S_neg of ℓ [eq. 5], whose order the margin keeps; the first on a tie [ours]. maxmin
+    and minmin likewise; sampling: one at random; mean, wmean: all [table: the names, but minmin's;
+    what they mean: ours]."""
     extremes = {"minmax": (min, max), "maxmin": (max, min), "minmin": (min, min)}
     picks = []
     for (row, positive), members in by_set(candidates):

@@ -50,7 +50,7 @@ import sys
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -847,14 +847,14 @@ def descend(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, lr: 
 # ================================= THE RUN =================================
 # ---------------------------------------------------------------------------- 8. Teacher client
 
-EMPTY_ANSWERS = 3  # answers without text that a question gets
 BACKOFF = 0.5  # seconds before the first repetition; doubled for each further one, up to 30
 REPETITIONS = 7  # of a request that the server is too busy for
 PATIENCE = 300  # seconds; a server that asks for a longer pause ends the run
 QUIET = 10  # seconds without an answer after which the user reads what is waited for
 BUSY = (408, 409, 429, 500, 502, 503, 504)
 TIMED_OUT, NO_ANSWER = -1, 0  # in place of a status
-REPEATED = {TIMED_OUT: 1, NO_ANSWER: 3} | dict.fromkeys(BUSY, REPETITIONS)
+REPEATED = {TIMED_OUT: 1, NO_ANSWER: 3, 200: 2} | dict.fromkeys(BUSY, REPETITIONS)
+REFUSALS = (200, 400, 413, 422)  # what may be the question's fault; 200: an answer without text
 HINTS = {
     NO_ANSWER: "is the server running, and at this address?",
     TIMED_OUT: "--teacher-timeout SECONDS waits longer",
@@ -874,28 +874,22 @@ class Teacher:
         self.url = url.rstrip("/")
         self.api_key = api_key
         self.config = config
-        self.model = config.teacher_model
         self.cache = Path()
         self.lock = threading.Lock()
         self.stopped = threading.Event()  # no further request; sleepers wake up
         self.choices = config.samples  # asked for in one request; 1 where a server refuses more
+        self.budget = config.teacher_budget or math.inf  # requests
         self.requests = 0
-        self.filled = 0
+        self.filled = 0  # slots
         self.refusals: collections.Counter[str] = collections.Counter()  # the server's words
-        self.refused_in_a_row = 0
-        self.questions = 1  # asked for, or answered before
-        self.known = False  # some of them were answered before
+        self.allowed = 5  # refusals in a row
+        self.refusals_left = 3.0  # of them; fewer before the first answer
         self.trouble = ""  # what is waited for
-        self.last_words = ""  # of a server that was busy
-        try:
-            self.fields = dict(**json.loads(config.teacher_fields or "{}"))
-            json.dumps(self.fields, allow_nan=False)
-        except (ValueError, TypeError, RecursionError):
-            raise InputError("""--teacher-fields: no JSON object like '{"seed": null}'""") from None
-        try:
-            self.session = fetch_data.anonymous_session(self.url)
-        except ValueError as error:
-            raise InputError(f"--teacher {url}: {error}") from None
+        with t5.reading("--teacher-fields", """no JSON object like '{"seed": null}'"""):
+            fields = json.loads(config.teacher_fields or "{}", parse_constant=int)  # no NaN
+            self.fields = dict(**fields)
+        with t5.reading(f"--teacher {url}", "{}"):
+            self.session = fetch_data.anonymous_session(url)
         if api_key:
             self.session.headers["Authorization"] = f"Bearer {api_key}"
         adapter = requests.adapters.HTTPAdapter(pool_maxsize=config.concurrency)
@@ -904,53 +898,30 @@ class Teacher:
     def sample_id(self, messages: list[dict]) -> str:
         """What decides a sample beside its slot: messages, model, settings."""
         config = self.config
-        settings = [self.model, config.teacher_temperature, config.teacher_tokens, self.fields]
-        return hashlib.sha256(json.dumps([messages, settings]).encode()).hexdigest()[:32]
+        settings = [config.teacher_model, config.teacher_temperature, config.teacher_tokens]
+        text = json.dumps([messages, [*settings, self.fields]])
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
 
-    def request(self, path: str, body: dict | None = None) -> tuple[int, Any, float]:
-        """GET, or POST a body -> status, JSON or text, seconds that the server asks to wait."""
-        limits = (10, self.config.teacher_timeout)
-        method = "POST" if body else "GET"
+    def request(self, path: str, body: dict | None = None) -> tuple[int, Any, str, float]:
+        """GET, or POST a body -> status, JSON or text, the same in words, seconds to wait."""
+        how = {"timeout": (10, self.config.teacher_timeout), "allow_redirects": False}
         try:
             reply = self.session.request(
-                method, self.url + path, json=body, timeout=limits, allow_redirects=False
+                "POST" if body else "GET", self.url + path, json=body, **how
             )
         except (requests.RequestException, ValueError) as error:  # ValueError: a broken header
-            if isinstance(error, requests.ReadTimeout) or "Read timed out" in str(error):
-                return TIMED_OUT, f"no answer in {self.config.teacher_timeout:g} s", 0
-            return NO_ANSWER, type(error).__name__, 0
-        wait = reply.headers.get("Retry-After", "")
+            if "Read timed out" in str(error):
+                return TIMED_OUT, None, f"no answer in {self.config.teacher_timeout:g} s", 0
+            return NO_ANSWER, None, type(error).__name__, 0
         try:
             answer = reply.json()
         except (ValueError, RecursionError):
             answer = reply.text
-        return reply.status_code, answer, float(wait) if wait.isdecimal() else 0
-
-    def may_ask(self) -> bool:
-        """Counts a request, repetitions too; False where no further one may go out."""
-        with self.lock:
-            spent = self.config.teacher_budget and self.requests >= self.config.teacher_budget
-            if spent or self.stopped.is_set():
-                return False
-            self.requests += 1
-            return True
-
-    def post(self, body: dict) -> tuple[int, Any] | None:
-        """POST, repeated while the server is busy or drops the line, once after a time-out; None
-        where no further request may go out."""
-        for repetition in itertools.count():
-            if not self.may_ask():
-                return None
-            status, answer, wait = self.request("/chat/completions", body)
-            self.trouble = ""
-            if repetition >= REPEATED.get(status, 0):
-                return status, answer
-            if wait > PATIENCE:
-                raise self.failure(status, f"{self.words(answer)} (wait {wait:.0f} s)")
-            pause = wait or min(BACKOFF * 2**repetition, 30) * random.uniform(0.5, 1.5)
-            self.last_words = f"status {status}, {self.words(answer)}"
-            self.trouble = f"{self.last_words}, again in {pause:.0f} s"
-            self.stopped.wait(pause)
+        wait = reply.headers.get("Retry-After", "")
+        wait = float(wait) if wait.isdecimal() else 0
+        said = f"status {reply.status_code}, {self.words(answer)}"
+        said += f" (wait {wait:.0f} s)" if wait else ""
+        return reply.status_code, answer, said, wait
 
     def words(self, answer: Any) -> str:
         """What the server said, on one line, without the key."""
@@ -958,87 +929,91 @@ class Teacher:
             answer = answer["error"]
             answer = answer["message"]
         text = answer if isinstance(answer, str) else json.dumps(answer)
-        text = re.sub(r"<[^>]*>", " ", text[:20_000])
-        return fetch_data.fold(text).replace(self.api_key or "\0", "***")[:200]
+        text = fetch_data.fold(re.sub(r"<[^>]*>", " ", text[:20_000]))
+        return text.replace(self.api_key or "\0", "***")[:200]
 
-    def failure(self, status: int, answer: Any, body: dict | None = None) -> InputError:
-        """Why this server cannot be used, and what to do where that is known: one line."""
-        self.stopped.set()
-        said, hint = self.words(answer), HINTS.get(status, "")
-        optional = set(body or {}) - {"model", "messages", "n"}
-        named = [name for name in optional if re.search(rf"\b{re.escape(name)}\b", said)]
-        if status in (400, 422) and named:
-            hint = f"""--teacher-fields '{{"{named[0]}": null}}' leaves that field out"""
-        shown = f"status {status}, " if status > 0 else ""
-        return InputError(f"teacher {self.url}: {shown}{said}" + (f"; {hint}" if hint else ""))
+    def may_ask(self) -> bool:
+        """Counts a request, repetitions too; False where no further one may go out."""
+        with self.lock:
+            if self.stopped.is_set() or self.requests == self.budget:
+                return False
+            self.requests += 1
+            return True
 
     def fill(self, job: tuple[list[dict], list[int]]) -> None:
-        """Asks until a question's slots are full. Raises InputError for what would meet every
-        question; one that alone is refused is left out and counted."""
+        """Asks until a question's slots are full: again where the server is busy, drops the line or
+        writes no text; one by one where it refuses n. Raises InputError."""
         messages, slots = job
-        config, sample_id, empty = self.config, self.sample_id(messages), 0
-        choices = self.choices
-        while slots:
-            body = {"model": self.model, "messages": messages, "n": min(choices, len(slots))}
+        config, sample_id = self.config, self.sample_id(messages)
+        choices, repetition = self.choices, 0
+        while slots and self.may_ask():
+            body = {"model": config.teacher_model, "messages": messages}
+            body["n"] = min(choices, len(slots))
             body["temperature"] = config.teacher_temperature
             body["max_tokens"] = config.teacher_tokens
             body["seed"] = derive_seed(sample_id) % 2**30 + slots[0]
             body = {k: v for k, v in (body | self.fields).items() if v is not None}
-            reply = self.post(body)
-            if reply is None:
-                return
-            status, answer = reply
+            status, answer, said, wait = self.request("/chat/completions", body)
+            self.trouble = ""
             kept = self.keep(sample_id, slots, answer) if status == 200 else 0
             slots = slots[kept:]
             if kept:
-                self.choices = choices  # one by one, where that was what helped
+                self.choices, repetition = choices, 0  # one by one, where that was what helped
             elif status in (400, 422) and choices > 1:
                 choices = 1
-            elif status == 200 and empty < EMPTY_ANSWERS - 1:
-                empty += 1
-                self.stopped.wait(BACKOFF * random.uniform(0.5, 1.5))
-            elif status in (200, 400, 413, 422):
-                return self.refuse(status, answer, body)
+            elif repetition < REPEATED.get(status, 0) and wait <= PATIENCE:
+                pause = wait or min(BACKOFF * 2**repetition, 30) * random.uniform(0.5, 1.5)
+                self.trouble = f"{said}, again in {pause:.0f} s"
+                self.stopped.wait(pause)
+                repetition += 1
             else:
-                raise self.failure(status, answer, body)
-
-    def refuse(self, status: int, answer: Any, body: dict) -> None:
-        """Leaves a question out; several in a row end the asking. Raises InputError."""
-        with self.lock:
-            self.refusals[f"status {status}, {self.words(answer)}"] += 1
-            self.refused_in_a_row += 1
-            allowed = max(5, self.questions // 10)
-            if not self.filled:  # those refused in an earlier run are asked for again, in a row
-                allowed = math.inf if self.known else 3
-            too_many = self.refused_in_a_row >= allowed
-        if too_many:
-            raise self.failure(status, answer, body)
+                return self.refuse(status, said, body)
 
     def keep(self, sample_id: str, slots: list[int], answer: Any) -> int:
         """Fills the lowest slots with the choices that hold text, in one write -> how many."""
         lines = []
-        for text, finish in texts_of(answer)[: len(slots)]:
-            sample = {"key": sample_id, "slot": slots[len(lines)], "text": text[:200_000]}
-            lines.append(json.dumps(sample | {"finish": finish}) + "\n")
+        for slot, (text, finish) in zip(slots, texts_of(answer)):
+            sample = {"key": sample_id, "slot": slot, "text": text[:200_000], "finish": finish}
+            lines.append(json.dumps(sample) + "\n")
         if lines:
             with self.lock, open(self.cache, "ab", buffering=0) as file:
                 file.write("".join(lines).encode())
                 self.filled += len(lines)
-                self.refused_in_a_row = 0
+                self.refusals_left = self.allowed
         return len(lines)
+
+    def refuse(self, status: int, said: str, body: dict) -> None:
+        """Leaves a question out that alone is refused. Raises InputError for what would meet every
+        question."""
+        if status in REFUSALS:
+            with self.lock:
+                self.refusals[said] += 1
+                self.refusals_left -= 1
+                if self.refusals_left > 0:
+                    return
+        optional = [name for name in body if name not in ("model", "messages", "n")]
+        named = [name for name in optional if re.search(rf"\b{re.escape(name)}\b", said)]
+        if status in (400, 422) and named:
+            said += f"""; --teacher-fields '{{"{named[0]}": null}}' leaves that field out"""
+        raise self.failure(status, said)
+
+    def failure(self, status: int, said: str) -> InputError:
+        """Why this server cannot be used, and what to do where that is known: one line."""
+        self.stopped.set()
+        hint = f"; {HINTS[status]}" if status in HINTS else ""
+        return InputError(f"teacher {self.url}: {said}{hint}")
 
 
 def texts_of(answer: Any) -> list[tuple[str, str]]:
     """Text and finish_reason of each choice that holds text, wherever the API puts it."""
     found = []
-    choices = answer.get("choices") if isinstance(answer, dict) else None
-    for choice in choices if isinstance(choices, list) else []:
-        with contextlib.suppress(TypeError, KeyError, AttributeError):  # not what the API promises
+    with contextlib.suppress(TypeError, KeyError, AttributeError):  # not what the API promises
+        for choice in answer["choices"]:
             content = choice["message"]["content"] if "message" in choice else choice["text"]
             if isinstance(content, list):  # parts
-                parts = [part.get("text") for part in content if isinstance(part, dict)]
-                content = "".join(part for part in parts if isinstance(part, str))
-            if content.strip():
+                texts = [part.get("text") for part in content if isinstance(part, dict)]
+                content = "".join(text for text in texts if isinstance(text, str))
+            if content and content.strip():
                 found.append((content, str(choice.get("finish_reason"))))
     return found
 
@@ -1054,20 +1029,17 @@ def read_cache(path: Path, named_by: str = "key") -> dict[str, dict[int, Slot]]:
     return found
 
 
-def connect_teacher(config: Config, ask: bool) -> Teacher | None:
+def connect_teacher(config: Config) -> Teacher | None:
     """The teacher that flags or environment name (the URL palm: PaLM's published rationales), None
-    where no sample is needed. ask: it will be asked, so reach it now. Raises InputError."""
+    where no sample is needed; config gets its address and model. Raises InputError."""
     if config.method == "finetune" and config.labels == "gold" and config.stage != "teacher":
         return None
-    ask = ask and RANK == 0
-    api_key = os.environ.get("OPENAI_API_KEY", "").strip()
-    default = "https://api.openai.com/v1" if api_key else "palm"
-    url = config.teacher or os.environ.get("OPENAI_BASE_URL") or default
-    if config.task == "demo" and not config.teacher:
-        url = fetch_data.demo_teacher()[0] if ask else "http://127.0.0.1"
-        api_key = ""
+    api_key, url = os.environ.get("OPENAI_API_KEY", "").strip(), config.teacher
+    if config.task == "demo" and not url:
+        api_key, url = "", fetch_data.demo_teacher()[0]
     else:
-        config.teacher = url
+        default = "https://api.openai.com/v1" if api_key else "palm"
+        url = config.teacher = url or os.environ.get("OPENAI_BASE_URL") or default
     wanted = "must be palm or a URL like http://localhost:11434/v1; a key goes into OPENAI_API_KEY"
     require(re.fullmatch(r"palm|https?://[^@?#\s]+", url), f"--teacher: {wanted}")
     good = api_key.isascii() and api_key.isprintable()
@@ -1079,40 +1051,19 @@ def connect_teacher(config: Config, ask: bool) -> Teacher | None:
         known = config.task in fetch_data.TASKS[1:]
         require(known, f"no teacher for {config.task}: name --teacher URL, or set OPENAI_API_KEY")
         say(PALM)
-    elif ask:
-        teacher.model = teacher.model or model_of(teacher)
-    teacher.model = config.teacher_model = gather([teacher.model])[0]
+    elif RANK == 0 and not config.teacher_model:
+        config.teacher_model = model_of(teacher)
+    config.teacher_model = gather([config.teacher_model])[0]
     return teacher
 
 
 def model_of(teacher: Teacher) -> str:
     """The first model that a server lists. Raises InputError."""
-    with ThreadPool(1) as pool:
-        call = pool.apply_async(teacher.request, ("/models",))
-        status, answer, _ = wait_for(call.get, teacher)
+    status, answer, said, _ = teacher.request("/models")
     with contextlib.suppress(TypeError, KeyError, IndexError):
-        name = answer["data"][0]["id"]
-        if status == 200 and isinstance(name, str) and name:
-            return name
-    if status in (NO_ANSWER, TIMED_OUT, 401, 403):
-        raise teacher.failure(status, answer)
-    found = f"status {status}, {teacher.words(answer)}"
-    raise InputError(f"teacher {teacher.url}/models: {found}; or name a --teacher-model")
-
-
-def wait_for(result: Callable, teacher: Teacher) -> Any:
-    """What `result(timeout)` returns; after ten seconds the user reads what is waited for."""
-    start = time.monotonic()
-    shown = QUIET
-    while True:
-        try:
-            return result(0.2)
-        except multiprocessing.TimeoutError:
-            waited = time.monotonic() - start
-            if waited > shown:
-                shown = waited + QUIET
-                why = teacher.trouble or "no answer yet"
-                say(f"  waiting for {teacher.url} for {waited:.0f} s: {why}")
+        return str(answer["data"][0]["id"])
+    cause = NO_ANSWER if status == 200 else status  # some other server's page
+    raise teacher.failure(cause, f"{said} from /models; or name a --teacher-model")
 
 
 def prompts_of(task: Task, examples: list[Example], config: Config) -> list[list[dict]]:
@@ -1124,33 +1075,28 @@ def prompts_of(task: Task, examples: list[Example], config: Config) -> list[list
     return [fetch_data.messages(task, example.input, own) for example in examples]
 
 
-def teacher_samples(teacher: Teacher | None, task: Task, examples: list, ask: bool) -> list:
+def teacher_samples(teacher: Teacher | None, task: Task, examples: list, ask=False) -> list:
     """Every example's list of K slots. ask: rank 0 asks for those that are not on disk."""
     if teacher is None:
         return [[] for _ in examples]
     if teacher.url == "palm":
-        teacher.cache = fetch_data.palm_samples(task.name)
-        kept = read_cache(teacher.cache, "question")
+        kept = read_cache(fetch_data.palm_samples(task.name), "question")
         return [[kept.get(example.input, {}).get(0)] for example in examples]
-    config = teacher.config
-    prompts = prompts_of(task, examples, config)
+    prompts = prompts_of(task, examples, teacher.config)
     names = [teacher.sample_id(messages) for messages in prompts]
-    slots = range(1 if config.vote == "first" else config.samples)
-    model = re.sub(r"[^A-Za-z0-9.-]+", "_", teacher.model)[:80]
+    slots = range(teacher.config.samples)
+    model = re.sub(r"[^A-Za-z0-9.-]+", "_", teacher.config.teacher_model)[:80]
     teacher.cache = task.folder / f"teacher-{model}.jsonl"
-    kept = None
     if ask and RANK == 0:
-        kept = ask_teacher(teacher, dict(zip(names, prompts)), slots)
-    barrier()  # the other ranks wait for the samples
-    if kept is None:
-        kept = read_cache(teacher.cache)
+        ask_teacher(teacher, dict(zip(names, prompts)), slots)
+    gather([])  # the other ranks wait for the samples
+    kept = read_cache(teacher.cache)
     return [[kept.get(name, {}).get(k) for k in slots] for name in names]
 
 
-def ask_teacher(teacher: Teacher, prompts: dict[str, list[dict]], slots: Iterable[int]) -> dict:
-    """Fills the slots that the cache lacks, through `--concurrency` threads -> the cache's samples.
-    One process asks, the others wait and read. Raises InputError; whatever ends it, answers under
-    way are kept."""
+def ask_teacher(teacher: Teacher, prompts: dict[str, list[dict]], slots: Iterable[int]) -> None:
+    """Fills the slots that the cache lacks, through `--concurrency` threads. One process asks, the
+    others wait. Raises InputError; whatever ends it, answers under way are kept."""
     teacher.cache.parent.mkdir(parents=True, exist_ok=True)
     with t5.lock(f"{teacher.cache}.lock"):
         kept = read_cache(teacher.cache)
@@ -1160,46 +1106,50 @@ def ask_teacher(teacher: Teacher, prompts: dict[str, list[dict]], slots: Iterabl
             if missing:
                 jobs.append((messages, missing))
         if not jobs:
-            return kept
+            return
         total = sum(len(missing) for _, missing in jobs)
         characters = sum(len(part["content"]) for messages, _ in jobs for part in messages)
         tokens = (characters // 4 + 120 * total) // 1000
-        say(f"teacher: {teacher.model} at {teacher.url}\n  samples kept in {teacher.cache}")
+        say(f"teacher: {teacher.config.teacher_model} at {teacher.url}")
+        say(f"  samples kept in {teacher.cache}")
         say(f"  to ask for: {total} samples of {len(jobs)} questions, roughly {tokens:,} k tokens")
         with open(teacher.cache, "ab") as file:
             file.write(b"\n")  # ends a line that a crash tore
-        teacher.questions = len(prompts)
-        teacher.known = any(name in kept for name in prompts)
+        teacher.allowed = max(5, len(prompts) // 10)
+        if any(name in kept for name in prompts):  # what was refused before is asked for in a row
+            teacher.refusals_left = math.inf
         try:
             run_jobs(teacher, jobs, total)
         finally:
             say(f"  {teacher.filled} samples, {teacher.requests} requests")
             for said, count in teacher.refusals.items():
                 say(f"  {count} questions refused: {said}")
-    if teacher.config.teacher_budget and teacher.requests >= teacher.config.teacher_budget:
-        say(f"  --teacher-budget is spent {teacher.last_words}")
-        say("  ask for the rest before you train:")
-        say("  a run started now could not be resumed once there are more samples.")
-    most = sum(teacher.refusals.values()) > len(prompts) / 2
-    require(not most, f"teacher {teacher.url}: refused most questions, see above")
-    return read_cache(teacher.cache)
+            if teacher.requests == teacher.budget:
+                say("  --teacher-budget is spent; ask for the rest before you train, since a run")
+                say("  started now could not be resumed once there are more samples")
 
 
 def run_jobs(teacher: Teacher, jobs: list, total: int) -> None:
     """Whoever stops, by an error or by Ctrl-C, waits for the answers under way."""
     progress = t5.Progress("  teacher", total)
-    with ThreadPool(min(teacher.config.concurrency, len(jobs))) as pool:
+    with ThreadPool(teacher.config.concurrency) as pool:
         results = pool.imap_unordered(teacher.fill, jobs)
+        waited, done = 0, 0
         try:
-            for _ in jobs:
-                wait_for(results.next, teacher)
+            while done < len(jobs):
+                try:
+                    results.next(QUIET)
+                    waited, done = 0, done + 1
+                except multiprocessing.TimeoutError:
+                    waited += QUIET
+                    why = teacher.trouble or "no answer yet"
+                    say(f"  waiting for {teacher.url} for {waited:.0f} s: {why}")
                 progress.update(teacher.filled)
             progress.close()
         except BaseException:
             teacher.stopped.set()
-            with contextlib.suppress(OSError):  # nobody may read it
-                progress.close()
-                say("  stopping; answers under way are waited for (Ctrl-C ends the waiting)")
+            progress.close()
+            say("  stopping; answers under way are waited for (Ctrl-C ends the waiting)")
             pool.close()
             pool.join()
             raise
@@ -1211,23 +1161,22 @@ def report_votes(task: Task, examples: list[Example], votes: list[Vote]) -> None
     n = len(votes)
     m = sum(len(vote.positives) for vote in votes)
     k = sum(len(vote.negatives) for vote in votes)
-    unlike = sum(len(vote.rationales(vote.positives)) for vote in votes)
-    voted = sum(bool(vote.positives) for vote in votes)
-    alone = sum(bool(vote.positives) and not vote.negatives for vote in votes)
+    distinct = sum(len(vote.rationales(vote.positives)) for vote in votes)
+    voted = [vote for vote in votes if vote.positives]
+    alone = sum(not vote.negatives for vote in voted)
     gold = [fetch_data.answer_key(task.kind, example.label) for example in examples]
-    right = sum(vote.best is not None and vote.best == label for vote, label in zip(votes, gold))
+    right = sum(vote.best == label for vote, label in zip(votes, gold))
     pairs = [pair for vote in votes for pair in zip(vote.slots, vote.answers)]
     unread = [slot[0] for slot, answer in pairs if slot and answer is None]
-    counts = f"{unlike / n:.2f} distinct; {k / n:.2f} negatives"
+    counts = f"{distinct / n:.2f} distinct; {k / n:.2f} negatives"
     say(f"vote: {m / n:.2f} positives per question (paper: 3.87), {counts}")
     say(f"  {alone / n:.0%} of {n} questions with positives only (paper: more than half),")
     say(f"  majority right on {right / n:.1%}, {len(unread)} samples cannot be read")
-    asked = sum(any(vote.slots) for vote in votes)
-    if len(unread) > (m + k + len(unread)) / 3 or voted <= asked / 2:
+    if len(unread) > (m + k + len(unread)) / 3:
         say("warning: the teacher does not keep to the format, or its samples are cut off: look at")
         say("  --show-prompt, try --prompt FILE or more --teacher-tokens. One of its samples:")
-        say(f"  {fetch_data.fold(unread[0])[:300]!r}" if unread else "  (there is none)")
-    if right < voted / 20:
+        say(f"  {fetch_data.fold(unread[0])[:300]!r}")
+    if right < len(voted) / 20:
         say("warning: the majority is hardly ever right; do --answer, labels and prompt fit?")
     require(voted, "no question has a positive rationale: there is nothing to distil")
 
@@ -1243,20 +1192,13 @@ def gather(items: list) -> list:
     return [item for part in parts for item in part]
 
 
-def barrier() -> None:
-    """Waits for all ranks."""
-    gather([])
-
-
 def all_reduce_gradients(model: nn.Module) -> None:
     """Adds up the ranks' gradients, whose losses are divided by the global batch already."""
     if WORLD > 1:
-        parameters = list(model.parameters())
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([grad.flatten() for grad in grads])
+        grads = [p.grad for p in model.parameters()]
+        flat = nn.utils.parameters_to_vector(grads)
         dist.all_reduce(flat)
-        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
-            p.grad = grad.view_as(p)
+        nn.utils.vector_to_parameters(flat, grads)
 
 
 def student_folder(model: str) -> Path:
@@ -1287,8 +1229,7 @@ def claim(config: Config) -> tuple[Path, contextlib.AbstractContextManager]:
     for number in itertools.count(1):
         folder = Path(config.run or (name if number == 1 else f"{name}-{number}"))
         try:
-            entries = set(folder.iterdir()) if folder.is_dir() else set()
-            names = {path.name for path in entries - temporaries(folder)}
+            names = {path.name for path in folder.glob("*") if path.suffix != ".tmp"}
             free = names <= begun and not folder.is_file()
             require(free, f"--run {folder}: exists; name another, or --resume {folder}")
             if names - {"lock"}:
@@ -1302,11 +1243,6 @@ def claim(config: Config) -> tuple[Path, contextlib.AbstractContextManager]:
         return gather([folder])[0], held
 
 
-def temporaries(folder: Path) -> set[Path]:
-    """What a killed process was writing."""
-    return {path for path in folder.rglob("*.tmp") if re.fullmatch(r".+\.\d+\.tmp", path.name)}
-
-
 def write_config(folder: Path, config: Config) -> None:
     if RANK == 0:
         fetch_data.write_lines(folder / "config.json", [dataclasses.asdict(config)])
@@ -1315,13 +1251,12 @@ def write_config(folder: Path, config: Config) -> None:
 def load_data(run: Run, task: Task, votes: list[Vote]) -> None:
     """Questions with their sets as token ids. votes: of the training questions, then of as many
     validation questions as were asked."""
-    config = run.config
-    run.task = task
+    config, run.task = run.config, task
     places = [("train", i, example) for i, example in enumerate(task.train)]
     places += [("valid", i, example) for i, example in enumerate(task.valid)]
+    none = vote_on(task, "", [])
     digest = hashlib.sha256(repr(task.test).encode())
-    for number, (split, i, example) in enumerate(places):
-        vote = votes[number] if number < len(votes) else vote_on(task, example.input, [])
+    for (split, i, example), vote in itertools.zip_longest(places, votes, fillvalue=none):
         S_pos, minority, answer = sets_of(vote, config.vote)
         if config.labels == "teacher" and split == "train":
             if answer is None:
@@ -1335,31 +1270,20 @@ def load_data(run: Run, task: Task, votes: list[Vote]) -> None:
 
 
 def report_data(run: Run) -> None:
-    """What the data lose on the way in, an example each. What all questions lose is a warning, and
-    so are test questions among them."""
+    """Says of how many questions something is lost on the way in."""
     config, questions = run.config, run.train + run.valid
-    labels = collections.defaultdict(set)
-    for q in questions:
-        labels[q.example.input].add(q.example.label)
     tested = {example.input for example in run.task.test}
-    long_label = math.inf if config.method == "single" else config.label_tokens
-    found = collections.defaultdict(list)
+    found: collections.Counter[str] = collections.Counter()
     for q in questions:
-        lengths = [len(r) for r in q.S_pos + q.minority]
-        for what, lost in {
-            "reach --input-tokens": len(q.x) >= config.input_tokens,
-            "have labels that reach --label-tokens": len(q.target) >= long_label,
-            "have rationales that reach --rationale-tokens": config.rationale_tokens in lengths,
-            "hold what the student's vocabulary lacks": t5.UNK in q.x or t5.UNK in q.target,
-            "stand there with different labels": len(labels[q.example.input]) > 1,
-            "are test questions too": q.example.input in tested,
-        }.items():
-            if lost:
-                found[what].append(q.example.input)
-    for what, inputs in found.items():
-        wrong = what == "are test questions too" or len(inputs) == len(questions)
-        shown = f"{len(inputs)} of {len(questions)} questions {what}"
-        say(f"{'warning' if wrong else 'note'}: {shown}, as {fetch_data.fold(inputs[0])[:60]!r}")
+        longest = max(map(len, q.S_pos + q.minority), default=0)
+        found["have inputs that reach --input-tokens"] += len(q.x) >= config.input_tokens
+        if config.method != "single":
+            found["have labels that reach --label-tokens"] += len(q.target) >= config.label_tokens
+        found["have rationales that reach --rationale-tokens"] += longest >= config.rationale_tokens
+        found["hold what the student's vocabulary lacks"] += t5.UNK in q.x or t5.UNK in q.target
+        found["are test questions too"] += q.example.input in tested
+    for what, count in (+found).items():
+        say(f"note: {count} of {len(questions)} questions {what}")
 
 
 def discriminator_of(student: Student, config: Config) -> Discriminator | None:
@@ -1373,20 +1297,17 @@ def discriminator_of(student: Student, config: Config) -> Discriminator | None:
     return Discriminator(student, encoder)
 
 
-def votes_of(config: Config, task: Task, examples: list[Example], ask: bool) -> list[Vote]:
-    """Every example's samples after the vote. ask False: with the samples on disk. InputError."""
-    teacher = connect_teacher(config, ask)
-    rows = teacher_samples(teacher, task, examples, ask)
-    if teacher is not None:
-        some = any(slot for row in rows for slot in row)
-        require(some, f"{teacher.cache}: no sample of these questions and settings is there")
+def votes_of(config: Config, task: Task, examples: list[Example], ask=False) -> list[Vote]:
+    """Every example's samples after the vote. ask: for those that are not on disk. InputError."""
+    rows = teacher_samples(connect_teacher(config), task, examples, ask)
     return [vote_on(task, e.input, row) for e, row in zip(examples, track("  vote", rows))]
 
 
-def prepare(config: Config, task: Task, folder: Path, ask: bool) -> Run | None:
-    """Everything before training. ask False: of a run that has begun. None: --stage teacher is
-    done. Raises InputError."""
+def prepare(config: Config, task: Task, folder: Path) -> Run | None:
+    """Everything before training. A run with a checkpoint goes on with the samples on disk. None:
+    --stage teacher is done. Raises InputError."""
     judged = task.valid[:JUDGED] if config.discriminator else []
+    ask = config.stage == "teacher" or not (folder / "checkpoint.pt").exists()
     votes = votes_of(config, task, task.train + judged, ask)
     if any(vote.slots for vote in votes):
         report_votes(task, task.train, votes[: len(task.train)])
@@ -1462,76 +1383,45 @@ def selected(lines: list[dict]) -> dict[str, Any]:
 
 def train(run: Run) -> None:
     """A whole run, new or resumed. Raises InputError."""
-    config, folder = run.config, run.folder
+    config, folder, student, D = run.config, run.folder, run.student, run.discriminator
+    iterations = config.iterations if config.steps else 0
     report_data(run)
     if (folder / "checkpoint.pt").exists():
         restore(run)
     if RANK == 0:
-        for path in temporaries(folder):
+        for path in folder.rglob("*.[0-9]*.tmp"):  # what a killed process was writing
             path.unlink()
         write_config(folder, config)
         options = {"name": run.task.name, "kind": run.task.kind, "options": run.task.options}
         fetch_data.write_lines(folder / "task.json", [options])
-    size = sum(p.numel() for p in run.student.model.parameters()) / 1e6
+    size = sum(p.numel() for p in student.model.parameters()) / 1e6
     say(f"student: {config.model}, {size:.1f}M parameters, {config.precision} on {config.device}")
     say(f"  {len(run.train)} questions, {config.steps} steps in {config.iterations} iterations")
     say(f"run folder: {folder}" + (f", after iteration {run.iteration}" if run.lines else ""))
-    on_disk = 0.0
     try:
-        begin(run)
-        while config.steps and run.iteration < config.iterations:
-            start = time.perf_counter()
-            iterate(run, run.iteration + 1)
-            run.lines.append(metrics(run, run.iteration + 1, start))
-            say(table_row(run.lines[-1]))
-            written = time.perf_counter()
+        if not run.lines:
+            run.lines.append(metrics(run, 0, time.perf_counter()))
             if RANK == 0:
-                save(run)
-            on_disk += time.perf_counter() - written
-            barrier()  # the others wait for what rank 0 has written
-        test(run)
-        say(f"seconds that checkpoints took: {on_disk:.1f}")
-    except KeyboardInterrupt:
-        say(f"stopped; python qcrd.py --resume {folder} goes on after the last iteration on disk")
-        raise
-
-
-def begin(run: Run) -> None:
-    """What comes before the first iteration to do: row zero, D's pretraining, the table so far."""
-    config = run.config
-    if not run.lines:
-        run.lines.append(metrics(run, 0, time.perf_counter()))
-        if RANK == 0:
-            fetch_data.write_lines(run.folder / "metrics.jsonl", run.lines)
-    if config.steps:
-        say(f"  {expected_minutes(run):.1f} minutes of optimizer steps to expect")
-        if run.discriminator is not None and run.iteration == 0:
+                fetch_data.write_lines(folder / "metrics.jsonl", run.lines)
+        if D is not None and run.iteration == 0 < iterations:
             say(f"discriminator: {config.discriminator_pretrain} steps before the first iteration")
             train_discriminator(run, 0, run.train)
             say(f"  L_D {run.L_D:.3f}")
         say(LEGEND)
-    for line in [None, *run.lines]:
-        say(table_row(line))
-
-
-def expected_minutes(run: Run) -> float:
-    """Of the optimizer steps to come, from a forward and backward whose gradients go."""
-    config, student = run.config, run.student
-    parts = micro_batches((run.train * WORLD)[: config.batch], config)  # some for each rank
-    part = parts[len(parts) // 2]  # of middle length
-    for _ in range(2 if config.device == "cuda" else 1):  # the first one loads kernels
-        start = time.perf_counter()
-        candidates = candidates_of(part, config) if alphas_of(config, 1)[1] else []
-        if config.method == "qcrd":
-            measure(student, part, candidates)
-        picks = pick(candidates, part, config, 0)
-        score_picks(run.discriminator, part, picks)
-        loss = label_losses(student, part).sum() + rationale_losses(student, part, picks).sum()
-        loss.backward()
-        loss.item()  # waits for the GPU
-        run.optimizer.zero_grad(set_to_none=True)
-    seconds = (time.perf_counter() - start) * config.batch / WORLD / len(part)
-    return seconds * (config.steps - run.step) / 60
+        for line in [None, *run.lines]:
+            say(table_row(line))
+        for t in range(run.iteration + 1, iterations + 1):
+            start = time.perf_counter()
+            iterate(run, t)
+            run.lines.append(metrics(run, t, start))
+            say(table_row(run.lines[-1]))
+            if RANK == 0:
+                save(run)
+            gather([])  # the others wait for what rank 0 has written
+        test(run)
+    except KeyboardInterrupt:
+        say(f"stopped; python qcrd.py --resume {folder} goes on after the last iteration on disk")
+        raise
 
 
 # ------------------------------------------------------------------------------- 10. Evaluation
@@ -1746,13 +1636,13 @@ def audit(folder: Path, config: Config, count: int, as_json: bool) -> None:
     require(there, f"{folder}: no iteration is finished, there is nothing to audit yet")
     with contextlib.redirect_stdout(sys.stderr):
         task = load_task(config)
-        run = prepare(config, task, folder, ask=False)
+        run = prepare(config, task, folder)
         restore(run)
         t = run.iteration + 1
         order = order_of(config, len(run.train), t)
         questions = [run.train[i] for i in order[:count]]
         add_past_negatives(run, t, questions_of(run, order))
-        votes = votes_of(config, task, [q.example for q in questions], ask=False)
+        votes = votes_of(config, task, [q.example for q in questions])
         items = [audit_question(run, q, vote, t) for q, vote in zip(questions, votes)]
     if as_json:
         return print(json.dumps(items, indent=1))
@@ -1896,33 +1786,18 @@ def resolve(config: Config, where: str = "") -> Config:
         setattr(config, name, value)
     if config.method != "qcrd":
         config.discriminator = False
+    if config.vote == "first":
+        config.samples = 1
     return config
-
-
-def contradictions(given: dict[str, Any]) -> None:
-    """Refuses flags that the method's own values contradict; names those that it ignores."""
-    method = given.get("method", "qcrd")
-    for name, value in METHODS.get(method, {}).items():
-        good = given.get(name, value) == value
-        require(good, f"{flag(name)} {given.get(name)}: --method {method} has {value}")
-    unused = list(FOR_QCRD)
-    if method in ("single", "finetune"):
-        unused += ["scheme", "alpha_pred", "alpha_cl"]
-    ignored = [flag(name) for name in unused if name in given]
-    ignored += [flag(name) for name in given if name.startswith("discriminator")]
-    if method != "qcrd" and ignored:
-        say(f"note: --method {method} does not use {', '.join(ignored)}")
-    if method == "qcrd" and given.get("iterations", math.inf) <= given.get("lag", Config.lag):
-        say("note: --iterations is not above --lag: the past student writes no negatives")
 
 
 def load_task(config: Config) -> Task:
     """The task with the part of its training questions that is used; rank 0 fetches it first."""
     if RANK > 0:
-        barrier()
+        gather([])
     task = fetch_data.load_task(config.task, config.answer)
     if RANK == 0:
-        barrier()
+        gather([])
     task.train[:] = task.train[: max(1, round(len(task.train) * config.fraction))]
     if task.kind == "text" and all(fetch_data.value(e.label) is not None for e in task.train):
         say("note: all labels are numbers: --answer number compares by value, and asks for them")
@@ -1931,8 +1806,10 @@ def load_task(config: Config) -> Task:
 
 def settings_of(given: dict[str, Any]) -> Config:
     """The flags over the defaults of their task and student. Raises InputError."""
-    contradictions(given)
-    name = given.get("task", Config.task)
+    method, name = given.get("method", Config.method), given.get("task", Config.task)
+    for key, value in METHODS.get(method, {}).items():
+        same = given.get(key, value) == value
+        require(same, f"{flag(key)} {given.get(key)}: --method {method} has {value}")
     model = given.get("model", "demo" if name == "demo" else "")
     defaults = DEMO if name == "demo" else {}
     defaults = defaults | (DEMO_STUDENT if model == "demo" else {})
@@ -1953,12 +1830,10 @@ def start(given: dict[str, Any], show_prompt: bool) -> None:
         task = load_task(config)
         for message in prompts_of(task, task.train[:1], config)[0]:
             say(f"[{message['role']}]\n{message['content']}")
-        judged = min(JUDGED, len(task.valid)) if config.discriminator else 0
-        k = 1 if config.vote == "first" else config.samples
-        asked = f"{len(task.train)} questions and {judged} of validation, {k} samples each"
-        return say(f"{asked}, of {config.teacher_tokens} tokens at most")
+        count = f"{len(task.train)} training questions, {config.samples} samples each"
+        return say(f"{count}, of {config.teacher_tokens} tokens at most")
     if config.stage == "teacher":
-        prepare(config, load_task(config), Path(), ask=True)
+        prepare(config, load_task(config), Path())
         return say("the teacher is done; without --stage teacher its samples are trained on")
     folder, held = claim(config)
     with held:
@@ -1967,7 +1842,7 @@ def start(given: dict[str, Any], show_prompt: bool) -> None:
             passes = 20 * math.ceil(len(task.train) / config.batch)
             config.steps = max(200, min(10_000, passes))
             write_config(folder, resolve(config))
-        train(prepare(config, task, folder, ask=True))
+        train(prepare(config, task, folder))
 
 
 def read_config(folder: Path, changes: dict[str, Any]) -> Config:
@@ -1987,8 +1862,7 @@ def resume(folder: Path, config: Config) -> None:
             text = result_text(folder, json.loads(path.read_text("utf-8")))
         return say(text)
     with hold(folder):
-        new = not (folder / "checkpoint.pt").exists()  # it may have ended while it asked
-        train(prepare(config, load_task(config), folder, ask=new))
+        train(prepare(config, load_task(config), folder))
 
 
 def reopen(named: list[str], given: dict[str, Any], as_json: bool) -> None:

@@ -851,18 +851,16 @@ BACKOFF = 0.5  # seconds before the first repetition; doubled for each further o
 REPETITIONS = 7  # of a request that the server is too busy for
 PATIENCE = 300  # seconds; a server that asks for a longer pause ends the run
 QUIET = 10  # seconds without an answer after which the user reads what is waited for
-BUSY = (408, 409, 429, 500, 502, 503, 504)
 TIMED_OUT, NO_ANSWER = -1, 0  # in place of a status
-REPEATED = {TIMED_OUT: 1, NO_ANSWER: 3, 200: 2} | dict.fromkeys(BUSY, REPETITIONS)
-REFUSALS = (200, 400, 413, 422)  # what may be the question's fault; 200: an answer without text
-HINTS = {
-    NO_ANSWER: "is the server running, and at this address?",
-    TIMED_OUT: "--teacher-timeout SECONDS waits longer",
-    200: "no text in its answers; a model that thinks first needs more --teacher-tokens",
-    404: "is --teacher-model right, and does --teacher end in /v1?",
+BUSY = (408, 409, 429, 500, 502, 503, 504)
+TROUBLE = {  # status -> how often a request is repeated, what the user can do
+    TIMED_OUT: (1, "--teacher-timeout SECONDS waits longer"),
+    NO_ANSWER: (3, "is the server running, and at this address?"),
+    200: (2, "no text in its answers; a model that thinks first needs more --teacher-tokens"),
+    404: (0, "is --teacher-model right, and does --teacher end in /v1?"),
 }
-HINTS |= dict.fromkeys((401, 403), "set OPENAI_API_KEY to a key that this server accepts")
-HINTS |= dict.fromkeys(BUSY, "run again later: what was answered is kept")
+TROUBLE |= dict.fromkeys((401, 403), (0, "set OPENAI_API_KEY to a key that this server accepts"))
+TROUBLE |= dict.fromkeys(BUSY, (REPETITIONS, "run again later: what was answered is kept"))
 PALM = """teacher: PaLM-540B's published rationales, ONE a question: not the paper's setting. Name
   --teacher http://localhost:11434/v1 (Ollama, vLLM, llama.cpp) or set OPENAI_API_KEY for that."""
 
@@ -919,49 +917,41 @@ class Teacher:
             answer = reply.text
         wait = reply.headers.get("Retry-After", "")
         wait = float(wait) if wait.isdecimal() else 0
-        said = f"status {reply.status_code}, {self.words(answer)}"
-        said += f" (wait {wait:.0f} s)" if wait else ""
+        words = answer
+        with contextlib.suppress(TypeError, KeyError):
+            words = answer["error"]
+            words = words["message"]
+        words = words if isinstance(words, str) else json.dumps(words)
+        words = fetch_data.fold(re.sub(r"<[^>]*>", " ", words[:20_000]))
+        words = words.replace(self.api_key or "\0", "***")[:200]
+        said = f"status {reply.status_code}, {words}" + (f" (wait {wait:.0f} s)" if wait else "")
         return reply.status_code, answer, said, wait
 
-    def words(self, answer: Any) -> str:
-        """What the server said, on one line, without the key."""
-        with contextlib.suppress(TypeError, KeyError):
-            answer = answer["error"]
-            answer = answer["message"]
-        text = answer if isinstance(answer, str) else json.dumps(answer)
-        text = fetch_data.fold(re.sub(r"<[^>]*>", " ", text[:20_000]))
-        return text.replace(self.api_key or "\0", "***")[:200]
-
-    def may_ask(self) -> bool:
-        """Counts a request, repetitions too; False where no further one may go out."""
-        with self.lock:
-            if self.stopped.is_set() or self.requests == self.budget:
-                return False
-            self.requests += 1
-            return True
-
-    def fill(self, job: tuple[list[dict], list[int]]) -> None:
+    def fill(self, job: tuple[str, list[dict], list[int]]) -> None:
         """Asks until a question's slots are full: again where the server is busy, drops the line or
         writes no text; one by one where it refuses n. Raises InputError."""
-        messages, slots = job
-        config, sample_id = self.config, self.sample_id(messages)
-        choices, repetition = self.choices, 0
-        while slots and self.may_ask():
+        name, messages, slots = job
+        config, choices, repetition = self.config, self.choices, 0
+        while slots:
+            with self.lock:
+                if self.stopped.is_set() or self.requests == self.budget:
+                    return
+                self.requests += 1
             body = {"model": config.teacher_model, "messages": messages}
             body["n"] = min(choices, len(slots))
             body["temperature"] = config.teacher_temperature
             body["max_tokens"] = config.teacher_tokens
-            body["seed"] = derive_seed(sample_id) % 2**30 + slots[0]
+            body["seed"] = derive_seed(name) % 2**30 + slots[0]
             body = {k: v for k, v in (body | self.fields).items() if v is not None}
             status, answer, said, wait = self.request("/chat/completions", body)
             self.trouble = ""
-            kept = self.keep(sample_id, slots, answer) if status == 200 else 0
+            kept = self.keep(name, slots, answer) if status == 200 else 0
             slots = slots[kept:]
             if kept:
                 self.choices, repetition = choices, 0  # one by one, where that was what helped
             elif status in (400, 422) and choices > 1:
                 choices = 1
-            elif repetition < REPEATED.get(status, 0) and wait <= PATIENCE:
+            elif repetition < TROUBLE.get(status, (0, ""))[0] and wait <= PATIENCE:
                 pause = wait or min(BACKOFF * 2**repetition, 30) * random.uniform(0.5, 1.5)
                 self.trouble = f"{said}, again in {pause:.0f} s"
                 self.stopped.wait(pause)
@@ -969,11 +959,11 @@ class Teacher:
             else:
                 return self.refuse(status, said, body)
 
-    def keep(self, sample_id: str, slots: list[int], answer: Any) -> int:
+    def keep(self, name: str, slots: list[int], answer: Any) -> int:
         """Fills the lowest slots with the choices that hold text, in one write -> how many."""
         lines = []
         for slot, (text, finish) in zip(slots, texts_of(answer)):
-            sample = {"key": sample_id, "slot": slot, "text": text[:200_000], "finish": finish}
+            sample = {"key": name, "slot": slot, "text": text[:200_000], "finish": finish}
             lines.append(json.dumps(sample) + "\n")
         if lines:
             with self.lock, open(self.cache, "ab", buffering=0) as file:
@@ -985,7 +975,7 @@ class Teacher:
     def refuse(self, status: int, said: str, body: dict) -> None:
         """Leaves a question out that alone is refused. Raises InputError for what would meet every
         question."""
-        if status in REFUSALS:
+        if status in (200, 400, 413, 422):
             with self.lock:
                 self.refusals[said] += 1
                 self.refusals_left -= 1
@@ -1000,7 +990,7 @@ class Teacher:
     def failure(self, status: int, said: str) -> InputError:
         """Why this server cannot be used, and what to do where that is known: one line."""
         self.stopped.set()
-        hint = f"; {HINTS[status]}" if status in HINTS else ""
+        hint = f"; {TROUBLE[status][1]}" if status in TROUBLE else ""
         return InputError(f"teacher {self.url}: {said}{hint}")
 
 
@@ -1084,17 +1074,16 @@ def teacher_samples(teacher: Teacher | None, task: Task, examples: list, ask=Fal
         return [[kept.get(example.input, {}).get(0)] for example in examples]
     prompts = prompts_of(task, examples, teacher.config)
     names = [teacher.sample_id(messages) for messages in prompts]
-    slots = range(teacher.config.samples)
     model = re.sub(r"[^A-Za-z0-9.-]+", "_", teacher.config.teacher_model)[:80]
     teacher.cache = task.folder / f"teacher-{model}.jsonl"
     if ask and RANK == 0:
-        ask_teacher(teacher, dict(zip(names, prompts)), slots)
+        ask_teacher(teacher, dict(zip(names, prompts)))
     gather([])  # the other ranks wait for the samples
     kept = read_cache(teacher.cache)
-    return [[kept.get(name, {}).get(k) for k in slots] for name in names]
+    return [[kept.get(name, {}).get(k) for k in range(teacher.config.samples)] for name in names]
 
 
-def ask_teacher(teacher: Teacher, prompts: dict[str, list[dict]], slots: Iterable[int]) -> None:
+def ask_teacher(teacher: Teacher, prompts: dict[str, list[dict]]) -> None:
     """Fills the slots that the cache lacks, through `--concurrency` threads. One process asks, the
     others wait. Raises InputError; whatever ends it, answers under way are kept."""
     teacher.cache.parent.mkdir(parents=True, exist_ok=True)
@@ -1102,13 +1091,13 @@ def ask_teacher(teacher: Teacher, prompts: dict[str, list[dict]], slots: Iterabl
         kept = read_cache(teacher.cache)
         jobs = []
         for name, messages in prompts.items():
-            missing = [k for k in slots if k not in kept.get(name, {})]
+            missing = [k for k in range(teacher.config.samples) if k not in kept.get(name, {})]
             if missing:
-                jobs.append((messages, missing))
+                jobs.append((name, messages, missing))
         if not jobs:
             return
-        total = sum(len(missing) for _, missing in jobs)
-        characters = sum(len(part["content"]) for messages, _ in jobs for part in messages)
+        total = sum(len(missing) for _, _, missing in jobs)
+        characters = sum(len(part["content"]) for _, messages, _ in jobs for part in messages)
         tokens = (characters // 4 + 120 * total) // 1000
         say(f"teacher: {teacher.config.teacher_model} at {teacher.url}")
         say(f"  samples kept in {teacher.cache}")
@@ -1433,42 +1422,40 @@ def rationale_right(run: Run, q: Question, text: str) -> bool:
     return fetch_data.is_right(run.task.kind, answer, q.example.label)
 
 
-def evaluate(run: Run, questions: list[Question], explained: int) -> list[dict[str, Any]]:
+def evaluate(run: Run, questions: list[Question], explained: int | None = None) -> list[dict]:
     """Greedy answers -> {input, gold, answer, right} a question; the first `explained` ones also
     have {rationale, rationale_right, quality}: quality is s(x, r), None without a discriminator."""
     student, config, D = run.student, run.config, run.discriminator
-    single, rows = config.method == "single", []
+    single = config.method == "single"
     longest = config.label_tokens + (config.rationale_tokens if single else 0)
     written = student.write(student.predict_prefix, questions, longest)
     answers = [student.tokenizer.decode(ids) for ids in written]
+    asked = questions[:explained] if config.method != "finetune" else []
     if single:  # the answer is what follows the last "answer:"; without one there is none
         parts = [text.rpartition("answer:") for text in answers]
         rationales = [before if mark else after for before, mark, after in parts]
         answers = [after if mark else "" for _, mark, after in parts]
+    else:
+        written = student.write(student.explain_prefix, asked, config.rationale_tokens)
+        rationales = [student.tokenizer.decode(ids) for ids in written]
+    quality = [None] * len(asked)
+    if D is not None:
+        quality = D.score([(q.x, r) for q, r in zip(asked, written)]).tolist()
+    rows = []
     for q, answer in zip(questions, map(str.strip, answers)):
         right = fetch_data.is_right(run.task.kind, answer, q.example.label)
         row = {"input": q.example.input, "gold": q.example.label, "answer": answer}
         rows.append(row | {"right": right})
-    questions = questions[:explained] if config.method != "finetune" else []
-    if not single:
-        written = student.write(student.explain_prefix, questions, config.rationale_tokens)
-        rationales = [student.tokenizer.decode(ids) for ids in written]
-    quality = [None] * len(questions)
-    if D is not None:
-        quality = D.score([(q.x, r) for q, r in zip(questions, written)]).tolist()
-    for row, q, text, s in zip(rows, questions, rationales, quality):
-        row["rationale"] = text.strip()
-        row["rationale_right"] = rationale_right(run, q, text)
-        row["quality"] = s
+    for row, q, text, s in zip(rows, asked, rationales, quality):
+        right = rationale_right(run, q, text)
+        row |= {"rationale": text.strip(), "rationale_right": right, "quality": s}
     return rows
 
 
-ACCURACIES = ("test_accuracy", "rationale_accuracy")
-
-
-def accuracies(rows: list[dict]) -> list[float | None]:
-    """Of `evaluate`'s rows, labels and rationales; None where no rationales were written."""
-    return [mean([row[k] for row in rows if k in row]) for k in ("right", "rationale_right")]
+def accuracies(rows: list[dict]) -> dict[str, float | None]:
+    """Of `evaluate`'s rows; None where no rationales were written."""
+    names = {"test_accuracy": "right", "rationale_accuracy": "rationale_right"}
+    return {name: mean([row[k] for row in rows if k in row]) for name, k in names.items()}
 
 
 def judge_validation(run: Run) -> dict[str, Any]:
@@ -1509,8 +1496,8 @@ def metrics(run: Run, t: int, start: float) -> dict[str, Any]:
         line["right"] = mean([rationale_right(run, q, text) for q, text in from_past])
         if run.discriminator is not None:
             line |= judge_validation(run)
-    rows = evaluate(run, run.valid, explained=JUDGED)
-    line["valid"], line["valid_rationale"] = accuracies(rows)
+    rows = evaluate(run, run.valid, JUDGED)
+    line["valid"], line["valid_rationale"] = accuracies(rows).values()
     return line | {"questions": len(rows), "seconds": time.perf_counter() - start}
 
 
@@ -1540,14 +1527,12 @@ def test(run: Run) -> None:
     result.json."""
     folder, best = run.folder, selected(run.lines)
     questions = [run.student.question(e, f"test {i}") for i, e in enumerate(run.task.test)]
-    rows = evaluate(run, questions, explained=len(questions))
-    last = accuracies(rows)
+    rows = evaluate(run, questions)
+    last = {f"{name}_last": value for name, value in accuracies(rows).items()}
     if best["iteration"] != run.iteration:
         load_weights(run, best["iteration"])
-        rows = evaluate(run, questions, explained=len(questions))
-    result = dict(zip(ACCURACIES, accuracies(rows)))
-    result |= {f"{name}_last": value for name, value in zip(ACCURACIES, last)}
-    result |= {"questions": len(rows), "valid_accuracy": best["valid"]}
+        rows = evaluate(run, questions)
+    result = accuracies(rows) | last | {"questions": len(rows), "valid_accuracy": best["valid"]}
     result["best_iteration"] = best["iteration"]
     if RANK == 0:
         run.student.model.save(folder / "student", vocab=run.student.vocab)
@@ -1565,7 +1550,7 @@ def result_text(folder: Path, result: dict[str, Any]) -> str:
     n, t = result["questions"], result["best_iteration"]
     lines = [f"test, {n} questions; student of iteration {t}, the latest within a"]
     lines.append("standard error of the best labels on validation")
-    for name in ACCURACIES:
+    for name in accuracies([]):
         if result[name] is not None:
             last = f"last student {result[f'{name}_last']:.1%}"
             lines.append(f"  {name:18s} {interval(result[name], n)}, {last}")
@@ -1603,8 +1588,7 @@ def load_trained(folder: Path, config: Config) -> Run:
 def ask_student(folder: Path, config: Config, texts: list[str]) -> None:
     """Answers and explains questions. Raises InputError."""
     run = load_trained(folder, config)
-    questions = [run.student.question(Example(text, "")) for text in texts]
-    for row in evaluate(run, questions, explained=len(questions)):
+    for row in evaluate(run, [run.student.question(Example(text, "")) for text in texts]):
         say(f"label:     {row['answer']}")
         if "rationale" in row:
             say(f"rationale: {row['rationale']}")
@@ -1620,11 +1604,10 @@ def evaluate_file(folder: Path, config: Config, file: str) -> None:
         examples = fetch_data.read_split(Path(file), run.task.kind)
     else:
         examples = fetch_data.load_task(config.task, config.answer).test
-    questions = [run.student.question(example) for example in examples]
-    rows = evaluate(run, questions, explained=len(questions))
+    rows = evaluate(run, [run.student.question(example) for example in examples])
     for row in rows:
         print(json.dumps(row))
-    for name, value in zip(ACCURACIES, accuracies(rows)):
+    for name, value in accuracies(rows).items():
         if value is not None:
             print(f"{name} {interval(value, len(rows))} on {len(rows)} questions", file=sys.stderr)
 
@@ -1661,16 +1644,16 @@ def audit_question(run: Run, q: Question, vote: Vote, t: int) -> dict[str, Any]:
     measure(student, [q], candidates)
     picks = pick(candidates, [q], config, run.step)
     s = score_picks(D, [q], picks)
-    weight = weights_of(picks, s, student.device)
-    share = shares_of(picks, weight, config.scheme)
+    share = shares_of(picks, weights_of(picks, s, student.device), config.scheme)
     losses = torch.tensor([c.loss for c in picks], device=student.device)
     L_cl = contrastive(losses, s, picks, config).sum().item()
     L_pred = label_losses(student, [q]).item()
-    scores, L_D = [1.0] * len(candidates), 0.0
+    scores, L_D = torch.ones(len(candidates)), 0.0
+    weight = scores
     if D is not None and candidates:
-        D.eval()
-        logits = D([(q.x, c.r) for c in candidates])
-        scores = logits.sigmoid().tolist()
+        logits = D([(q.x, c.r) for c in candidates])  # in eval mode, which score_picks set
+        scores = logits.sigmoid()
+        weight = weights_of(candidates, scores, logits.device)
         positive = positive_mask(candidates, logits.device)
         if 0 < positive.sum() < len(candidates):
             L_D = L_D_of([logits[positive]], [logits[~positive]], config).item()
@@ -1681,13 +1664,12 @@ def audit_question(run: Run, q: Question, vote: Vote, t: int) -> dict[str, Any]:
         side = "positive" if k in vote.positives else "negative" if k in vote.negatives else "none"
         row = {"slot": k, "answer": sample.answer, "vote": side, "rationale": sample.rationale}
         item["samples"].append(row)
-    of_pick = {id(c): pair for c, *pair in zip(picks, weight.tolist(), share.tolist())}
-    for c, score in zip(candidates, scores):
-        not_picked = (1 - score if D is not None and not c.positive else score, 0.0)
-        weighs, counts = of_pick.get(id(c), not_picked)
+    share_of = {id(c): part for c, part in zip(picks, share.tolist())}
+    for c, score, w in zip(candidates, scores.tolist(), weight.tolist()):
         row = {"set": "positive" if c.positive else "negative", "source": c.source, "loss": c.loss}
-        row |= {"score": score, "weight": weighs, "share": counts, "picked": id(c) in of_pick}
-        item["candidates"].append(row | {"rationale": student.tokenizer.decode(c.r)})
+        row |= {"score": score, "weight": w, "share": share_of.get(id(c), 0.0)}
+        row |= {"picked": id(c) in share_of, "rationale": student.tokenizer.decode(c.r)}
+        item["candidates"].append(row)
     L_total = total_loss(alphas, L_pred, L_cl, L_D)
     return item | {"L_pred": L_pred, "L_cl": L_cl, "L_D": L_D, "L_total": L_total}
 
@@ -1792,12 +1774,8 @@ def resolve(config: Config, where: str = "") -> Config:
 
 
 def load_task(config: Config) -> Task:
-    """The task with the part of its training questions that is used; rank 0 fetches it first."""
-    if RANK > 0:
-        gather([])
+    """The task with the part of its training questions that is used."""
     task = fetch_data.load_task(config.task, config.answer)
-    if RANK == 0:
-        gather([])
     task.train[:] = task.train[: max(1, round(len(task.train) * config.fraction))]
     if task.kind == "text" and all(fetch_data.value(e.label) is not None for e in task.train):
         say("note: all labels are numbers: --answer number compares by value, and asks for them")
@@ -1854,38 +1832,30 @@ def read_config(folder: Path, changes: dict[str, Any]) -> Config:
     return resolve(config, f"{path}: ")
 
 
-def resume(folder: Path, config: Config) -> None:
-    """Goes on after the last iteration on disk; of a finished run, the result. InputError."""
-    path = folder / "result.json"
-    if path.exists():
-        with t5.reading(path, "no result of a run"):
-            text = result_text(folder, json.loads(path.read_text("utf-8")))
-        return say(text)
-    with hold(folder):
-        train(prepare(config, load_task(config), folder))
-
-
-def reopen(named: list[str], given: dict[str, Any], as_json: bool) -> None:
+def reopen(command: str, words: list[str], changes: dict[str, Any], as_json: bool) -> None:
     """--resume, --ask, --audit or --eval, under the run's own settings. Raises InputError."""
-    require(len(named) == 1, f"--{' and --'.join(named)}: one at a time")
-    folder, *rest = given.pop(named[0])
-    others = " ".join(flag(other) for other in given if other not in FREE_ON_RESUME)
+    folder, rest = Path(words[0]), words[1:]
+    others = " ".join(flag(name) for name in changes if name not in FREE_ON_RESUME)
     free = " ".join(map(flag, FREE_ON_RESUME))
-    require(not others, f"--{named[0]} keeps the run's settings: {free} may change, not {others}")
-    folder = Path(folder)
-    config = read_config(folder, given)
-    if named[0] == "audit":
-        good = rest[0].isdecimal() and 0 < len(rest[0].lstrip("0")) < 10
+    require(not others, f"--{command} keeps the run's settings: {free} may change, not {others}")
+    config, result = read_config(folder, changes), folder / "result.json"
+    if command == "audit":
+        good = rest[0].isdecimal() and len(rest[0]) < 10
         require(good, f"--audit RUN N: N is {rest[0][:20]!r}, not a number")
         audit(folder, config, int(rest[0]), as_json)
-    elif named[0] == "ask":
+    elif command == "ask":
         require(rest, "--ask RUN QUESTION: the question is missing")
         ask_student(folder, config, rest)
-    elif named[0] == "eval":
+    elif command == "eval":
         require(len(rest) < 2, "--eval RUN FILE: one file at a time")
         evaluate_file(folder, config, "".join(rest))
+    elif result.exists():
+        with t5.reading(result, "no result of a run"):
+            text = result_text(folder, json.loads(result.read_text("utf-8")))
+        say(text)
     else:
-        resume(folder, config)
+        with hold(folder):
+            train(prepare(config, load_task(config), folder))
 
 
 def main() -> int:
@@ -1900,13 +1870,14 @@ def run_command() -> None:
     given = vars(parser().parse_args())
     as_json, show_prompt = given.pop("json", False), given.pop("show_prompt", False)
     named = [name for name in ("resume", "ask", "audit", "eval") if name in given]
+    require(len(named) < 2, f"--{' and --'.join(named)}: one at a time")
     require("audit" in named or not as_json, "--json: only with --audit RUN N")
     if WORLD > 1:  # rank 0 may ask a teacher for hours; objects are gathered on the CPU
         cuda = torch.cuda.is_available() and given.get("device") != "cpu"
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=12))
     if named:
-        reopen(named, given, as_json)
+        reopen(named[0], given.pop(named[0]), given, as_json)
     else:
         start(given, show_prompt)
     if WORLD > 1:

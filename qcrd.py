@@ -41,7 +41,6 @@ import hashlib
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -882,6 +881,7 @@ class Teacher:
         self.refusals: collections.Counter[str] = collections.Counter()  # the server's words
         self.allowed = 5  # refusals in a row
         self.refusals_left = 3.0  # of them; fewer before the first answer
+        self.progress = t5.Progress("  teacher", 0)
         self.trouble = ""  # what is waited for
         with t5.reading("--teacher-fields", """no JSON object like '{"seed": null}'"""):
             fields = json.loads(config.teacher_fields or "{}", parse_constant=int)  # no NaN
@@ -969,6 +969,7 @@ class Teacher:
             with self.lock, open(self.cache, "ab", buffering=0) as file:
                 file.write("".join(lines).encode())
                 self.filled += len(lines)
+                self.progress.update(self.filled)
                 self.refusals_left = self.allowed
         return len(lines)
 
@@ -1120,28 +1121,25 @@ def ask_teacher(teacher: Teacher, prompts: dict[str, list[dict]]) -> None:
 
 def run_jobs(teacher: Teacher, jobs: list, total: int) -> None:
     """Whoever stops, by an error or by Ctrl-C, waits for the answers under way."""
-    progress = t5.Progress("  teacher", total)
+    teacher.progress = t5.Progress("  teacher", total)
     with ThreadPool(teacher.config.concurrency) as pool:
-        results = pool.imap_unordered(teacher.fill, jobs)
-        waited, done = 0, 0
+        result = pool.map_async(teacher.fill, jobs, chunksize=1)
         try:
-            while done < len(jobs):
-                try:
-                    results.next(QUIET)
-                    waited, done = 0, done + 1
-                except multiprocessing.TimeoutError:
-                    waited += QUIET
+            while not result.ready():
+                before = teacher.filled
+                result.wait(QUIET)
+                if teacher.filled == before and not result.ready():
                     why = teacher.trouble or "no answer yet"
-                    say(f"  waiting for {teacher.url} for {waited:.0f} s: {why}")
-                progress.update(teacher.filled)
-            progress.close()
-        except BaseException:
+                    say(f"  waiting for {teacher.url} for {QUIET:.0f} s: {why}")
+            result.get()  # raises what a thread raised
+        except KeyboardInterrupt:
             teacher.stopped.set()
-            progress.close()
+            teacher.progress.close()
             say("  stopping; answers under way are waited for (Ctrl-C ends the waiting)")
-            pool.close()
-            pool.join()
+            result.wait()
             raise
+        finally:
+            teacher.progress.close()
 
 
 def report_votes(task: Task, examples: list[Example], votes: list[Vote]) -> None:
@@ -1238,12 +1236,14 @@ def write_config(folder: Path, config: Config) -> None:
 
 
 def load_data(run: Run, task: Task, votes: list[Vote]) -> None:
-    """Questions with their sets as token ids. votes: of the training questions, then of as many
-    validation questions as were asked."""
+    """Questions with their sets as token ids; says what they lose on the way in. votes: of the
+    training questions, then of as many validation questions as were asked."""
     config, run.task = run.config, task
     places = [("train", i, example) for i, example in enumerate(task.train)]
     places += [("valid", i, example) for i, example in enumerate(task.valid)]
     none = vote_on(task, "", [])
+    tested = {example.input for example in task.test}
+    lost: collections.Counter[str] = collections.Counter()
     digest = hashlib.sha256(repr(task.test).encode())
     for (split, i, example), vote in itertools.zip_longest(places, votes, fillvalue=none):
         S_pos, minority, answer = sets_of(vote, config.vote)
@@ -1254,25 +1254,17 @@ def load_data(run: Run, task: Task, votes: list[Vote]) -> None:
         q = run.student.question(example, f"{split} {i}", S_pos, minority)
         (run.train if split == "train" else run.valid).append(q)
         digest.update(repr([q.x, q.target, q.S_pos, q.minority]).encode())
+        longest = max(map(len, q.S_pos + q.minority), default=0)
+        lost["have inputs that reach --input-tokens"] += len(q.x) >= config.input_tokens
+        if config.method != "single":
+            lost["have labels that reach --label-tokens"] += len(q.target) >= config.label_tokens
+        lost["have rationales that reach --rationale-tokens"] += longest >= config.rationale_tokens
+        lost["hold what the student's vocabulary lacks"] += t5.UNK in q.x or t5.UNK in q.target
+        lost["are test questions too"] += example.input in tested
     require(run.train, "no training question is left: the teacher answered none")
     run.digest = digest.hexdigest()
-
-
-def report_data(run: Run) -> None:
-    """Says of how many questions something is lost on the way in."""
-    config, questions = run.config, run.train + run.valid
-    tested = {example.input for example in run.task.test}
-    found: collections.Counter[str] = collections.Counter()
-    for q in questions:
-        longest = max(map(len, q.S_pos + q.minority), default=0)
-        found["have inputs that reach --input-tokens"] += len(q.x) >= config.input_tokens
-        if config.method != "single":
-            found["have labels that reach --label-tokens"] += len(q.target) >= config.label_tokens
-        found["have rationales that reach --rationale-tokens"] += longest >= config.rationale_tokens
-        found["hold what the student's vocabulary lacks"] += t5.UNK in q.x or t5.UNK in q.target
-        found["are test questions too"] += q.example.input in tested
-    for what, count in (+found).items():
-        say(f"note: {count} of {len(questions)} questions {what}")
+    for what, count in (+lost).items():
+        say(f"note: {count} of {len(places)} questions {what}")
 
 
 def discriminator_of(student: Student, config: Config) -> Discriminator | None:
@@ -1305,6 +1297,8 @@ def prepare(config: Config, task: Task, folder: Path) -> Run | None:
     student = Student(student_folder(config.model), config)
     run = Run(config, student, discriminator_of(student, config), folder)
     load_data(run, task, votes)
+    if not ask:
+        restore(run)
     return run
 
 
@@ -1317,11 +1311,10 @@ def load_weights(run: Run, t: int) -> None:
 
 
 def parts_of(run: Run) -> dict[str, Any]:
-    """What checkpoint.pt keeps beside the weights, which are in the last snapshot."""
-    parts = {"optimizer": run.optimizer, "scaler": run.scaler}
-    if run.discriminator is not None:
-        parts |= {"d_optimizer": run.d_optimizer, "d_scaler": run.d_scaler}
-    return parts
+    """The optimizers and scalers: beside the weights, which are in the last snapshot."""
+    return {
+        name: part for name, part in vars(run).items() if name.endswith(("optimizer", "scaler"))
+    }
 
 
 SAVED = ("lines", "step", "L_D", "digest")
@@ -1374,9 +1367,6 @@ def train(run: Run) -> None:
     """A whole run, new or resumed. Raises InputError."""
     config, folder, student, D = run.config, run.folder, run.student, run.discriminator
     iterations = config.iterations if config.steps else 0
-    report_data(run)
-    if (folder / "checkpoint.pt").exists():
-        restore(run)
     if RANK == 0:
         for path in folder.rglob("*.[0-9]*.tmp"):  # what a killed process was writing
             path.unlink()
@@ -1620,7 +1610,6 @@ def audit(folder: Path, config: Config, count: int, as_json: bool) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         task = load_task(config)
         run = prepare(config, task, folder)
-        restore(run)
         t = run.iteration + 1
         order = order_of(config, len(run.train), t)
         questions = [run.train[i] for i in order[:count]]

@@ -879,8 +879,7 @@ class Teacher:
         self.requests = 0
         self.filled = 0  # slots
         self.refusals: collections.Counter[str] = collections.Counter()  # the server's words
-        self.allowed = 5  # refusals in a row
-        self.refusals_left = 3.0  # of them; fewer before the first answer
+        self.tolerance = 3.0  # refusals in a row that end the asking
         self.progress = t5.Progress("  teacher", 0)
         self.trouble = ""  # what is waited for
         with t5.reading("--teacher-fields", """no JSON object like '{"seed": null}'"""):
@@ -903,10 +902,9 @@ class Teacher:
     def request(self, path: str, body: dict | None = None) -> tuple[int, Any, str, float]:
         """GET, or POST a body -> status, JSON or text, the same in words, seconds to wait."""
         how = {"timeout": (10, self.config.teacher_timeout), "allow_redirects": False}
+        verb = "POST" if body else "GET"
         try:
-            reply = self.session.request(
-                "POST" if body else "GET", self.url + path, json=body, **how
-            )
+            reply = self.session.request(verb, self.url + path, json=body, **how)
         except (requests.RequestException, ValueError) as error:  # ValueError: a broken header
             if "Read timed out" in str(error):
                 return TIMED_OUT, None, f"no answer in {self.config.teacher_timeout:g} s", 0
@@ -970,7 +968,7 @@ class Teacher:
                 file.write("".join(lines).encode())
                 self.filled += len(lines)
                 self.progress.update(self.filled)
-                self.refusals_left = self.allowed
+                self.tolerance = 5
         return len(lines)
 
     def refuse(self, status: int, said: str, body: dict) -> None:
@@ -979,8 +977,8 @@ class Teacher:
         if status in (200, 400, 413, 422):
             with self.lock:
                 self.refusals[said] += 1
-                self.refusals_left -= 1
-                if self.refusals_left > 0:
+                self.tolerance -= 1
+                if self.tolerance > 0:
                     return
         optional = [name for name in body if name not in ("model", "messages", "n")]
         named = [name for name in optional if re.search(rf"\b{re.escape(name)}\b", said)]
@@ -1059,10 +1057,8 @@ def model_of(teacher: Teacher) -> str:
 
 def prompts_of(task: Task, examples: list[Example], config: Config) -> list[list[dict]]:
     """The messages that ask for each example, --prompt instead of our system message."""
-    own = ""
-    if config.prompt:
-        with t5.reading(config.prompt, "no text in UTF-8"):
-            own = Path(config.prompt).read_text("utf-8")
+    with t5.reading(config.prompt, "no text in UTF-8"):
+        own = Path(config.prompt).read_text("utf-8") if config.prompt else ""
     return [fetch_data.messages(task, example.input, own) for example in examples]
 
 
@@ -1105,9 +1101,8 @@ def ask_teacher(teacher: Teacher, prompts: dict[str, list[dict]]) -> None:
         say(f"  to ask for: {total} samples of {len(jobs)} questions, roughly {tokens:,} k tokens")
         with open(teacher.cache, "ab") as file:
             file.write(b"\n")  # ends a line that a crash tore
-        teacher.allowed = max(5, len(prompts) // 10)
         if any(name in kept for name in prompts):  # what was refused before is asked for in a row
-            teacher.refusals_left = math.inf
+            teacher.tolerance = math.inf
         try:
             run_jobs(teacher, jobs, total)
         finally:
@@ -1146,9 +1141,8 @@ def report_votes(task: Task, examples: list[Example], votes: list[Vote]) -> None
     """Prints the vote's statistics, counted before repetitions are dropped but for "distinct", and
     warns of a teacher that cannot be read. Raises InputError where no question has a positive."""
     n = len(votes)
-    m = sum(len(vote.positives) for vote in votes)
-    k = sum(len(vote.negatives) for vote in votes)
-    distinct = sum(len(vote.rationales(vote.positives)) for vote in votes)
+    sizes = [[len(v.positives), len(v.negatives), len(v.rationales(v.positives))] for v in votes]
+    m, k, distinct = np.sum(sizes, axis=0)
     voted = [vote for vote in votes if vote.positives]
     alone = sum(not vote.negatives for vote in voted)
     gold = [fetch_data.answer_key(task.kind, example.label) for example in examples]
@@ -1159,7 +1153,7 @@ def report_votes(task: Task, examples: list[Example], votes: list[Vote]) -> None
     say(f"vote: {m / n:.2f} positives per question (paper: 3.87), {counts}")
     say(f"  {alone / n:.0%} of {n} questions with positives only (paper: more than half),")
     say(f"  majority right on {right / n:.1%}, {len(unread)} samples cannot be read")
-    if len(unread) > (m + k + len(unread)) / 3:
+    if 2 * len(unread) > m + k:
         say("warning: the teacher does not keep to the format, or its samples are cut off: look at")
         say("  --show-prompt, try --prompt FILE or more --teacher-tokens. One of its samples:")
         say(f"  {fetch_data.fold(unread[0])[:300]!r}")
@@ -1387,7 +1381,7 @@ def train(run: Run) -> None:
             train_discriminator(run, 0, run.train)
             say(f"  L_D {run.L_D:.3f}")
         say(LEGEND)
-        for line in [None, *run.lines]:
+        for line in run.lines:
             say(table_row(line))
         for t in range(run.iteration + 1, iterations + 1):
             start = time.perf_counter()
@@ -1491,24 +1485,23 @@ def metrics(run: Run, t: int, start: float) -> dict[str, Any]:
     return line | {"questions": len(rows), "seconds": time.perf_counter() - start}
 
 
-COLUMNS = """iteration:2d:t L:6.3f L_pred:6.3f L_cl:6.3f L_D:6.3f s_pos:5.2f zero:4.0%
-pair:4.0% past:4.2f right:5.0% valid:5.1%:label
-valid_rationale:9.1%:rationale seconds:6.1f:sec"""
 LEGEND = """t: iteration, 0 before training; L: eq. (8) and its parts, L_D as last trained;
 s_pos: s of r⁺; zero: negative terms that are 0; pair: how often a positive
 scores above a negative of its question; past: negatives a question by the
 student's past; right: those of them that end in the right answer; label,
-rationale: greedy answers and rationales that are right, on validation"""
+rationale: greedy answers and rationales that are right, on validation
+ t      L L_pred   L_cl    L_D s_pos zero pair past right label rationale    sec"""
+COLUMNS = """iteration:2d L:6.3f L_pred:6.3f L_cl:6.3f L_D:6.3f s_pos:5.2f zero:4.0% pair:4.0%
+past:4.2f right:5.0% valid:5.1% valid_rationale:9.1% seconds:6.1f"""
 
 
-def table_row(line: dict[str, Any] | None) -> str:
-    """A line of metrics.jsonl in 80 columns; None: the heading."""
+def table_row(line: dict[str, Any]) -> str:
+    """A line of metrics.jsonl in 80 columns."""
     cells = []
     for column in COLUMNS.split():
-        name, form, *title = column.split(":")
-        value = (title or [name])[0] if line is None else line.get(name)
-        text = isinstance(value, str | None)
-        cells.append(f"{value or '-':>{form[0]}}" if text else format(value, form))
+        name, form = column.split(":")
+        value = line.get(name)
+        cells.append(f"{'-':>{form[0]}}" if value is None else format(value, form))
     return " ".join(cells)
 
 
@@ -1516,7 +1509,7 @@ def test(run: Run) -> None:
     """The selected student and the last one on the test questions -> student/, predictions.jsonl,
     result.json."""
     folder, best = run.folder, selected(run.lines)
-    questions = [run.student.question(e, f"test {i}") for i, e in enumerate(run.task.test)]
+    questions = [run.student.question(example) for example in run.task.test]
     rows = evaluate(run, questions)
     last = {f"{name}_last": value for name, value in accuracies(rows).items()}
     if best["iteration"] != run.iteration:
@@ -1562,11 +1555,9 @@ def load_trained(folder: Path, config: Config) -> Run:
     require((folder / "result.json").exists(), f"{folder}: is not finished; --resume {folder}")
     student, D = Student(folder / "student", config), None
     if config.discriminator:
-        path = folder / "student/discriminator.pt"
-        saved = t5.read_pt(path)
-        with t5.reading(path, "no discriminator of this run: {}"):
-            D = Discriminator(student, T5(t5.T5Config(**saved["config"])).encoder_only())
-            D.load_state_dict(saved["weights"])
+        saved = t5.read_pt(folder / "student/discriminator.pt")
+        D = Discriminator(student, T5(t5.T5Config(**saved["config"])).encoder_only())
+        D.load_state_dict(saved["weights"])
     run = Run(config, student, D, folder)
     with t5.reading(folder / "task.json", "damaged"):
         saved = json.loads((folder / "task.json").read_text("utf-8"))
@@ -1778,8 +1769,7 @@ def settings_of(given: dict[str, Any]) -> Config:
         same = given.get(key, value) == value
         require(same, f"{flag(key)} {given.get(key)}: --method {method} has {value}")
     model = given.get("model", "demo" if name == "demo" else "")
-    defaults = DEMO if name == "demo" else {}
-    defaults = defaults | (DEMO_STUDENT if model == "demo" else {})
+    defaults = (DEMO if name == "demo" else {}) | (DEMO_STUDENT if model == "demo" else {})
     models = ("demo", "t5-small", "t5-base")
     for path in ("task", "prompt", "model", "negative_model", "discriminator_model"):
         if given.get(path) and given[path] not in (*fetch_data.TASKS, *models):

@@ -1041,18 +1041,14 @@ def connect_teacher(config: Config) -> Teacher | None:
         require(known, f"no teacher for {config.task}: name --teacher URL, or set OPENAI_API_KEY")
         say(PALM)
     elif RANK == 0 and not config.teacher_model:
-        config.teacher_model = model_of(teacher)
+        status, answer, said, _ = teacher.request("/models")
+        with contextlib.suppress(TypeError, KeyError, IndexError):
+            config.teacher_model = str(answer["data"][0]["id"])  # the first that it lists
+        cause = NO_ANSWER if status == 200 else status  # a page of some other server
+        if not config.teacher_model:
+            raise teacher.failure(cause, f"{said} from /models; or name a --teacher-model")
     config.teacher_model = gather([config.teacher_model])[0]
     return teacher
-
-
-def model_of(teacher: Teacher) -> str:
-    """The first model that a server lists. Raises InputError."""
-    status, answer, said, _ = teacher.request("/models")
-    with contextlib.suppress(TypeError, KeyError, IndexError):
-        return str(answer["data"][0]["id"])
-    cause = NO_ANSWER if status == 200 else status  # some other server's page
-    raise teacher.failure(cause, f"{said} from /models; or name a --teacher-model")
 
 
 def prompts_of(task: Task, examples: list[Example], config: Config) -> list[list[dict]]:
@@ -1062,22 +1058,26 @@ def prompts_of(task: Task, examples: list[Example], config: Config) -> list[list
     return [fetch_data.messages(task, example.input, own) for example in examples]
 
 
-def teacher_samples(teacher: Teacher | None, task: Task, examples: list, ask=False) -> list:
-    """Every example's list of K slots. ask: rank 0 asks for those that are not on disk."""
+def votes_of(config: Config, task: Task, examples: list[Example], ask=False) -> list[Vote]:
+    """Every example's K samples after the vote. ask: rank 0 asks for those that are not on disk.
+    Raises InputError."""
+    teacher = connect_teacher(config)
     if teacher is None:
-        return [[] for _ in examples]
-    if teacher.url == "palm":
+        rows: list[list[Slot]] = [[] for _ in examples]
+    elif teacher.url == "palm":
         kept = read_cache(fetch_data.palm_samples(task.name), "question")
-        return [[kept.get(example.input, {}).get(0)] for example in examples]
-    prompts = prompts_of(task, examples, teacher.config)
-    names = [teacher.sample_id(messages) for messages in prompts]
-    model = re.sub(r"[^A-Za-z0-9.-]+", "_", teacher.config.teacher_model)[:80]
-    teacher.cache = task.folder / f"teacher-{model}.jsonl"
-    if ask and RANK == 0:
-        ask_teacher(teacher, dict(zip(names, prompts)))
-    gather([])  # the other ranks wait for the samples
-    kept = read_cache(teacher.cache)
-    return [[kept.get(name, {}).get(k) for k in range(teacher.config.samples)] for name in names]
+        rows = [[kept.get(example.input, {}).get(0)] for example in examples]
+    else:
+        prompts = prompts_of(task, examples, config)
+        names = [teacher.sample_id(messages) for messages in prompts]
+        model = re.sub(r"[^A-Za-z0-9.-]+", "_", config.teacher_model)[:80]
+        teacher.cache = task.folder / f"teacher-{model}.jsonl"
+        if ask and RANK == 0:
+            ask_teacher(teacher, dict(zip(names, prompts)))
+        gather([])  # the other ranks wait for the samples
+        kept = read_cache(teacher.cache)
+        rows = [[kept.get(name, {}).get(k) for k in range(config.samples)] for name in names]
+    return [vote_on(task, e.input, row) for e, row in zip(examples, track("  vote", rows))]
 
 
 def ask_teacher(teacher: Teacher, prompts: dict[str, list[dict]]) -> None:
@@ -1270,12 +1270,6 @@ def discriminator_of(student: Student, config: Config) -> Discriminator | None:
     require(same, f"--discriminator-model {folder}: its spiece.model is not the student's")
     encoder = load_model(folder, student.vocab, student.tokenizer).encoder_only()
     return Discriminator(student, encoder)
-
-
-def votes_of(config: Config, task: Task, examples: list[Example], ask=False) -> list[Vote]:
-    """Every example's samples after the vote. ask: for those that are not on disk. InputError."""
-    rows = teacher_samples(connect_teacher(config), task, examples, ask)
-    return [vote_on(task, e.input, row) for e, row in zip(examples, track("  vote", rows))]
 
 
 def prepare(config: Config, task: Task, folder: Path) -> Run | None:
@@ -1762,8 +1756,8 @@ def load_task(config: Config) -> Task:
     return task
 
 
-def settings_of(given: dict[str, Any]) -> Config:
-    """The flags over the defaults of their task and student. Raises InputError."""
+def start(given: dict[str, Any], show_prompt: bool) -> None:
+    """A new run, of flags over the defaults of their task, student and method. InputError."""
     method, name = given.get("method", Config.method), given.get("task", Config.task)
     for key, value in METHODS.get(method, {}).items():
         same = given.get(key, value) == value
@@ -1777,29 +1771,23 @@ def settings_of(given: dict[str, Any]) -> Config:
     config = resolve(Config(**defaults | given))
     for model in {config.model, config.negative_model, config.discriminator_model} - {"", *models}:
         student_folder(model)  # what is missing is said before anything is fetched
-    return config
-
-
-def start(given: dict[str, Any], show_prompt: bool) -> None:
-    """A new run. Raises InputError."""
-    config = settings_of(given)
     if show_prompt:
         task = load_task(config)
         for message in prompts_of(task, task.train[:1], config)[0]:
             say(f"[{message['role']}]\n{message['content']}")
-        count = f"{len(task.train)} training questions, {config.samples} samples each"
-        return say(f"{count}, of {config.teacher_tokens} tokens at most")
-    if config.stage == "teacher":
+        say(f"{len(task.train)} training questions, {config.samples} samples each")
+    elif config.stage == "teacher":
         prepare(config, load_task(config), Path())
-        return say("the teacher is done; without --stage teacher its samples are trained on")
-    folder, held = claim(config)
-    with held:
-        task = load_task(config)
-        if config.task not in fetch_data.TASKS and "steps" not in given:
-            passes = 20 * math.ceil(len(task.train) / config.batch)
-            config.steps = max(200, min(10_000, passes))
-            write_config(folder, resolve(config))
-        train(prepare(config, task, folder))
+        say("the teacher is done; without --stage teacher its samples are trained on")
+    else:
+        folder, held = claim(config)
+        with held:
+            task = load_task(config)
+            if config.task not in fetch_data.TASKS and "steps" not in given:
+                passes = 20 * math.ceil(len(task.train) / config.batch)
+                config.steps = max(200, min(10_000, passes))
+                write_config(folder, resolve(config))
+            train(prepare(config, task, folder))
 
 
 def read_config(folder: Path, changes: dict[str, Any]) -> Config:

@@ -1779,8 +1779,7 @@ def ask_sums(url: str, count: int = 4, **changes) -> tuple[list, str]:
     slots = []
 
     def ask() -> None:
-        teacher = qcrd.connect_teacher(config)
-        slots.extend(qcrd.teacher_samples(teacher, NUMBERS, examples, ask=True))
+        slots.extend(vote.slots for vote in qcrd.votes_of(config, NUMBERS, examples, ask=True))
 
     with patch("qcrd.BACKOFF", 0.002):
         return slots, outcome(ask)

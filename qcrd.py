@@ -1233,8 +1233,8 @@ def load_data(run: Run, task: Task, votes: list[Vote]) -> None:
     """Questions with their sets as token ids; says what they lose on the way in. votes: of the
     training questions, then of as many validation questions as were asked."""
     config, run.task = run.config, task
-    places = [("train", i, example) for i, example in enumerate(task.train)]
-    places += [("valid", i, example) for i, example in enumerate(task.valid)]
+    splits = ("train", "valid")
+    places = [(s, i, example) for s in splits for i, example in enumerate(getattr(task, s))]
     none = vote_on(task, "", [])
     tested = {example.input for example in task.test}
     lost: collections.Counter[str] = collections.Counter()
@@ -1246,7 +1246,7 @@ def load_data(run: Run, task: Task, votes: list[Vote]) -> None:
                 continue  # nothing to learn from
             example = Example(example.input, answer)
         q = run.student.question(example, f"{split} {i}", S_pos, minority)
-        (run.train if split == "train" else run.valid).append(q)
+        getattr(run, split).append(q)
         digest.update(repr([q.x, q.target, q.S_pos, q.minority]).encode())
         longest = max(map(len, q.S_pos + q.minority), default=0)
         lost["have inputs that reach --input-tokens"] += len(q.x) >= config.input_tokens
@@ -1593,13 +1593,12 @@ def audit(folder: Path, config: Config, count: int, as_json: bool) -> None:
     there = (folder / "checkpoint.pt").exists()
     require(there, f"{folder}: no iteration is finished, there is nothing to audit yet")
     with contextlib.redirect_stdout(sys.stderr):
-        task = load_task(config)
-        run = prepare(config, task, folder)
+        run = prepare(config, load_task(config), folder)
         t = run.iteration + 1
         order = order_of(config, len(run.train), t)
         questions = [run.train[i] for i in order[:count]]
         add_past_negatives(run, t, questions_of(run, order))
-        votes = votes_of(config, task, [q.example for q in questions])
+        votes = votes_of(config, run.task, [q.example for q in questions])
         items = [audit_question(run, q, vote, t) for q, vote in zip(questions, votes)]
     if as_json:
         return print(json.dumps(items, indent=1))

@@ -1305,9 +1305,6 @@ def parts_of(run: Run) -> dict[str, Any]:
     }
 
 
-SAVED = ("lines", "step", "L_D", "digest")
-
-
 def save(run: Run) -> None:
     """What an iteration leaves on disk: its snapshot, then checkpoint.pt, which names it; a crash
     before that costs the iteration. No random state: every draw is seeded by what it is for."""
@@ -1318,7 +1315,7 @@ def save(run: Run) -> None:
     t5.write_pt(folder / f"snapshots/{t}.pt", weights)
     fetch_data.write_lines(folder / "metrics.jsonl", run.lines)
     state = {name: part.state_dict() for name, part in parts_of(run).items()}
-    t5.write_pt(folder / "checkpoint.pt", state | {name: getattr(run, name) for name in SAVED})
+    t5.write_pt(folder / "checkpoint.pt", state | {"lines": run.lines, "digest": run.digest})
     needed = {t, selected(run.lines)["iteration"]}
     if config.negative_source == "snapshot":
         needed |= set(range(max(1, t + 1 - config.lag), t))  # those of iterations t + 1, t + 2, …
@@ -1329,12 +1326,13 @@ def save(run: Run) -> None:
 
 def restore(run: Run) -> None:
     """Reads checkpoint.pt and its snapshot. Raises InputError where the data are others now."""
-    path = run.folder / "checkpoint.pt"
+    config, path = run.config, run.folder / "checkpoint.pt"
     state = t5.read_pt(path)
     with t5.reading(path, "no checkpoint of this run: {}"):
         same = state["digest"] == run.digest
-        for name in SAVED:
-            setattr(run, name, state[name])
+        run.lines = state["lines"]
+        run.step = run.iteration * config.steps // config.iterations
+        run.L_D = run.lines[-1]["L_D"]
         for name, part in parts_of(run).items():
             part.load_state_dict(state[name])
         load_weights(run, run.iteration)

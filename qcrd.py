@@ -946,7 +946,8 @@ class Teacher:
             kept = self.keep(name, slots, answer) if status == 200 else 0
             slots = slots[kept:]
             if kept:
-                self.choices, repetition = choices, 0  # one by one, where that was what helped
+                self.choices = choices  # one by one, where that was what helped
+                repetition = 0
             elif status in (400, 422) and choices > 1:
                 choices = 1
             elif repetition < TROUBLE.get(status, (0, ""))[0] and wait <= PATIENCE:
@@ -1023,12 +1024,14 @@ def connect_teacher(config: Config) -> Teacher | None:
     where no sample is needed; config gets its address and model. Raises InputError."""
     if config.method == "finetune" and config.labels == "gold" and config.stage != "teacher":
         return None
-    api_key, url = os.environ.get("OPENAI_API_KEY", "").strip(), config.teacher
-    if config.task == "demo" and not url:
-        api_key, url = "", fetch_data.demo_teacher()[0]
+    api_key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if config.task == "demo" and not config.teacher:
+        api_key = ""
+        url = fetch_data.demo_teacher()[0]
     else:
         default = "https://api.openai.com/v1" if api_key else "palm"
-        url = config.teacher = url or os.environ.get("OPENAI_BASE_URL") or default
+        url = config.teacher or os.environ.get("OPENAI_BASE_URL") or default
+        config.teacher = url
     wanted = "must be palm or a URL like http://localhost:11434/v1; a key goes into OPENAI_API_KEY"
     require(re.fullmatch(r"palm|https?://[^@?#\s]+", url), f"--teacher: {wanted}")
     good = api_key.isascii() and api_key.isprintable()
@@ -1232,7 +1235,8 @@ def write_config(folder: Path, config: Config) -> None:
 def load_data(run: Run, task: Task, votes: list[Vote]) -> None:
     """Questions with their sets as token ids; says what they lose on the way in. votes: of the
     training questions, then of as many validation questions as were asked."""
-    config, run.task = run.config, task
+    config = run.config
+    run.task = task
     splits = ("train", "valid")
     places = [(s, i, example) for s in splits for i, example in enumerate(getattr(task, s))]
     none = vote_on(task, "", [])

@@ -1210,21 +1210,18 @@ def claim(config: Config) -> tuple[Path, contextlib.AbstractContextManager]:
         return gather([None])[0], contextlib.nullcontext()  # rank 0 claims for all
     begun = {"config.json", "task.json", "metrics.jsonl", "snapshots", "lock"}
     name = f"runs/{Path(config.task).name}-{config.method}-{config.seed}"
+    passed_over = () if config.run else (InputError,)
     for number in itertools.count(1):
         folder = Path(config.run or (name if number == 1 else f"{name}-{number}"))
-        try:
+        with contextlib.suppress(*passed_over):
             names = {path.name for path in folder.glob("*") if path.suffix != ".tmp"}
             free = names <= begun and not folder.is_file()
             require(free, f"--run {folder}: exists; name another, or --resume {folder}")
             if names - {"lock"}:
                 read_config(folder, {})  # refuses a folder that is not a run's
             held = hold(folder)
-        except InputError:
-            if config.run:
-                raise
-            continue
-        write_config(folder, config)
-        return gather([folder])[0], held
+            write_config(folder, config)
+            return gather([folder])[0], held
 
 
 def write_config(folder: Path, config: Config) -> None:
@@ -1304,9 +1301,8 @@ def load_weights(run: Run, t: int) -> None:
 
 def parts_of(run: Run) -> dict[str, Any]:
     """The optimizers and scalers: beside the weights, which are in the last snapshot."""
-    return {
-        name: part for name, part in vars(run).items() if name.endswith(("optimizer", "scaler"))
-    }
+    kinds = ("optimizer", "scaler")
+    return {name: part for name, part in vars(run).items() if name.endswith(kinds)}
 
 
 def save(run: Run) -> None:
@@ -1527,8 +1523,9 @@ def test(run: Run) -> None:
 def result_text(folder: Path, result: dict[str, Any]) -> str:
     """What result.json says, and what can be done with the run."""
     n, t = result["questions"], result["best_iteration"]
-    lines = [f"test, {n} questions; student of iteration {t}, the latest within a"]
-    lines.append("standard error of the best labels on validation")
+    lines = [
+        f"test, {n} questions; student of iteration {t}, the latest near the best on validation"
+    ]
     for name in accuracies([]):
         if result[name] is not None:
             last = f"last student {result[f'{name}_last']:.1%}"

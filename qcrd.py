@@ -1523,9 +1523,7 @@ def test(run: Run) -> None:
 def result_text(folder: Path, result: dict[str, Any]) -> str:
     """What result.json says, and what can be done with the run."""
     n, t = result["questions"], result["best_iteration"]
-    lines = [
-        f"test, {n} questions; student of iteration {t}, the latest near the best on validation"
-    ]
+    lines = [f"test, {n} questions; student of iteration {t}, selected on validation"]
     for name in accuracies([]):
         if result[name] is not None:
             last = f"last student {result[f'{name}_last']:.1%}"

@@ -1197,9 +1197,7 @@ def student_folder(model: str) -> Path:
 
 
 def hold(folder: Path) -> contextlib.AbstractContextManager:
-    """Keeps other processes out of a run's folder; rank 0 does so for all. Raises InputError."""
-    if RANK > 0:
-        return contextlib.nullcontext()
+    """Keeps other processes out of a run's folder. Raises InputError."""
     return t5.lock(folder / "lock", f"{folder}: another process has it")
 
 
@@ -1817,7 +1815,7 @@ def reopen(command: str, words: list[str], changes: dict[str, Any], as_json: boo
             text = result_text(folder, json.loads(result.read_text("utf-8")))
         say(text)
     else:
-        with hold(folder):
+        with hold(folder) if RANK == 0 else contextlib.nullcontext():  # rank 0 does so for all
             train(prepare(config, load_task(config), folder))
 
 

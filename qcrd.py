@@ -969,7 +969,7 @@ class Teacher:
                 file.write("".join(lines).encode())
                 self.filled += len(lines)
                 self.progress.update(self.filled)
-                self.tolerance = 5
+                self.tolerance = 5  # more than before the first answer
         return len(lines)
 
     def refuse(self, status: int, said: str, body: dict) -> None:

@@ -41,7 +41,6 @@ import hashlib
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -50,7 +49,7 @@ import sys
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -800,22 +799,20 @@ def descend(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, lr: 
 # ================================= THE RUN =================================
 # ---------------------------------------------------------------------------- 8. Teacher client
 
-EMPTY_ANSWERS = 3  # answers without text that a question gets
 BACKOFF = 0.5  # seconds before the first repetition; doubled for each further one, up to 30
 REPETITIONS = 7  # of a request that the server is too busy for
 PATIENCE = 300  # seconds; a server that asks for a longer pause ends the run
 QUIET = 10  # seconds without an answer after which the user reads what is waited for
-BUSY = (408, 409, 429, 500, 502, 503, 504)
 TIMED_OUT, NO_ANSWER = -1, 0  # in place of a status
-REPEATED = {TIMED_OUT: 1, NO_ANSWER: 3} | dict.fromkeys(BUSY, REPETITIONS)
-HINTS = {
-    NO_ANSWER: "is the server running, and at this address?",
-    TIMED_OUT: "--teacher-timeout SECONDS waits longer",
-    200: "no text in its answers; a model that thinks first needs more --teacher-tokens",
-    404: "is --teacher-model right, and does --teacher end in /v1?",
+BUSY = (408, 409, 429, 500, 502, 503, 504)
+TROUBLE = {  # status -> how often a request is repeated, what the user can do
+    TIMED_OUT: (1, "--teacher-timeout SECONDS waits longer"),
+    NO_ANSWER: (3, "is the server running, and at this address?"),
+    200: (2, "no text in its answers; a model that thinks first needs more --teacher-tokens"),
+    404: (0, "is --teacher-model right, and does --teacher end in /v1?"),
 }
-HINTS |= dict.fromkeys((401, 403), "set OPENAI_API_KEY to a key that this server accepts")
-HINTS |= dict.fromkeys(BUSY, "run again later: what was answered is kept")
+TROUBLE |= dict.fromkeys((401, 403), (0, "set OPENAI_API_KEY to a key that this server accepts"))
+TROUBLE |= dict.fromkeys(BUSY, (REPETITIONS, "run again later: what was answered is kept"))
 PALM = """teacher: PaLM-540B's published rationales, ONE a question: not the paper's setting. Name
   --teacher http://localhost:11434/v1 (Ollama, vLLM, llama.cpp) or set OPENAI_API_KEY for that."""
 
@@ -827,28 +824,22 @@ class Teacher:
         self.url = url.rstrip("/")
         self.api_key = api_key
         self.config = config
-        self.model = config.teacher_model
         self.cache = Path()
         self.lock = threading.Lock()
         self.stopped = threading.Event()  # no further request; sleepers wake up
         self.choices = config.samples  # asked for in one request; 1 where a server refuses more
+        self.budget = config.teacher_budget or math.inf  # requests
         self.requests = 0
-        self.filled = 0
+        self.filled = 0  # slots
         self.refusals: collections.Counter[str] = collections.Counter()  # the server's words
-        self.refused_in_a_row = 0
-        self.questions = 1  # asked for, or answered before
-        self.known = False  # some of them were answered before
+        self.tolerance = 3.0  # refusals in a row that end the asking
+        self.progress = t5.Progress("  teacher", 0)
         self.trouble = ""  # what is waited for
-        self.last_words = ""  # of a server that was busy
-        try:
-            self.fields = dict(**json.loads(config.teacher_fields or "{}"))
-            json.dumps(self.fields, allow_nan=False)
-        except (ValueError, TypeError, RecursionError):
-            raise InputError("""--teacher-fields: no JSON object like '{"seed": null}'""") from None
-        try:
-            self.session = fetch_data.anonymous_session(self.url)
-        except ValueError as error:
-            raise InputError(f"--teacher {url}: {error}") from None
+        with t5.reading("--teacher-fields", """no JSON object like '{"seed": null}'"""):
+            fields = json.loads(config.teacher_fields or "{}", parse_constant=int)  # no NaN
+            self.fields = dict(**fields)
+        with t5.reading(f"--teacher {url}", "{}"):
+            self.session = fetch_data.anonymous_session(url)
         if api_key:
             self.session.headers["Authorization"] = f"Bearer {api_key}"
         adapter = requests.adapters.HTTPAdapter(pool_maxsize=config.concurrency)
@@ -857,141 +848,115 @@ class Teacher:
     def sample_id(self, messages: list[dict]) -> str:
         """What decides a sample beside its slot: messages, model, settings."""
         config = self.config
-        settings = [self.model, config.teacher_temperature, config.teacher_tokens, self.fields]
-        return hashlib.sha256(json.dumps([messages, settings]).encode()).hexdigest()[:32]
+        settings = [config.teacher_model, config.teacher_temperature, config.teacher_tokens]
+        text = json.dumps([messages, [*settings, self.fields]])
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
 
-    def request(self, path: str, body: dict | None = None) -> tuple[int, Any, float]:
-        """GET, or POST a body -> status, JSON or text, seconds that the server asks to wait."""
-        limits = (10, self.config.teacher_timeout)
-        method = "POST" if body else "GET"
+    def request(self, path: str, body: dict | None = None) -> tuple[int, Any, str, float]:
+        """GET, or POST a body -> status, JSON or text, the same in words, seconds to wait."""
+        how = {"timeout": (10, self.config.teacher_timeout), "allow_redirects": False}
+        verb = "POST" if body else "GET"
         try:
-            reply = self.session.request(
-                method, self.url + path, json=body, timeout=limits, allow_redirects=False
-            )
+            reply = self.session.request(verb, self.url + path, json=body, **how)
         except (requests.RequestException, ValueError) as error:  # ValueError: a broken header
-            if isinstance(error, requests.ReadTimeout) or "Read timed out" in str(error):
-                return TIMED_OUT, f"no answer in {self.config.teacher_timeout:g} s", 0
-            return NO_ANSWER, type(error).__name__, 0
-        wait = reply.headers.get("Retry-After", "")
+            if "Read timed out" in str(error):
+                return TIMED_OUT, None, f"no answer in {self.config.teacher_timeout:g} s", 0
+            return NO_ANSWER, None, type(error).__name__, 0
         try:
             answer = reply.json()
         except (ValueError, RecursionError):
             answer = reply.text
-        return reply.status_code, answer, float(wait) if wait.isdecimal() else 0
-
-    def may_ask(self) -> bool:
-        """Counts a request, repetitions too; False where no further one may go out."""
-        with self.lock:
-            spent = self.config.teacher_budget and self.requests >= self.config.teacher_budget
-            if spent or self.stopped.is_set():
-                return False
-            self.requests += 1
-            return True
-
-    def post(self, body: dict) -> tuple[int, Any] | None:
-        """POST, repeated while the server is busy or drops the line, once after a time-out; None
-        where no further request may go out."""
-        for repetition in itertools.count():
-            if not self.may_ask():
-                return None
-            status, answer, wait = self.request("/chat/completions", body)
-            self.trouble = ""
-            if repetition >= REPEATED.get(status, 0):
-                return status, answer
-            if wait > PATIENCE:
-                raise self.failure(status, f"{self.words(answer)} (wait {wait:.0f} s)")
-            pause = wait or min(BACKOFF * 2**repetition, 30) * random.uniform(0.5, 1.5)
-            self.last_words = f"status {status}, {self.words(answer)}"
-            self.trouble = f"{self.last_words}, again in {pause:.0f} s"
-            self.stopped.wait(pause)
-
-    def words(self, answer: Any) -> str:
-        """What the server said, on one line, without the key."""
+        wait = reply.headers.get("Retry-After", "")
+        wait = float(wait) if wait.isdecimal() else 0
+        words = answer
         with contextlib.suppress(TypeError, KeyError):
-            answer = answer["error"]
-            answer = answer["message"]
-        text = answer if isinstance(answer, str) else json.dumps(answer)
-        text = re.sub(r"<[^>]*>", " ", text[:20_000])
-        return fetch_data.fold(text).replace(self.api_key or "\0", "***")[:200]
+            words = answer["error"]
+            words = words["message"]
+        words = words if isinstance(words, str) else json.dumps(words)
+        words = fetch_data.fold(re.sub(r"<[^>]*>", " ", words[:20_000]))
+        words = words.replace(self.api_key or "\0", "***")[:200]
+        said = f"status {reply.status_code}, {words}" + (f" (wait {wait:.0f} s)" if wait else "")
+        return reply.status_code, answer, said, wait
 
-    def failure(self, status: int, answer: Any, body: dict | None = None) -> InputError:
-        """Why this server cannot be used, and what to do where that is known: one line."""
-        self.stopped.set()
-        said, hint = self.words(answer), HINTS.get(status, "")
-        optional = set(body or {}) - {"model", "messages", "n"}
-        named = [name for name in optional if re.search(rf"\b{re.escape(name)}\b", said)]
-        if status in (400, 422) and named:
-            hint = f"""--teacher-fields '{{"{named[0]}": null}}' leaves that field out"""
-        shown = f"status {status}, " if status > 0 else ""
-        return InputError(f"teacher {self.url}: {shown}{said}" + (f"; {hint}" if hint else ""))
-
-    def fill(self, job: tuple[list[dict], list[int]]) -> None:
-        """Asks until a question's slots are full. Raises InputError for what would meet every
-        question; one that alone is refused is left out and counted."""
-        messages, slots = job
-        config, sample_id, empty = self.config, self.sample_id(messages), 0
-        choices = self.choices
+    def fill(self, job: tuple[str, list[dict], list[int]]) -> None:
+        """Asks until a question's slots are full: again where the server is busy, drops the line or
+        writes no text; one by one where it refuses n. Raises InputError."""
+        name, messages, slots = job
+        config, choices, repetition = self.config, self.choices, 0
         while slots:
-            body = {"model": self.model, "messages": messages, "n": min(choices, len(slots))}
+            with self.lock:
+                if self.stopped.is_set() or self.requests == self.budget:
+                    return
+                self.requests += 1
+            body = {"model": config.teacher_model, "messages": messages}
+            body["n"] = min(choices, len(slots))
             body["temperature"] = config.teacher_temperature
             body["max_tokens"] = config.teacher_tokens
-            body["seed"] = derive_seed(sample_id) % 2**30 + slots[0]
+            body["seed"] = derive_seed(name) % 2**30 + slots[0]
             body = {k: v for k, v in (body | self.fields).items() if v is not None}
-            reply = self.post(body)
-            if reply is None:
-                return
-            status, answer = reply
-            kept = self.keep(sample_id, slots, answer) if status == 200 else 0
+            status, answer, said, wait = self.request("/chat/completions", body)
+            self.trouble = ""
+            kept = self.keep(name, slots, answer) if status == 200 else 0
             slots = slots[kept:]
             if kept:
                 self.choices = choices  # one by one, where that was what helped
+                repetition = 0
             elif status in (400, 422) and choices > 1:
                 choices = 1
-            elif status == 200 and empty < EMPTY_ANSWERS - 1:
-                empty += 1
-                self.stopped.wait(BACKOFF * random.uniform(0.5, 1.5))
-            elif status in (200, 400, 413, 422):
-                return self.refuse(status, answer, body)
+            elif repetition < TROUBLE.get(status, (0, ""))[0] and wait <= PATIENCE:
+                pause = wait or min(BACKOFF * 2**repetition, 30) * random.uniform(0.5, 1.5)
+                self.trouble = f"{said}, again in {pause:.0f} s"
+                self.stopped.wait(pause)
+                repetition += 1
             else:
-                raise self.failure(status, answer, body)
+                return self.refuse(status, said, body)
 
-    def refuse(self, status: int, answer: Any, body: dict) -> None:
-        """Leaves a question out; several in a row end the asking. Raises InputError."""
-        with self.lock:
-            self.refusals[f"status {status}, {self.words(answer)}"] += 1
-            self.refused_in_a_row += 1
-            allowed = max(5, self.questions // 10)
-            if not self.filled:  # those refused in an earlier run are asked for again, in a row
-                allowed = math.inf if self.known else 3
-            too_many = self.refused_in_a_row >= allowed
-        if too_many:
-            raise self.failure(status, answer, body)
-
-    def keep(self, sample_id: str, slots: list[int], answer: Any) -> int:
+    def keep(self, name: str, slots: list[int], answer: Any) -> int:
         """Fills the lowest slots with the choices that hold text, in one write -> how many."""
         lines = []
-        for text, finish in texts_of(answer)[: len(slots)]:
-            sample = {"key": sample_id, "slot": slots[len(lines)], "text": text[:200_000]}
-            lines.append(json.dumps(sample | {"finish": finish}) + "\n")
+        for slot, (text, finish) in zip(slots, texts_of(answer)):
+            sample = {"key": name, "slot": slot, "text": text[:200_000], "finish": finish}
+            lines.append(json.dumps(sample) + "\n")
         if lines:
             with self.lock, open(self.cache, "ab", buffering=0) as file:
                 file.write("".join(lines).encode())
                 self.filled += len(lines)
-                self.refused_in_a_row = 0
+                self.progress.update(self.filled)
+                self.tolerance = 5  # more than before the first answer
         return len(lines)
+
+    def refuse(self, status: int, said: str, body: dict) -> None:
+        """Leaves a question out that alone is refused. Raises InputError for what would meet every
+        question."""
+        if status in (200, 400, 413, 422):
+            with self.lock:
+                self.refusals[said] += 1
+                self.tolerance -= 1
+                if self.tolerance > 0:
+                    return
+        optional = [name for name in body if name not in ("model", "messages", "n")]
+        named = [name for name in optional if re.search(rf"\b{re.escape(name)}\b", said)]
+        if status in (400, 422) and named:
+            said += f"""; --teacher-fields '{{"{named[0]}": null}}' leaves that field out"""
+        raise self.failure(status, said)
+
+    def failure(self, status: int, said: str) -> InputError:
+        """Why this server cannot be used, and what to do where that is known: one line."""
+        self.stopped.set()
+        hint = f"; {TROUBLE[status][1]}" if status in TROUBLE else ""
+        return InputError(f"teacher {self.url}: {said}{hint}")
 
 
 def texts_of(answer: Any) -> list[tuple[str, str]]:
     """Text and finish_reason of each choice that holds text, wherever the API puts it."""
     found = []
-    choices = answer.get("choices") if isinstance(answer, dict) else None
-    for choice in choices if isinstance(choices, list) else []:
-        with contextlib.suppress(TypeError, KeyError, AttributeError):  # not what the API promises
+    with contextlib.suppress(TypeError, KeyError, AttributeError):  # not what the API promises
+        for choice in answer["choices"]:
             content = choice["message"]["content"] if "message" in choice else choice["text"]
             if isinstance(content, list):  # parts
-                parts = [part.get("text") for part in content if isinstance(part, dict)]
-                content = "".join(part for part in parts if isinstance(part, str))
-            if content.strip():
+                texts = [part.get("text") for part in content if isinstance(part, dict)]
+                content = "".join(text for text in texts if isinstance(text, str))
+            if content and content.strip():
                 found.append((content, str(choice.get("finish_reason"))))
     return found
 
@@ -1007,19 +972,18 @@ def read_cache(path: Path, named_by: str = "key") -> dict[str, dict[int, Slot]]:
     return found
 
 
-def connect_teacher(config: Config, ask: bool) -> Teacher | None:
+def connect_teacher(config: Config) -> Teacher | None:
     """The teacher that flags or environment name (the URL palm: PaLM's published rationales), None
-    where no sample is needed. ask: it will be asked, so reach it now. Raises InputError."""
+    where no sample is needed; config gets its address and model. Raises InputError."""
     if config.method == "finetune" and config.labels == "gold" and config.stage != "teacher":
         return None
-    ask = ask and RANK == 0
     api_key = os.environ.get("OPENAI_API_KEY", "").strip()
-    default = "https://api.openai.com/v1" if api_key else "palm"
-    url = config.teacher or os.environ.get("OPENAI_BASE_URL") or default
     if config.task == "demo" and not config.teacher:
-        url = fetch_data.demo_teacher()[0] if ask else "http://127.0.0.1"
         api_key = ""
+        url = fetch_data.demo_teacher()[0]
     else:
+        default = "https://api.openai.com/v1" if api_key else "palm"
+        url = config.teacher or os.environ.get("OPENAI_BASE_URL") or default
         config.teacher = url
     wanted = "must be palm or a URL like http://localhost:11434/v1; a key goes into OPENAI_API_KEY"
     require(re.fullmatch(r"palm|https?://[^@?#\s]+", url), f"--teacher: {wanted}")
@@ -1032,155 +996,124 @@ def connect_teacher(config: Config, ask: bool) -> Teacher | None:
         known = config.task in fetch_data.TASKS[1:]
         require(known, f"no teacher for {config.task}: name --teacher URL, or set OPENAI_API_KEY")
         say(PALM)
-    elif ask:
-        teacher.model = teacher.model or model_of(teacher)
-    teacher.model = config.teacher_model = gather([teacher.model])[0]
+    elif RANK == 0 and not config.teacher_model:
+        status, answer, said, _ = teacher.request("/models")
+        with contextlib.suppress(TypeError, KeyError, IndexError):
+            config.teacher_model = str(answer["data"][0]["id"])  # the first that it lists
+        cause = NO_ANSWER if status == 200 else status  # a page of some other server
+        if not config.teacher_model:
+            raise teacher.failure(cause, f"{said} from /models; or name a --teacher-model")
+    config.teacher_model = gather([config.teacher_model])[0]
     return teacher
-
-
-def model_of(teacher: Teacher) -> str:
-    """The first model that a server lists. Raises InputError."""
-    with ThreadPool(1) as pool:
-        call = pool.apply_async(teacher.request, ("/models",))
-        status, answer, _ = wait_for(call.get, teacher)
-    with contextlib.suppress(TypeError, KeyError, IndexError):
-        name = answer["data"][0]["id"]
-        if status == 200 and isinstance(name, str) and name:
-            return name
-    if status in (NO_ANSWER, TIMED_OUT, 401, 403):
-        raise teacher.failure(status, answer)
-    found = f"status {status}, {teacher.words(answer)}"
-    raise InputError(f"teacher {teacher.url}/models: {found}; or name a --teacher-model")
-
-
-def wait_for(result: Callable, teacher: Teacher) -> Any:
-    """What `result(timeout)` returns; after ten seconds the user reads what is waited for."""
-    start = time.monotonic()
-    shown = QUIET
-    while True:
-        try:
-            return result(0.2)
-        except multiprocessing.TimeoutError:
-            waited = time.monotonic() - start
-            if waited > shown:
-                shown = waited + QUIET
-                why = teacher.trouble or "no answer yet"
-                say(f"  waiting for {teacher.url} for {waited:.0f} s: {why}")
 
 
 def prompts_of(task: Task, examples: list[Example], config: Config) -> list[list[dict]]:
     """The messages that ask for each example, --prompt instead of our system message."""
-    own = ""
-    if config.prompt:
-        with t5.reading(config.prompt, "no text in UTF-8"):
-            own = Path(config.prompt).read_text("utf-8")
+    with t5.reading(config.prompt, "no text in UTF-8"):
+        own = Path(config.prompt).read_text("utf-8") if config.prompt else ""
     return [fetch_data.messages(task, example.input, own) for example in examples]
 
 
-def teacher_samples(teacher: Teacher | None, task: Task, examples: list, ask: bool) -> list:
-    """Every example's list of K slots. ask: rank 0 asks for those that are not on disk."""
+def votes_of(config: Config, task: Task, examples: list[Example], ask=False) -> list[Vote]:
+    """Every example's K samples after the vote. ask: rank 0 asks for those that are not on disk.
+    Raises InputError."""
+    teacher = connect_teacher(config)
     if teacher is None:
-        return [[] for _ in examples]
-    if teacher.url == "palm":
-        teacher.cache = fetch_data.palm_samples(task.name)
-        kept = read_cache(teacher.cache, "question")
-        return [[kept.get(example.input, {}).get(0)] for example in examples]
-    config = teacher.config
-    prompts = prompts_of(task, examples, config)
-    names = [teacher.sample_id(messages) for messages in prompts]
-    slots = range(1 if config.vote == "first" else config.samples)
-    model = re.sub(r"[^A-Za-z0-9.-]+", "_", teacher.model)[:80]
-    teacher.cache = task.folder / f"teacher-{model}.jsonl"
-    kept = None
-    if ask and RANK == 0:
-        kept = ask_teacher(teacher, dict(zip(names, prompts)), slots)
-    barrier()  # the other ranks wait for the samples
-    if kept is None:
+        rows: list[list[Slot]] = [[] for _ in examples]
+    elif teacher.url == "palm":
+        kept = read_cache(fetch_data.palm_samples(task.name), "question")
+        rows = [[kept.get(example.input, {}).get(0)] for example in examples]
+    else:
+        prompts = prompts_of(task, examples, config)
+        names = [teacher.sample_id(messages) for messages in prompts]
+        model = re.sub(r"[^A-Za-z0-9.-]+", "_", config.teacher_model)[:80]
+        teacher.cache = task.folder / f"teacher-{model}.jsonl"
+        if ask and RANK == 0:
+            ask_teacher(teacher, dict(zip(names, prompts)))
+        gather([])  # the other ranks wait for the samples
         kept = read_cache(teacher.cache)
-    return [[kept.get(name, {}).get(k) for k in slots] for name in names]
+        rows = [[kept.get(name, {}).get(k) for k in range(config.samples)] for name in names]
+    return [vote_on(task, e.input, row) for e, row in zip(examples, track("  vote", rows))]
 
 
-def ask_teacher(teacher: Teacher, prompts: dict[str, list[dict]], slots: Iterable[int]) -> dict:
-    """Fills the slots that the cache lacks, through `--concurrency` threads -> the cache's samples.
-    One process asks, the others wait and read. Raises InputError; whatever ends it, answers under
-    way are kept."""
+def ask_teacher(teacher: Teacher, prompts: dict[str, list[dict]]) -> None:
+    """Fills the slots that the cache lacks, through `--concurrency` threads. One process asks, the
+    others wait. Raises InputError; whatever ends it, answers under way are kept."""
     teacher.cache.parent.mkdir(parents=True, exist_ok=True)
     with t5.lock(f"{teacher.cache}.lock"):
         kept = read_cache(teacher.cache)
         jobs = []
         for name, messages in prompts.items():
-            missing = [k for k in slots if k not in kept.get(name, {})]
+            missing = [k for k in range(teacher.config.samples) if k not in kept.get(name, {})]
             if missing:
-                jobs.append((messages, missing))
+                jobs.append((name, messages, missing))
         if not jobs:
-            return kept
-        total = sum(len(missing) for _, missing in jobs)
-        characters = sum(len(part["content"]) for messages, _ in jobs for part in messages)
+            return
+        total = sum(len(missing) for _, _, missing in jobs)
+        characters = sum(len(part["content"]) for _, messages, _ in jobs for part in messages)
         tokens = (characters // 4 + 120 * total) // 1000
-        say(f"teacher: {teacher.model} at {teacher.url}\n  samples kept in {teacher.cache}")
+        say(f"teacher: {teacher.config.teacher_model} at {teacher.url}")
+        say(f"  samples kept in {teacher.cache}")
         say(f"  to ask for: {total} samples of {len(jobs)} questions, roughly {tokens:,} k tokens")
         with open(teacher.cache, "ab") as file:
             file.write(b"\n")  # ends a line that a crash tore
-        teacher.questions = len(prompts)
-        teacher.known = any(name in kept for name in prompts)
+        if any(name in kept for name in prompts):  # what was refused before is asked for in a row
+            teacher.tolerance = math.inf
         try:
             run_jobs(teacher, jobs, total)
         finally:
             say(f"  {teacher.filled} samples, {teacher.requests} requests")
             for said, count in teacher.refusals.items():
                 say(f"  {count} questions refused: {said}")
-    if teacher.config.teacher_budget and teacher.requests >= teacher.config.teacher_budget:
-        say(f"  --teacher-budget is spent {teacher.last_words}")
-        say("  ask for the rest before you train:")
-        say("  a run started now could not be resumed once there are more samples.")
-    most = sum(teacher.refusals.values()) > len(prompts) / 2
-    require(not most, f"teacher {teacher.url}: refused most questions, see above")
-    return read_cache(teacher.cache)
+            if teacher.requests == teacher.budget:
+                say("  --teacher-budget is spent; ask for the rest before you train, since a run")
+                say("  started now could not be resumed once there are more samples")
 
 
 def run_jobs(teacher: Teacher, jobs: list, total: int) -> None:
     """Whoever stops, by an error or by Ctrl-C, waits for the answers under way."""
-    progress = t5.Progress("  teacher", total)
-    with ThreadPool(min(teacher.config.concurrency, len(jobs))) as pool:
-        results = pool.imap_unordered(teacher.fill, jobs)
+    teacher.progress = t5.Progress("  teacher", total)
+    with ThreadPool(teacher.config.concurrency) as pool:
+        result = pool.map_async(teacher.fill, jobs, chunksize=1)
         try:
-            for _ in jobs:
-                wait_for(results.next, teacher)
-                progress.update(teacher.filled)
-            progress.close()
-        except BaseException:
+            while not result.ready():
+                before = teacher.filled
+                result.wait(QUIET)
+                if teacher.filled == before and not result.ready():
+                    why = teacher.trouble or "no answer yet"
+                    say(f"  waiting for {teacher.url} for {QUIET:.0f} s: {why}")
+            result.get()  # raises what a thread raised
+        except KeyboardInterrupt:
             teacher.stopped.set()
-            with contextlib.suppress(OSError):  # nobody may read it
-                progress.close()
-                say("  stopping; answers under way are waited for (Ctrl-C ends the waiting)")
-            pool.close()
-            pool.join()
+            teacher.progress.close()
+            say("  stopping; answers under way are waited for (Ctrl-C ends the waiting)")
+            result.wait()
             raise
+        finally:
+            teacher.progress.close()
 
 
 def report_votes(task: Task, examples: list[Example], votes: list[Vote]) -> None:
     """Prints the vote's statistics, counted before repetitions are dropped but for "distinct", and
     warns of a teacher that cannot be read. Raises InputError where no question has a positive."""
     n = len(votes)
-    m = sum(len(vote.positives) for vote in votes)
-    k = sum(len(vote.negatives) for vote in votes)
-    unlike = sum(len(vote.rationales(vote.positives)) for vote in votes)
-    voted = sum(bool(vote.positives) for vote in votes)
-    alone = sum(bool(vote.positives) and not vote.negatives for vote in votes)
+    sizes = [[len(v.positives), len(v.negatives), len(v.rationales(v.positives))] for v in votes]
+    m, k, distinct = np.sum(sizes, axis=0)
+    voted = [vote for vote in votes if vote.positives]
+    alone = sum(not vote.negatives for vote in voted)
     gold = [fetch_data.answer_key(task.kind, example.label) for example in examples]
-    right = sum(vote.best is not None and vote.best == label for vote, label in zip(votes, gold))
+    right = sum(vote.best == label for vote, label in zip(votes, gold))
     pairs = [pair for vote in votes for pair in zip(vote.slots, vote.answers)]
     unread = [slot[0] for slot, answer in pairs if slot and answer is None]
-    counts = f"{unlike / n:.2f} distinct; {k / n:.2f} negatives"
+    counts = f"{distinct / n:.2f} distinct; {k / n:.2f} negatives"
     say(f"vote: {m / n:.2f} positives per question (paper: 3.87), {counts}")
     say(f"  {alone / n:.0%} of {n} questions with positives only (paper: more than half),")
     say(f"  majority right on {right / n:.1%}, {len(unread)} samples cannot be read")
-    asked = sum(any(vote.slots) for vote in votes)
-    if len(unread) > (m + k + len(unread)) / 3 or voted <= asked / 2:
+    if 2 * len(unread) > m + k:
         say("warning: the teacher does not keep to the format, or its samples are cut off: look at")
         say("  --show-prompt, try --prompt FILE or more --teacher-tokens. One of its samples:")
-        say(f"  {fetch_data.fold(unread[0])[:300]!r}" if unread else "  (there is none)")
-    if right < voted / 20:
+        say(f"  {fetch_data.fold(unread[0])[:300]!r}")
+    if right < len(voted) / 20:
         say("warning: the majority is hardly ever right; do --answer, labels and prompt fit?")
     require(voted, "no question has a positive rationale: there is nothing to distil")
 
@@ -1196,20 +1129,13 @@ def gather(items: list) -> list:
     return [item for part in parts for item in part]
 
 
-def barrier() -> None:
-    """Waits for all ranks."""
-    gather([])
-
-
 def all_reduce_gradients(model: nn.Module) -> None:
     """Adds up the ranks' gradients, whose losses are divided by the global batch already."""
     if WORLD > 1:
-        parameters = list(model.parameters())
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([grad.flatten() for grad in grads])
+        grads = [p.grad for p in model.parameters()]
+        flat = nn.utils.parameters_to_vector(grads)
         dist.all_reduce(flat)
-        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
-            p.grad = grad.view_as(p)
+        nn.utils.vector_to_parameters(flat, grads)
 
 
 def student_folder(model: str) -> Path:
@@ -1224,9 +1150,7 @@ def student_folder(model: str) -> Path:
 
 
 def hold(folder: Path) -> contextlib.AbstractContextManager:
-    """Keeps other processes out of a run's folder; rank 0 does so for all. Raises InputError."""
-    if RANK > 0:
-        return contextlib.nullcontext()
+    """Keeps other processes out of a run's folder. Raises InputError."""
     return t5.lock(folder / "lock", f"{folder}: another process has it")
 
 
@@ -1237,27 +1161,18 @@ def claim(config: Config) -> tuple[Path, contextlib.AbstractContextManager]:
         return gather([None])[0], contextlib.nullcontext()  # rank 0 claims for all
     begun = {"config.json", "task.json", "metrics.jsonl", "snapshots", "lock"}
     name = f"runs/{Path(config.task).name}-{config.method}-{config.seed}"
+    passed_over = () if config.run else (InputError,)
     for number in itertools.count(1):
         folder = Path(config.run or (name if number == 1 else f"{name}-{number}"))
-        try:
-            entries = set(folder.iterdir()) if folder.is_dir() else set()
-            names = {path.name for path in entries - temporaries(folder)}
+        with contextlib.suppress(*passed_over):
+            names = {path.name for path in folder.glob("*") if path.suffix != ".tmp"}
             free = names <= begun and not folder.is_file()
             require(free, f"--run {folder}: exists; name another, or --resume {folder}")
             if names - {"lock"}:
                 read_config(folder, {})  # refuses a folder that is not a run's
             held = hold(folder)
-        except InputError:
-            if config.run:
-                raise
-            continue
-        write_config(folder, config)
-        return gather([folder])[0], held
-
-
-def temporaries(folder: Path) -> set[Path]:
-    """What a killed process was writing."""
-    return {path for path in folder.rglob("*.tmp") if re.fullmatch(r".+\.\d+\.tmp", path.name)}
+            write_config(folder, config)
+            return gather([folder])[0], held
 
 
 def write_config(folder: Path, config: Config) -> None:
@@ -1266,53 +1181,36 @@ def write_config(folder: Path, config: Config) -> None:
 
 
 def load_data(run: Run, task: Task, votes: list[Vote]) -> None:
-    """Questions with their sets as token ids. votes: of the training questions, then of as many
-    validation questions as were asked."""
+    """Questions with their sets as token ids; says what they lose on the way in. votes: of the
+    training questions, then of as many validation questions as were asked."""
     config = run.config
     run.task = task
-    places = [("train", i, example) for i, example in enumerate(task.train)]
-    places += [("valid", i, example) for i, example in enumerate(task.valid)]
+    splits = ("train", "valid")
+    places = [(s, i, example) for s in splits for i, example in enumerate(getattr(task, s))]
+    none = vote_on(task, "", [])
+    tested = {example.input for example in task.test}
+    lost: collections.Counter[str] = collections.Counter()
     digest = hashlib.sha256(repr(task.test).encode())
-    for number, (split, i, example) in enumerate(places):
-        vote = votes[number] if number < len(votes) else vote_on(task, example.input, [])
+    for (split, i, example), vote in itertools.zip_longest(places, votes, fillvalue=none):
         S_pos, minority, answer = sets_of(vote, config.vote)
         if config.labels == "teacher" and split == "train":
             if answer is None:
                 continue  # nothing to learn from
             example = Example(example.input, answer)
         q = run.student.question(example, f"{split} {i}", S_pos, minority)
-        (run.train if split == "train" else run.valid).append(q)
+        getattr(run, split).append(q)
         digest.update(repr([q.x, q.target, q.S_pos, q.minority]).encode())
+        longest = max(map(len, q.S_pos + q.minority), default=0)
+        lost["have inputs that reach --input-tokens"] += len(q.x) >= config.input_tokens
+        if config.method != "single":
+            lost["have labels that reach --label-tokens"] += len(q.target) >= config.label_tokens
+        lost["have rationales that reach --rationale-tokens"] += longest >= config.rationale_tokens
+        lost["hold what the student's vocabulary lacks"] += t5.UNK in q.x or t5.UNK in q.target
+        lost["are test questions too"] += example.input in tested
     require(run.train, "no training question is left: the teacher answered none")
     run.digest = digest.hexdigest()
-
-
-def report_data(run: Run) -> None:
-    """What the data lose on the way in, an example each. What all questions lose is a warning, and
-    so are test questions among them."""
-    config, questions = run.config, run.train + run.valid
-    labels = collections.defaultdict(set)
-    for q in questions:
-        labels[q.example.input].add(q.example.label)
-    tested = {example.input for example in run.task.test}
-    long_label = math.inf if config.method == "single" else config.label_tokens
-    found = collections.defaultdict(list)
-    for q in questions:
-        lengths = [len(r) for r in q.S_pos + q.minority]
-        for what, lost in {
-            "reach --input-tokens": len(q.x) >= config.input_tokens,
-            "have labels that reach --label-tokens": len(q.target) >= long_label,
-            "have rationales that reach --rationale-tokens": config.rationale_tokens in lengths,
-            "hold what the student's vocabulary lacks": t5.UNK in q.x or t5.UNK in q.target,
-            "stand there with different labels": len(labels[q.example.input]) > 1,
-            "are test questions too": q.example.input in tested,
-        }.items():
-            if lost:
-                found[what].append(q.example.input)
-    for what, inputs in found.items():
-        wrong = what == "are test questions too" or len(inputs) == len(questions)
-        shown = f"{len(inputs)} of {len(questions)} questions {what}"
-        say(f"{'warning' if wrong else 'note'}: {shown}, as {fetch_data.fold(inputs[0])[:60]!r}")
+    for what, count in (+lost).items():
+        say(f"note: {count} of {len(places)} questions {what}")
 
 
 def discriminator_of(student: Student, config: Config) -> Discriminator | None:
@@ -1326,20 +1224,11 @@ def discriminator_of(student: Student, config: Config) -> Discriminator | None:
     return Discriminator(student, encoder)
 
 
-def votes_of(config: Config, task: Task, examples: list[Example], ask: bool) -> list[Vote]:
-    """Every example's samples after the vote. ask False: with the samples on disk. InputError."""
-    teacher = connect_teacher(config, ask)
-    rows = teacher_samples(teacher, task, examples, ask)
-    if teacher is not None:
-        some = any(slot for row in rows for slot in row)
-        require(some, f"{teacher.cache}: no sample of these questions and settings is there")
-    return [vote_on(task, e.input, row) for e, row in zip(examples, track("  vote", rows))]
-
-
-def prepare(config: Config, task: Task, folder: Path, ask: bool) -> Run | None:
-    """Everything before training. ask False: of a run that has begun. None: --stage teacher is
-    done. Raises InputError."""
+def prepare(config: Config, task: Task, folder: Path) -> Run | None:
+    """Everything before training. A run with a checkpoint goes on with the samples on disk. None:
+    --stage teacher is done. Raises InputError."""
     judged = task.valid[:JUDGED] if config.discriminator else []
+    ask = config.stage == "teacher" or not (folder / "checkpoint.pt").exists()
     votes = votes_of(config, task, task.train + judged, ask)
     if any(vote.slots for vote in votes):
         report_votes(task, task.train, votes[: len(task.train)])
@@ -1348,6 +1237,8 @@ def prepare(config: Config, task: Task, folder: Path, ask: bool) -> Run | None:
     student = Student(student_folder(config.model), config)
     run = Run(config, student, discriminator_of(student, config), folder)
     load_data(run, task, votes)
+    if not ask:
+        restore(run)
     return run
 
 
@@ -1360,14 +1251,9 @@ def load_weights(run: Run, t: int) -> None:
 
 
 def parts_of(run: Run) -> dict[str, Any]:
-    """What checkpoint.pt keeps beside the weights, which are in the last snapshot."""
-    parts = {"optimizer": run.optimizer, "scaler": run.scaler}
-    if run.discriminator is not None:
-        parts |= {"d_optimizer": run.d_optimizer, "d_scaler": run.d_scaler}
-    return parts
-
-
-SAVED = ("lines", "step", "L_D", "digest")
+    """The optimizers and scalers: beside the weights, which are in the last snapshot."""
+    kinds = ("optimizer", "scaler")
+    return {name: part for name, part in vars(run).items() if name.endswith(kinds)}
 
 
 def save(run: Run) -> None:
@@ -1380,7 +1266,7 @@ def save(run: Run) -> None:
     t5.write_pt(folder / f"snapshots/{t}.pt", weights)
     fetch_data.write_lines(folder / "metrics.jsonl", run.lines)
     state = {name: part.state_dict() for name, part in parts_of(run).items()}
-    t5.write_pt(folder / "checkpoint.pt", state | {name: getattr(run, name) for name in SAVED})
+    t5.write_pt(folder / "checkpoint.pt", state | {"lines": run.lines, "digest": run.digest})
     needed = {t, selected(run.lines)["iteration"]}
     if config.negative_source == "snapshot":
         needed |= set(range(max(1, t + 1 - config.lag), t))  # those of iterations t + 1, t + 2, …
@@ -1391,12 +1277,13 @@ def save(run: Run) -> None:
 
 def restore(run: Run) -> None:
     """Reads checkpoint.pt and its snapshot. Raises InputError where the data are others now."""
-    path = run.folder / "checkpoint.pt"
+    config, path = run.config, run.folder / "checkpoint.pt"
     state = t5.read_pt(path)
     with t5.reading(path, "no checkpoint of this run: {}"):
         same = state["digest"] == run.digest
-        for name in SAVED:
-            setattr(run, name, state[name])
+        run.lines = state["lines"]
+        run.step = run.iteration * config.steps // config.iterations
+        run.L_D = run.lines[-1]["L_D"]
         for name, part in parts_of(run).items():
             part.load_state_dict(state[name])
         load_weights(run, run.iteration)
@@ -1415,76 +1302,42 @@ def selected(lines: list[dict]) -> dict[str, Any]:
 
 def train(run: Run) -> None:
     """A whole run, new or resumed. Raises InputError."""
-    config, folder = run.config, run.folder
-    report_data(run)
-    if (folder / "checkpoint.pt").exists():
-        restore(run)
+    config, folder, student, D = run.config, run.folder, run.student, run.discriminator
+    iterations = config.iterations if config.steps else 0
     if RANK == 0:
-        for path in temporaries(folder):
+        for path in folder.rglob("*.[0-9]*.tmp"):  # what a killed process was writing
             path.unlink()
         write_config(folder, config)
         options = {"name": run.task.name, "kind": run.task.kind, "options": run.task.options}
         fetch_data.write_lines(folder / "task.json", [options])
-    size = sum(p.numel() for p in run.student.model.parameters()) / 1e6
+    size = sum(p.numel() for p in student.model.parameters()) / 1e6
     say(f"student: {config.model}, {size:.1f}M parameters, {config.precision} on {config.device}")
     say(f"  {len(run.train)} questions, {config.steps} steps in {config.iterations} iterations")
     say(f"run folder: {folder}" + (f", after iteration {run.iteration}" if run.lines else ""))
-    on_disk = 0.0
     try:
-        begin(run)
-        while config.steps and run.iteration < config.iterations:
-            start = time.perf_counter()
-            iterate(run, run.iteration + 1)
-            run.lines.append(metrics(run, run.iteration + 1, start))
-            say(table_row(run.lines[-1]))
-            written = time.perf_counter()
+        if not run.lines:
+            run.lines.append(metrics(run, 0, time.perf_counter()))
             if RANK == 0:
-                save(run)
-            on_disk += time.perf_counter() - written
-            barrier()  # the others wait for what rank 0 has written
-        test(run)
-        say(f"seconds that checkpoints took: {on_disk:.1f}")
-    except KeyboardInterrupt:
-        say(f"stopped; python qcrd.py --resume {folder} goes on after the last iteration on disk")
-        raise
-
-
-def begin(run: Run) -> None:
-    """What comes before the first iteration to do: row zero, D's pretraining, the table so far."""
-    config = run.config
-    if not run.lines:
-        run.lines.append(metrics(run, 0, time.perf_counter()))
-        if RANK == 0:
-            fetch_data.write_lines(run.folder / "metrics.jsonl", run.lines)
-    if config.steps:
-        say(f"  {expected_minutes(run):.1f} minutes of optimizer steps to expect")
-        if run.discriminator is not None and run.iteration == 0:
+                fetch_data.write_lines(folder / "metrics.jsonl", run.lines)
+        if D is not None and run.iteration == 0 < iterations:
             say(f"discriminator: {config.discriminator_pretrain} steps before the first iteration")
             train_discriminator(run, 0, run.train)
             say(f"  L_D {run.L_D:.3f}")
         say(LEGEND)
-    for line in [None, *run.lines]:
-        say(table_row(line))
-
-
-def expected_minutes(run: Run) -> float:
-    """Of the optimizer steps to come, from a forward and backward whose gradients go."""
-    config, student = run.config, run.student
-    parts = micro_batches((run.train * WORLD)[: config.batch], config)  # some for each rank
-    part = parts[len(parts) // 2]  # of middle length
-    for _ in range(2 if config.device == "cuda" else 1):  # the first one loads kernels
-        start = time.perf_counter()
-        candidates = candidates_of(part, config) if alphas_of(config, 1)[1] else []
-        if config.method == "qcrd":
-            measure(student, part, candidates)
-        picks = pick(candidates, part, config, 0)
-        score_picks(run.discriminator, part, picks)
-        loss = label_losses(student, part).sum() + rationale_losses(student, part, picks).sum()
-        loss.backward()
-        loss.item()  # waits for the GPU
-        run.optimizer.zero_grad(set_to_none=True)
-    seconds = (time.perf_counter() - start) * config.batch / WORLD / len(part)
-    return seconds * (config.steps - run.step) / 60
+        for line in run.lines:
+            say(table_row(line))
+        for t in range(run.iteration + 1, iterations + 1):
+            start = time.perf_counter()
+            iterate(run, t)
+            run.lines.append(metrics(run, t, start))
+            say(table_row(run.lines[-1]))
+            if RANK == 0:
+                save(run)
+            gather([])  # the others wait for what rank 0 has written
+        test(run)
+    except KeyboardInterrupt:
+        say(f"stopped; python qcrd.py --resume {folder} goes on after the last iteration on disk")
+        raise
 
 
 # ------------------------------------------------------------------------------- 10. Evaluation
@@ -1496,42 +1349,40 @@ def rationale_right(run: Run, q: Question, text: str) -> bool:
     return fetch_data.is_right(run.task.kind, answer, q.example.label)
 
 
-def evaluate(run: Run, questions: list[Question], explained: int) -> list[dict[str, Any]]:
+def evaluate(run: Run, questions: list[Question], explained: int | None = None) -> list[dict]:
     """Greedy answers -> {input, gold, answer, right} a question; the first `explained` ones also
     have {rationale, rationale_right, quality}: quality is s(x, r), None without a discriminator."""
     student, config, D = run.student, run.config, run.discriminator
-    single, rows = config.method == "single", []
+    single = config.method == "single"
     longest = config.label_tokens + (config.rationale_tokens if single else 0)
     written = student.write(student.predict_prefix, questions, longest)
     answers = [student.tokenizer.decode(ids) for ids in written]
+    asked = questions[:explained] if config.method != "finetune" else []
     if single:  # the answer is what follows the last "answer:"; without one there is none
         parts = [text.rpartition("answer:") for text in answers]
         rationales = [before if mark else after for before, mark, after in parts]
         answers = [after if mark else "" for _, mark, after in parts]
+    else:
+        written = student.write(student.explain_prefix, asked, config.rationale_tokens)
+        rationales = [student.tokenizer.decode(ids) for ids in written]
+    quality = [None] * len(asked)
+    if D is not None:
+        quality = D.score([(q.x, r) for q, r in zip(asked, written)]).tolist()
+    rows = []
     for q, answer in zip(questions, map(str.strip, answers)):
         right = fetch_data.is_right(run.task.kind, answer, q.example.label)
         row = {"input": q.example.input, "gold": q.example.label, "answer": answer}
         rows.append(row | {"right": right})
-    questions = questions[:explained] if config.method != "finetune" else []
-    if not single:
-        written = student.write(student.explain_prefix, questions, config.rationale_tokens)
-        rationales = [student.tokenizer.decode(ids) for ids in written]
-    quality = [None] * len(questions)
-    if D is not None:
-        quality = D.score([(q.x, r) for q, r in zip(questions, written)]).tolist()
-    for row, q, text, s in zip(rows, questions, rationales, quality):
-        row["rationale"] = text.strip()
-        row["rationale_right"] = rationale_right(run, q, text)
-        row["quality"] = s
+    for row, q, text, s in zip(rows, asked, rationales, quality):
+        right = rationale_right(run, q, text)
+        row |= {"rationale": text.strip(), "rationale_right": right, "quality": s}
     return rows
 
 
-ACCURACIES = ("test_accuracy", "rationale_accuracy")
-
-
-def accuracies(rows: list[dict]) -> list[float | None]:
-    """Of `evaluate`'s rows, labels and rationales; None where no rationales were written."""
-    return [mean([row[k] for row in rows if k in row]) for k in ("right", "rationale_right")]
+def accuracies(rows: list[dict]) -> dict[str, float | None]:
+    """Of `evaluate`'s rows; None where no rationales were written."""
+    names = {"test_accuracy": "right", "rationale_accuracy": "rationale_right"}
+    return {name: mean([row[k] for row in rows if k in row]) for name, k in names.items()}
 
 
 def judge_validation(run: Run) -> dict[str, Any]:
@@ -1572,29 +1423,28 @@ def metrics(run: Run, t: int, start: float) -> dict[str, Any]:
         line["right"] = mean([rationale_right(run, q, text) for q, text in from_past])
         if run.discriminator is not None:
             line |= judge_validation(run)
-    rows = evaluate(run, run.valid, explained=JUDGED)
-    line["valid"], line["valid_rationale"] = accuracies(rows)
+    rows = evaluate(run, run.valid, JUDGED)
+    line["valid"], line["valid_rationale"] = accuracies(rows).values()
     return line | {"questions": len(rows), "seconds": time.perf_counter() - start}
 
 
-COLUMNS = """iteration:2d:t L:6.3f L_pred:6.3f L_cl:6.3f L_D:6.3f s_pos:5.2f zero:4.0%
-pair:4.0% past:4.2f right:5.0% valid:5.1%:label
-valid_rationale:9.1%:rationale seconds:6.1f:sec"""
 LEGEND = """t: iteration, 0 before training; L: eq. (8) and its parts, L_D as last trained;
 s_pos: s of r⁺; zero: negative terms that are 0; pair: how often a positive
 scores above a negative of its question; past: negatives a question by the
 student's past; right: those of them that end in the right answer; label,
-rationale: greedy answers and rationales that are right, on validation"""
+rationale: greedy answers and rationales that are right, on validation
+ t      L L_pred   L_cl    L_D s_pos zero pair past right label rationale    sec"""
+COLUMNS = """iteration:2d L:6.3f L_pred:6.3f L_cl:6.3f L_D:6.3f s_pos:5.2f zero:4.0% pair:4.0%
+past:4.2f right:5.0% valid:5.1% valid_rationale:9.1% seconds:6.1f"""
 
 
-def table_row(line: dict[str, Any] | None) -> str:
-    """A line of metrics.jsonl in 80 columns; None: the heading."""
+def table_row(line: dict[str, Any]) -> str:
+    """A line of metrics.jsonl in 80 columns."""
     cells = []
     for column in COLUMNS.split():
-        name, form, *title = column.split(":")
-        value = (title or [name])[0] if line is None else line.get(name)
-        text = isinstance(value, str | None)
-        cells.append(f"{value or '-':>{form[0]}}" if text else format(value, form))
+        name, form = column.split(":")
+        value = line.get(name)
+        cells.append(f"{'-':>{form[0]}}" if value is None else format(value, form))
     return " ".join(cells)
 
 
@@ -1602,15 +1452,13 @@ def test(run: Run) -> None:
     """The selected student and the last one on the test questions -> student/, predictions.jsonl,
     result.json."""
     folder, best = run.folder, selected(run.lines)
-    questions = [run.student.question(e, f"test {i}") for i, e in enumerate(run.task.test)]
-    rows = evaluate(run, questions, explained=len(questions))
-    last = accuracies(rows)
+    questions = [run.student.question(example) for example in run.task.test]
+    rows = evaluate(run, questions)
+    last = {f"{name}_last": value for name, value in accuracies(rows).items()}
     if best["iteration"] != run.iteration:
         load_weights(run, best["iteration"])
-        rows = evaluate(run, questions, explained=len(questions))
-    result = dict(zip(ACCURACIES, accuracies(rows)))
-    result |= {f"{name}_last": value for name, value in zip(ACCURACIES, last)}
-    result |= {"questions": len(rows), "valid_accuracy": best["valid"]}
+        rows = evaluate(run, questions)
+    result = accuracies(rows) | last | {"questions": len(rows), "valid_accuracy": best["valid"]}
     result["best_iteration"] = best["iteration"]
     if RANK == 0:
         run.student.model.save(folder / "student", vocab=run.student.vocab)
@@ -1626,9 +1474,8 @@ def test(run: Run) -> None:
 def result_text(folder: Path, result: dict[str, Any]) -> str:
     """What result.json says, and what can be done with the run."""
     n, t = result["questions"], result["best_iteration"]
-    lines = [f"test, {n} questions; student of iteration {t}, the latest within a"]
-    lines.append("standard error of the best labels on validation")
-    for name in ACCURACIES:
+    lines = [f"test, {n} questions; student of iteration {t}, selected on validation"]
+    for name in accuracies([]):
         if result[name] is not None:
             last = f"last student {result[f'{name}_last']:.1%}"
             lines.append(f"  {name:18s} {interval(result[name], n)}, {last}")
@@ -1650,11 +1497,9 @@ def load_trained(folder: Path, config: Config) -> Run:
     require((folder / "result.json").exists(), f"{folder}: is not finished; --resume {folder}")
     student, D = Student(folder / "student", config), None
     if config.discriminator:
-        path = folder / "student/discriminator.pt"
-        saved = t5.read_pt(path)
-        with t5.reading(path, "no discriminator of this run: {}"):
-            D = Discriminator(student, T5(t5.T5Config(**saved["config"])).encoder_only())
-            D.load_state_dict(saved["weights"])
+        saved = t5.read_pt(folder / "student/discriminator.pt")
+        D = Discriminator(student, T5(t5.T5Config(**saved["config"])).encoder_only())
+        D.load_state_dict(saved["weights"])
     run = Run(config, student, D, folder)
     with t5.reading(folder / "task.json", "damaged"):
         saved = json.loads((folder / "task.json").read_text("utf-8"))
@@ -1666,8 +1511,7 @@ def load_trained(folder: Path, config: Config) -> Run:
 def ask_student(folder: Path, config: Config, texts: list[str]) -> None:
     """Answers and explains questions. Raises InputError."""
     run = load_trained(folder, config)
-    questions = [run.student.question(Example(text, "")) for text in texts]
-    for row in evaluate(run, questions, explained=len(questions)):
+    for row in evaluate(run, [run.student.question(Example(text, "")) for text in texts]):
         say(f"label:     {row['answer']}")
         if "rationale" in row:
             say(f"rationale: {row['rationale']}")
@@ -1683,11 +1527,10 @@ def evaluate_file(folder: Path, config: Config, file: str) -> None:
         examples = fetch_data.read_split(Path(file), run.task.kind)
     else:
         examples = fetch_data.load_task(config.task, config.answer).test
-    questions = [run.student.question(example) for example in examples]
-    rows = evaluate(run, questions, explained=len(questions))
+    rows = evaluate(run, [run.student.question(example) for example in examples])
     for row in rows:
         print(json.dumps(row))
-    for name, value in zip(ACCURACIES, accuracies(rows)):
+    for name, value in accuracies(rows).items():
         if value is not None:
             print(f"{name} {interval(value, len(rows))} on {len(rows)} questions", file=sys.stderr)
 
@@ -1698,14 +1541,12 @@ def audit(folder: Path, config: Config, count: int, as_json: bool) -> None:
     there = (folder / "checkpoint.pt").exists()
     require(there, f"{folder}: no iteration is finished, there is nothing to audit yet")
     with contextlib.redirect_stdout(sys.stderr):
-        task = load_task(config)
-        run = prepare(config, task, folder, ask=False)
-        restore(run)
+        run = prepare(config, load_task(config), folder)
         t = run.iteration + 1
         order = order_of(config, len(run.train), t)
         questions = [run.train[i] for i in order[:count]]
         add_past_negatives(run, t, questions_of(run, order))
-        votes = votes_of(config, task, [q.example for q in questions], ask=False)
+        votes = votes_of(config, run.task, [q.example for q in questions])
         items = [audit_question(run, q, vote, t) for q, vote in zip(questions, votes)]
     if as_json:
         return print(json.dumps(items, indent=1))
@@ -1724,16 +1565,16 @@ def audit_question(run: Run, q: Question, vote: Vote, t: int) -> dict[str, Any]:
     measure(student, [q], candidates)
     picks = pick(candidates, [q], config, run.step)
     s = score_picks(D, [q], picks)
-    weight = weights_of(picks, s, student.device)
-    share = shares_of(picks, weight, config.scheme)
+    share = shares_of(picks, weights_of(picks, s, student.device), config.scheme)
     losses = torch.tensor([c.loss for c in picks], device=student.device)
     L_cl = contrastive(losses, s, picks, config).sum().item()
     L_pred = label_losses(student, [q]).item()
-    scores, L_D = [1.0] * len(candidates), 0.0
+    scores, L_D = torch.ones(len(candidates)), 0.0
+    weight = scores
     if D is not None and candidates:
-        D.eval()
-        logits = D([(q.x, c.r) for c in candidates])
-        scores = logits.sigmoid().tolist()
+        logits = D([(q.x, c.r) for c in candidates])  # in eval mode, which score_picks set
+        scores = logits.sigmoid()
+        weight = weights_of(candidates, scores, logits.device)
         positive = positive_mask(candidates, logits.device)
         if 0 < positive.sum() < len(candidates):
             L_D = L_D_of([logits[positive]], [logits[~positive]], config).item()
@@ -1744,13 +1585,12 @@ def audit_question(run: Run, q: Question, vote: Vote, t: int) -> dict[str, Any]:
         side = "positive" if k in vote.positives else "negative" if k in vote.negatives else "none"
         row = {"slot": k, "answer": sample.answer, "vote": side, "rationale": sample.rationale}
         item["samples"].append(row)
-    of_pick = {id(c): pair for c, *pair in zip(picks, weight.tolist(), share.tolist())}
-    for c, score in zip(candidates, scores):
-        not_picked = (1 - score if D is not None and not c.positive else score, 0.0)
-        weighs, counts = of_pick.get(id(c), not_picked)
+    share_of = {id(c): part for c, part in zip(picks, share.tolist())}
+    for c, score, w in zip(candidates, scores.tolist(), weight.tolist()):
         row = {"set": "positive" if c.positive else "negative", "source": c.source, "loss": c.loss}
-        row |= {"score": score, "weight": weighs, "share": counts, "picked": id(c) in of_pick}
-        item["candidates"].append(row | {"rationale": student.tokenizer.decode(c.r)})
+        row |= {"score": score, "weight": w, "share": share_of.get(id(c), 0.0)}
+        row |= {"picked": id(c) in share_of, "rationale": student.tokenizer.decode(c.r)}
+        item["candidates"].append(row)
     L_total = total_loss(alphas, L_pred, L_cl, L_D)
     return item | {"L_pred": L_pred, "L_cl": L_cl, "L_D": L_D, "L_total": L_total}
 
@@ -1849,46 +1689,28 @@ def resolve(config: Config, where: str = "") -> Config:
         setattr(config, name, value)
     if config.method != "qcrd":
         config.discriminator = False
+    if config.vote == "first":
+        config.samples = 1
     return config
 
 
-def contradictions(given: dict[str, Any]) -> None:
-    """Refuses flags that the method's own values contradict; names those that it ignores."""
-    method = given.get("method", "qcrd")
-    for name, value in METHODS.get(method, {}).items():
-        good = given.get(name, value) == value
-        require(good, f"{flag(name)} {given.get(name)}: --method {method} has {value}")
-    unused = list(FOR_QCRD)
-    if method in ("single", "finetune"):
-        unused += ["scheme", "alpha_pred", "alpha_cl"]
-    ignored = [flag(name) for name in unused if name in given]
-    ignored += [flag(name) for name in given if name.startswith("discriminator")]
-    if method != "qcrd" and ignored:
-        say(f"note: --method {method} does not use {', '.join(ignored)}")
-    if method == "qcrd" and given.get("iterations", math.inf) <= given.get("lag", Config.lag):
-        say("note: --iterations is not above --lag: the past student writes no negatives")
-
-
 def load_task(config: Config) -> Task:
-    """The task with the part of its training questions that is used; rank 0 fetches it first."""
-    if RANK > 0:
-        barrier()
+    """The task with the part of its training questions that is used."""
     task = fetch_data.load_task(config.task, config.answer)
-    if RANK == 0:
-        barrier()
     task.train[:] = task.train[: max(1, round(len(task.train) * config.fraction))]
     if task.kind == "text" and all(fetch_data.value(e.label) is not None for e in task.train):
         say("note: all labels are numbers: --answer number compares by value, and asks for them")
     return task
 
 
-def settings_of(given: dict[str, Any]) -> Config:
-    """The flags over the defaults of their task and student. Raises InputError."""
-    contradictions(given)
-    name = given.get("task", Config.task)
+def start(given: dict[str, Any], show_prompt: bool) -> None:
+    """A new run, of flags over the defaults of their task, student and method. InputError."""
+    method, name = given.get("method", Config.method), given.get("task", Config.task)
+    for key, value in METHODS.get(method, {}).items():
+        same = given.get(key, value) == value
+        require(same, f"{flag(key)} {given.get(key)}: --method {method} has {value}")
     model = given.get("model", "demo" if name == "demo" else "")
-    defaults = DEMO if name == "demo" else {}
-    defaults = defaults | (DEMO_STUDENT if model == "demo" else {})
+    defaults = (DEMO if name == "demo" else {}) | (DEMO_STUDENT if model == "demo" else {})
     models = ("demo", "t5-small", "t5-base")
     for path in ("task", "prompt", "model", "negative_model", "discriminator_model"):
         if given.get(path) and given[path] not in (*fetch_data.TASKS, *models):
@@ -1896,31 +1718,23 @@ def settings_of(given: dict[str, Any]) -> Config:
     config = resolve(Config(**defaults | given))
     for model in {config.model, config.negative_model, config.discriminator_model} - {"", *models}:
         student_folder(model)  # what is missing is said before anything is fetched
-    return config
-
-
-def start(given: dict[str, Any], show_prompt: bool) -> None:
-    """A new run. Raises InputError."""
-    config = settings_of(given)
     if show_prompt:
         task = load_task(config)
         for message in prompts_of(task, task.train[:1], config)[0]:
             say(f"[{message['role']}]\n{message['content']}")
-        judged = min(JUDGED, len(task.valid)) if config.discriminator else 0
-        k = 1 if config.vote == "first" else config.samples
-        asked = f"{len(task.train)} questions and {judged} of validation, {k} samples each"
-        return say(f"{asked}, of {config.teacher_tokens} tokens at most")
-    if config.stage == "teacher":
-        prepare(config, load_task(config), Path(), ask=True)
-        return say("the teacher is done; without --stage teacher its samples are trained on")
-    folder, held = claim(config)
-    with held:
-        task = load_task(config)
-        if config.task not in fetch_data.TASKS and "steps" not in given:
-            passes = 20 * math.ceil(len(task.train) / config.batch)
-            config.steps = max(200, min(10_000, passes))
-            write_config(folder, resolve(config))
-        train(prepare(config, task, folder, ask=True))
+        say(f"{len(task.train)} training questions, {config.samples} samples each")
+    elif config.stage == "teacher":
+        prepare(config, load_task(config), Path())
+        say("the teacher is done; without --stage teacher its samples are trained on")
+    else:
+        folder, held = claim(config)
+        with held:
+            task = load_task(config)
+            if config.task not in fetch_data.TASKS and "steps" not in given:
+                passes = 20 * math.ceil(len(task.train) / config.batch)
+                config.steps = max(200, min(10_000, passes))
+                write_config(folder, resolve(config))
+            train(prepare(config, task, folder))
 
 
 def read_config(folder: Path, changes: dict[str, Any]) -> Config:
@@ -1932,39 +1746,30 @@ def read_config(folder: Path, changes: dict[str, Any]) -> Config:
     return resolve(config, f"{path}: ")
 
 
-def resume(folder: Path, config: Config) -> None:
-    """Goes on after the last iteration on disk; of a finished run, the result. InputError."""
-    path = folder / "result.json"
-    if path.exists():
-        with t5.reading(path, "no result of a run"):
-            text = result_text(folder, json.loads(path.read_text("utf-8")))
-        return say(text)
-    with hold(folder):
-        new = not (folder / "checkpoint.pt").exists()  # it may have ended while it asked
-        train(prepare(config, load_task(config), folder, ask=new))
-
-
-def reopen(named: list[str], given: dict[str, Any], as_json: bool) -> None:
+def reopen(command: str, words: list[str], changes: dict[str, Any], as_json: bool) -> None:
     """--resume, --ask, --audit or --eval, under the run's own settings. Raises InputError."""
-    require(len(named) == 1, f"--{' and --'.join(named)}: one at a time")
-    folder, *rest = given.pop(named[0])
-    others = " ".join(flag(other) for other in given if other not in FREE_ON_RESUME)
+    folder, rest = Path(words[0]), words[1:]
+    others = " ".join(flag(name) for name in changes if name not in FREE_ON_RESUME)
     free = " ".join(map(flag, FREE_ON_RESUME))
-    require(not others, f"--{named[0]} keeps the run's settings: {free} may change, not {others}")
-    folder = Path(folder)
-    config = read_config(folder, given)
-    if named[0] == "audit":
-        good = rest[0].isdecimal() and 0 < len(rest[0].lstrip("0")) < 10
+    require(not others, f"--{command} keeps the run's settings: {free} may change, not {others}")
+    config, result = read_config(folder, changes), folder / "result.json"
+    if command == "audit":
+        good = rest[0].isdecimal() and len(rest[0]) < 10
         require(good, f"--audit RUN N: N is {rest[0][:20]!r}, not a number")
         audit(folder, config, int(rest[0]), as_json)
-    elif named[0] == "ask":
+    elif command == "ask":
         require(rest, "--ask RUN QUESTION: the question is missing")
         ask_student(folder, config, rest)
-    elif named[0] == "eval":
+    elif command == "eval":
         require(len(rest) < 2, "--eval RUN FILE: one file at a time")
         evaluate_file(folder, config, "".join(rest))
+    elif result.exists():
+        with t5.reading(result, "no result of a run"):
+            text = result_text(folder, json.loads(result.read_text("utf-8")))
+        say(text)
     else:
-        resume(folder, config)
+        with hold(folder) if RANK == 0 else contextlib.nullcontext():  # rank 0 does so for all
+            train(prepare(config, load_task(config), folder))
 
 
 def main() -> int:
@@ -1979,13 +1784,14 @@ def run_command() -> None:
     given = vars(parser().parse_args())
     as_json, show_prompt = given.pop("json", False), given.pop("show_prompt", False)
     named = [name for name in ("resume", "ask", "audit", "eval") if name in given]
+    require(len(named) < 2, f"--{' and --'.join(named)}: one at a time")
     require("audit" in named or not as_json, "--json: only with --audit RUN N")
     if WORLD > 1:  # rank 0 may ask a teacher for hours; objects are gathered on the CPU
         cuda = torch.cuda.is_available() and given.get("device") != "cpu"
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=12))
     if named:
-        reopen(named, given, as_json)
+        reopen(named[0], given.pop(named[0]), given, as_json)
     else:
         start(given, show_prompt)
     if WORLD > 1:

@@ -1779,8 +1779,7 @@ def ask_sums(url: str, count: int = 4, **changes) -> tuple[list, str]:
     slots = []
 
     def ask() -> None:
-        teacher = qcrd.connect_teacher(config, ask=True)
-        slots.extend(qcrd.teacher_samples(teacher, NUMBERS, examples, ask=True))
+        slots.extend(vote.slots for vote in qcrd.votes_of(config, NUMBERS, examples, ask=True))
 
     with patch("qcrd.BACKOFF", 0.002):
         return slots, outcome(ask)
@@ -2370,9 +2369,9 @@ def test_half_a_million_questions_fit():
         config = tiny_config(task="large", teacher=url, model=str(tiny_folder(home / "tiny")))
         with redirect_stdout(io.StringIO()):
             task = qcrd.load_task(config)
-            qcrd.prepare(config, task, home / "run", ask=True)
+            qcrd.prepare(config, task, home / "run")
             tracemalloc.start()
-            run = qcrd.prepare(config, task, home / "run", ask=False)
+            run = qcrd.prepare(config, task, home / "run")
         size = tracemalloc.get_traced_memory()[1] / 500
         tracemalloc.stop()
         assert sum(len(q.S_pos + q.minority) for q in run.train) == 2500

@@ -78,7 +78,8 @@ def ask(judge: qcrd.Teacher, prompts: list[list[dict]]) -> list[str]:
     """The judge's answer to each prompt, from the file of answers or asked for now; "": none."""
     judge.cache = fetch_data.root() / "data/judge/answers.jsonl"
     names = [judge.sample_id(prompt) for prompt in prompts]
-    kept = qcrd.ask_teacher(judge, dict(zip(names, prompts)), [0])
+    qcrd.ask_teacher(judge, dict(zip(names, prompts)))
+    kept = qcrd.read_cache(judge.cache)
     return [kept[name][0][0] if name in kept else "" for name in names]
 
 
@@ -125,11 +126,12 @@ def run_command() -> None:
     require(named, "no judge: name --judge URL, or set OPENAI_API_KEY")
     task = qcrd.read_config(second, HERE_AND_NOW).task
     given = {"teacher": args.judge, "teacher_model": args.judge_model, "samples": 1}
-    judge = qcrd.connect_teacher(qcrd.Config("judge", teacher_temperature=0.0, **given), True)
+    judge = qcrd.connect_teacher(qcrd.Config("judge", teacher_temperature=0.0, **given))
     counts = compare(args.runs, judge, args.questions, tau, args.seed)
     good = counts["both"] + counts["by order"]
-    print(f"{task}, τ = {tau:g}, {judge.model}: {first.name} better {counts['first']} / ", end="")
-    print(f"both good {good} / {second.name} better {counts['second']}")
+    print(f"{task}, τ = {tau:g}, {judge.config.teacher_model}: ", end="")
+    print(f"{first.name} better {counts['first']} / both good {good} / ", end="")
+    print(f"{second.name} better {counts['second']}")
     print(f"  both good by order alone: {counts['by order']}; unreadable: {counts['unreadable']}")
     if paper := PAPER.get(tau, {}).get(task):
         print("  the paper, 50 questions, GPT-3.5: {} / {} / {}".format(*paper))

@@ -51,7 +51,7 @@ import time
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from multiprocessing.pool import ThreadPool
+from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -156,10 +156,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "single": {"vote": "first", "negative_source": "none"},
     "finetune": {"negative_source": "none"},
 }
-FOR_QCRD = """lag student_temperature student_temperature_end student_samples negative_model
-delta beta alpha_d alpha_d_decay""".split()  # no other method uses them
 JUDGED = 100  # validation questions that the rationales and D are watched on [ours]
-FREE_ON_RESUME = ("device", "concurrency", "micro_batch")
 RANK, WORLD = 0, 1  # torchrun's, where it started this process
 with contextlib.suppress(ValueError, KeyError):  # all are there; some clusters leave RANK around
     rank, world, _ = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
@@ -997,7 +994,9 @@ def connect_teacher(config: Config) -> Teacher | None:
         require(known, f"no teacher for {config.task}: name --teacher URL, or set OPENAI_API_KEY")
         say(PALM)
     elif RANK == 0 and not config.teacher_model:
-        status, answer, said, _ = teacher.request("/models")
+        with ThreadPool(1) as pool:
+            call = pool.apply_async(teacher.request, ("/models",))
+            status, answer, said, _ = wait_for(call, teacher)
         with contextlib.suppress(TypeError, KeyError, IndexError):
             config.teacher_model = str(answer["data"][0]["id"])  # the first that it lists
         cause = NO_ANSWER if status == 200 else status  # a page of some other server
@@ -1030,7 +1029,7 @@ def votes_of(config: Config, task: Task, examples: list[Example], ask=False) -> 
         teacher.cache = task.folder / f"teacher-{model}.jsonl"
         if ask and RANK == 0:
             ask_teacher(teacher, dict(zip(names, prompts)))
-        gather([])  # the other ranks wait for the samples
+        barrier()  # the other ranks wait for the samples
         kept = read_cache(teacher.cache)
         rows = [[kept.get(name, {}).get(k) for k in range(config.samples)] for name in names]
     return [vote_on(task, e.input, row) for e, row in zip(examples, track("  vote", rows))]
@@ -1065,9 +1064,24 @@ def ask_teacher(teacher: Teacher, prompts: dict[str, list[dict]]) -> None:
             say(f"  {teacher.filled} samples, {teacher.requests} requests")
             for said, count in teacher.refusals.items():
                 say(f"  {count} questions refused: {said}")
-            if teacher.requests == teacher.budget:
-                say("  --teacher-budget is spent; ask for the rest before you train, since a run")
-                say("  started now could not be resumed once there are more samples")
+    if teacher.requests == teacher.budget:
+        say("  --teacher-budget is spent; ask for the rest before you train, since a run")
+        say("  started now could not be resumed once there are more samples")
+    most = sum(teacher.refusals.values()) > len(prompts) / 2
+    require(not most, f"teacher {teacher.url}: refused most questions, see above")
+
+
+def wait_for(result: AsyncResult, teacher: Teacher) -> Any:
+    """What threads return or raise; the user reads every ten seconds what is waited for."""
+    waited = 0.0
+    while not result.ready():
+        before = teacher.filled
+        result.wait(QUIET)
+        waited = waited + QUIET if teacher.filled == before else 0.0
+        if waited and not result.ready():
+            why = teacher.trouble or "no answer yet"
+            say(f"  waiting for {teacher.url} for {waited:.0f} s: {why}")
+    return result.get()
 
 
 def run_jobs(teacher: Teacher, jobs: list, total: int) -> None:
@@ -1076,21 +1090,16 @@ def run_jobs(teacher: Teacher, jobs: list, total: int) -> None:
     with ThreadPool(teacher.config.concurrency) as pool:
         result = pool.map_async(teacher.fill, jobs, chunksize=1)
         try:
-            while not result.ready():
-                before = teacher.filled
-                result.wait(QUIET)
-                if teacher.filled == before and not result.ready():
-                    why = teacher.trouble or "no answer yet"
-                    say(f"  waiting for {teacher.url} for {QUIET:.0f} s: {why}")
-            result.get()  # raises what a thread raised
-        except KeyboardInterrupt:
+            wait_for(result, teacher)
+        except BaseException:
             teacher.stopped.set()
             teacher.progress.close()
-            say("  stopping; answers under way are waited for (Ctrl-C ends the waiting)")
-            result.wait()
+            if not result.ready():
+                with contextlib.suppress(OSError):  # nobody may read it
+                    say("  stopping; answers under way are waited for (Ctrl-C ends the waiting)")
+                result.wait()
             raise
-        finally:
-            teacher.progress.close()
+    teacher.progress.close()
 
 
 def report_votes(task: Task, examples: list[Example], votes: list[Vote]) -> None:
@@ -1127,6 +1136,11 @@ def gather(items: list) -> list:
     if WORLD > 1:
         dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
+
+
+def barrier() -> None:
+    """Waits for all ranks."""
+    gather([])
 
 
 def all_reduce_gradients(model: nn.Module) -> None:
@@ -1181,15 +1195,13 @@ def write_config(folder: Path, config: Config) -> None:
 
 
 def load_data(run: Run, task: Task, votes: list[Vote]) -> None:
-    """Questions with their sets as token ids; says what they lose on the way in. votes: of the
-    training questions, then of as many validation questions as were asked."""
+    """Questions with their sets as token ids. votes: of the training questions, then of as many
+    validation questions as were asked."""
     config = run.config
     run.task = task
     splits = ("train", "valid")
     places = [(s, i, example) for s in splits for i, example in enumerate(getattr(task, s))]
     none = vote_on(task, "", [])
-    tested = {example.input for example in task.test}
-    lost: collections.Counter[str] = collections.Counter()
     digest = hashlib.sha256(repr(task.test).encode())
     for (split, i, example), vote in itertools.zip_longest(places, votes, fillvalue=none):
         S_pos, minority, answer = sets_of(vote, config.vote)
@@ -1200,17 +1212,36 @@ def load_data(run: Run, task: Task, votes: list[Vote]) -> None:
         q = run.student.question(example, f"{split} {i}", S_pos, minority)
         getattr(run, split).append(q)
         digest.update(repr([q.x, q.target, q.S_pos, q.minority]).encode())
-        longest = max(map(len, q.S_pos + q.minority), default=0)
-        lost["have inputs that reach --input-tokens"] += len(q.x) >= config.input_tokens
-        if config.method != "single":
-            lost["have labels that reach --label-tokens"] += len(q.target) >= config.label_tokens
-        lost["have rationales that reach --rationale-tokens"] += longest >= config.rationale_tokens
-        lost["hold what the student's vocabulary lacks"] += t5.UNK in q.x or t5.UNK in q.target
-        lost["are test questions too"] += example.input in tested
     require(run.train, "no training question is left: the teacher answered none")
     run.digest = digest.hexdigest()
-    for what, count in (+lost).items():
-        say(f"note: {count} of {len(places)} questions {what}")
+
+
+def report_data(run: Run) -> None:
+    """What the data lose on the way in, an example each. What all questions lose is a warning, and
+    so are test questions among them."""
+    config, questions = run.config, run.train + run.valid
+    labels = collections.defaultdict(set)
+    for q in questions:
+        labels[q.example.input].add(q.example.label)
+    tested = {example.input for example in run.task.test}
+    long_label = math.inf if config.method == "single" else config.label_tokens
+    found = collections.defaultdict(list)
+    for q in questions:
+        lengths = [len(r) for r in q.S_pos + q.minority]
+        for what, lost in {
+            "reach --input-tokens": len(q.x) >= config.input_tokens,
+            "have labels that reach --label-tokens": len(q.target) >= long_label,
+            "have rationales that reach --rationale-tokens": config.rationale_tokens in lengths,
+            "hold what the student's vocabulary lacks": t5.UNK in q.x or t5.UNK in q.target,
+            "stand there with different labels": len(labels[q.example.input]) > 1,
+            "are test questions too": q.example.input in tested,
+        }.items():
+            if lost:
+                found[what].append(q.example.input)
+    for what, inputs in found.items():
+        wrong = what == "are test questions too" or len(inputs) == len(questions)
+        shown = f"{len(inputs)} of {len(questions)} questions {what}"
+        say(f"{'warning' if wrong else 'note'}: {shown}, as {fetch_data.fold(inputs[0])[:60]!r}")
 
 
 def discriminator_of(student: Student, config: Config) -> Discriminator | None:
@@ -1302,42 +1333,74 @@ def selected(lines: list[dict]) -> dict[str, Any]:
 
 def train(run: Run) -> None:
     """A whole run, new or resumed. Raises InputError."""
-    config, folder, student, D = run.config, run.folder, run.student, run.discriminator
-    iterations = config.iterations if config.steps else 0
+    config, folder = run.config, run.folder
+    report_data(run)
     if RANK == 0:
         for path in folder.rglob("*.[0-9]*.tmp"):  # what a killed process was writing
             path.unlink()
         write_config(folder, config)
         options = {"name": run.task.name, "kind": run.task.kind, "options": run.task.options}
         fetch_data.write_lines(folder / "task.json", [options])
-    size = sum(p.numel() for p in student.model.parameters()) / 1e6
+    size = sum(p.numel() for p in run.student.model.parameters()) / 1e6
     say(f"student: {config.model}, {size:.1f}M parameters, {config.precision} on {config.device}")
     say(f"  {len(run.train)} questions, {config.steps} steps in {config.iterations} iterations")
     say(f"run folder: {folder}" + (f", after iteration {run.iteration}" if run.lines else ""))
+    on_disk = 0.0
     try:
-        if not run.lines:
-            run.lines.append(metrics(run, 0, time.perf_counter()))
-            if RANK == 0:
-                fetch_data.write_lines(folder / "metrics.jsonl", run.lines)
-        if D is not None and run.iteration == 0 < iterations:
-            say(f"discriminator: {config.discriminator_pretrain} steps before the first iteration")
-            train_discriminator(run, 0, run.train)
-            say(f"  L_D {run.L_D:.3f}")
-        say(LEGEND)
-        for line in run.lines:
-            say(table_row(line))
-        for t in range(run.iteration + 1, iterations + 1):
+        begin(run)
+        while config.steps and run.iteration < config.iterations:
             start = time.perf_counter()
-            iterate(run, t)
-            run.lines.append(metrics(run, t, start))
+            iterate(run, run.iteration + 1)
+            run.lines.append(metrics(run, run.iteration + 1, start))
             say(table_row(run.lines[-1]))
+            written = time.perf_counter()
             if RANK == 0:
                 save(run)
-            gather([])  # the others wait for what rank 0 has written
+            on_disk += time.perf_counter() - written
+            barrier()  # the others wait for what rank 0 has written
         test(run)
+        say(f"seconds that checkpoints took: {on_disk:.1f}")
     except KeyboardInterrupt:
         say(f"stopped; python qcrd.py --resume {folder} goes on after the last iteration on disk")
         raise
+
+
+def begin(run: Run) -> None:
+    """What comes before the first iteration to do: row zero, D's pretraining, the table so far."""
+    config = run.config
+    if not run.lines:
+        run.lines.append(metrics(run, 0, time.perf_counter()))
+        if RANK == 0:
+            fetch_data.write_lines(run.folder / "metrics.jsonl", run.lines)
+    if config.steps:
+        say(f"  {expected_minutes(run):.1f} minutes of optimizer steps to expect")
+        if run.discriminator is not None and run.iteration == 0:
+            say(f"discriminator: {config.discriminator_pretrain} steps before the first iteration")
+            train_discriminator(run, 0, run.train)
+            say(f"  L_D {run.L_D:.3f}")
+    say(LEGEND)
+    for line in run.lines:
+        say(table_row(line))
+
+
+def expected_minutes(run: Run) -> float:
+    """Of the optimizer steps to come, from a forward and backward whose gradients go."""
+    config, student = run.config, run.student
+    parts = micro_batches((run.train * WORLD)[: config.batch], config)  # some for each rank
+    part = parts[len(parts) // 2]  # of middle length
+    for _ in range(2 if config.device == "cuda" else 1):  # the first one loads kernels
+        start = time.perf_counter()
+        candidates = candidates_of(part, config) if alphas_of(config, 1)[1] else []
+        if config.method == "qcrd":
+            measure(student, part, candidates)
+        picks = pick(candidates, part, config, 0)
+        score_picks(run.discriminator, part, picks)
+        loss = label_losses(student, part).sum() + rationale_losses(student, part, picks).sum()
+        loss.backward()
+        loss.item()  # waits for the GPU
+        run.optimizer.zero_grad(set_to_none=True)
+    seconds = (time.perf_counter() - start) * config.batch / WORLD / len(part)
+    return seconds * (config.steps - run.step) / 60
 
 
 # ------------------------------------------------------------------------------- 10. Evaluation
@@ -1474,8 +1537,9 @@ def test(run: Run) -> None:
 def result_text(folder: Path, result: dict[str, Any]) -> str:
     """What result.json says, and what can be done with the run."""
     n, t = result["questions"], result["best_iteration"]
-    lines = [f"test, {n} questions; student of iteration {t}, selected on validation"]
-    for name in accuracies([]):
+    lines = [f"test, {n} questions; student of iteration {t}, the latest within a"]
+    lines.append("standard error of the best labels on validation")
+    for name in ("test_accuracy", "rationale_accuracy"):
         if result[name] is not None:
             last = f"last student {result[f'{name}_last']:.1%}"
             lines.append(f"  {name:18s} {interval(result[name], n)}, {last}")
@@ -1497,9 +1561,11 @@ def load_trained(folder: Path, config: Config) -> Run:
     require((folder / "result.json").exists(), f"{folder}: is not finished; --resume {folder}")
     student, D = Student(folder / "student", config), None
     if config.discriminator:
-        saved = t5.read_pt(folder / "student/discriminator.pt")
-        D = Discriminator(student, T5(t5.T5Config(**saved["config"])).encoder_only())
-        D.load_state_dict(saved["weights"])
+        path = folder / "student/discriminator.pt"
+        saved = t5.read_pt(path)
+        with t5.reading(path, "no discriminator of this run: {}"):
+            D = Discriminator(student, T5(t5.T5Config(**saved["config"])).encoder_only())
+            D.load_state_dict(saved["weights"])
     run = Run(config, student, D, folder)
     with t5.reading(folder / "task.json", "damaged"):
         saved = json.loads((folder / "task.json").read_text("utf-8"))
@@ -1630,6 +1696,9 @@ The demo sets {", ".join(f"{flag(k)} {v}" for k, v in list(DEMO.items())[:3])},
 {", ".join(f"{flag(k)} {v}" for k, v in list(DEMO.items())[3:])};
 its student {", ".join(f"{flag(k)} {v}" for k, v in DEMO_STUDENT.items())};
 a folder as task: --steps for 20 passes, 200 to 10,000."""
+FREE_ON_RESUME = ("device", "concurrency", "micro_batch")
+FOR_QCRD = """lag student_temperature student_temperature_end student_samples negative_model
+delta beta alpha_d alpha_d_decay""".split()  # no other method uses them
 GROUPS = {"task": "task", "teacher": "teacher and vote", "method": "student"}
 GROUPS |= {"negative_source": "negatives from the student", "discriminator": "discriminator"}
 GROUPS |= {"scheme": "loss", "steps": "training"}
@@ -1703,12 +1772,26 @@ def load_task(config: Config) -> Task:
     return task
 
 
-def start(given: dict[str, Any], show_prompt: bool) -> None:
-    """A new run, of flags over the defaults of their task, student and method. InputError."""
-    method, name = given.get("method", Config.method), given.get("task", Config.task)
-    for key, value in METHODS.get(method, {}).items():
-        same = given.get(key, value) == value
-        require(same, f"{flag(key)} {given.get(key)}: --method {method} has {value}")
+def contradictions(given: dict[str, Any]) -> None:
+    """Refuses flags that the method's own values contradict; names those that it ignores."""
+    method = given.get("method", Config.method)
+    for name, value in METHODS.get(method, {}).items():
+        same = given.get(name, value) == value
+        require(same, f"{flag(name)} {given.get(name)}: --method {method} has {value}")
+    unused = FOR_QCRD + [name for name in given if name.startswith("discriminator")]
+    if method in ("single", "finetune"):
+        unused += ["scheme", "alpha_pred", "alpha_cl"]
+    ignored = [flag(name) for name in unused if name in given]
+    if method != "qcrd" and ignored:
+        say(f"note: --method {method} does not use {', '.join(ignored)}")
+    if method == "qcrd" and given.get("iterations", math.inf) <= given.get("lag", Config.lag):
+        say("note: --iterations is not above --lag: the past student writes no negatives")
+
+
+def settings_of(given: dict[str, Any]) -> Config:
+    """The flags over the defaults of their task and student. Raises InputError."""
+    contradictions(given)
+    name = given.get("task", Config.task)
     model = given.get("model", "demo" if name == "demo" else "")
     defaults = (DEMO if name == "demo" else {}) | (DEMO_STUDENT if model == "demo" else {})
     models = ("demo", "t5-small", "t5-base")
@@ -1718,11 +1801,19 @@ def start(given: dict[str, Any], show_prompt: bool) -> None:
     config = resolve(Config(**defaults | given))
     for model in {config.model, config.negative_model, config.discriminator_model} - {"", *models}:
         student_folder(model)  # what is missing is said before anything is fetched
+    return config
+
+
+def start(given: dict[str, Any], show_prompt: bool) -> None:
+    """A new run. Raises InputError."""
+    config = settings_of(given)
     if show_prompt:
         task = load_task(config)
         for message in prompts_of(task, task.train[:1], config)[0]:
             say(f"[{message['role']}]\n{message['content']}")
-        say(f"{len(task.train)} training questions, {config.samples} samples each")
+        judged = min(JUDGED, len(task.valid)) if config.discriminator else 0
+        asked = f"{len(task.train)} questions and {judged} of validation"
+        say(f"{asked}, {config.samples} samples each, of {config.teacher_tokens} tokens at most")
     elif config.stage == "teacher":
         prepare(config, load_task(config), Path())
         say("the teacher is done; without --stage teacher its samples are trained on")
@@ -1754,7 +1845,7 @@ def reopen(command: str, words: list[str], changes: dict[str, Any], as_json: boo
     require(not others, f"--{command} keeps the run's settings: {free} may change, not {others}")
     config, result = read_config(folder, changes), folder / "result.json"
     if command == "audit":
-        good = rest[0].isdecimal() and len(rest[0]) < 10
+        good = re.fullmatch(r"0*[1-9]\d{0,8}", rest[0])
         require(good, f"--audit RUN N: N is {rest[0][:20]!r}, not a number")
         audit(folder, config, int(rest[0]), as_json)
     elif command == "ask":

@@ -121,7 +121,7 @@ def reading(path: str | Path, problem: str) -> Iterator[None]:
         raise InputError(f"{path}: {error.strerror or problem}; check the path") from None
     except Exception as error:  # torch.load alone raises a dozen kinds
         problem = problem.replace("{}", textwrap.shorten(str(error), 400))
-        raise InputError(f"{path}: {problem}; make or fetch it again") from error
+        raise InputError(f"{path}: {problem}; mend or replace it") from error
 
 
 def read_pt(path: str | Path) -> dict:

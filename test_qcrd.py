@@ -477,7 +477,7 @@ def test_t5_files():
             refused(lambda: t5.T5.load(whole), "pytorch_model.bin")
         assert not ran.exists()  # a careless reader makes it
         file.write_bytes(file.read_bytes()[:-100])
-        refused(lambda: t5.read_pt(file), "pytorch_model.bin", "again")
+        refused(lambda: t5.read_pt(file), "pytorch_model.bin", "replace it")
         refused(lambda: t5.read_pt(folder / "absent"), "absent", "No such file")
         t5.write_pt(file, {"step": 3, "weight": ones})
         assert t5.read_pt(file)["step"] == 3

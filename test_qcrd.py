@@ -1395,7 +1395,7 @@ def one_step(run: qcrd.Run) -> float:
     stay in the model, no weight moves."""
     run.config.batch, run.step = len(run.train), 0
     order = list(range(len(run.train)))
-    with patch("qcrd.visits", return_value=order), patch("qcrd.descend") as descend:
+    with patch("qcrd.order_of", return_value=order), patch("qcrd.descend") as descend:
         with patch("qcrd.add_past_negatives"):  # it would replace those that are there
             qcrd.iterate(run, 1)
     assert descend.call_count == run.step == 1

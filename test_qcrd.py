@@ -610,18 +610,17 @@ def test_t5_atomic_files_and_progress():
                 temporary.write_text(text)
                 assert text != "half" or 1 / 0
             assert path.read_text() == left and os.listdir(folder) == ["file"]
-    for columns in (40, 100):
-        stream, size = io.StringIO(), os.terminal_size((columns, 9))
-        stream.isatty = lambda: True
-        with redirect_stderr(stream), patch("shutil.get_terminal_size", lambda: size):
-            assert list(t5.track("work of a very long name", range(3))) == [0, 1, 2]
-            progress = t5.Progress("work", 200)
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    size = patch("shutil.get_terminal_size", lambda: os.terminal_size((40, 9)))
+    with redirect_stderr(stream), size:
+        for what in ("work", "work of a very long name"):
+            progress = t5.Progress(what, 200)
             progress.update(50)
             progress.close()
-            t5.Progress("long " * 50, 200).update(50)
-        shown = [part.split("\x1b")[0] for part in stream.getvalue().split("\r")]
-        assert max(map(len, shown)) == columns - 1 and "\n" not in stream.getvalue()
-        assert any("50/200, 0 min 00 s left" in part for part in shown)
+    shown = [part.split("\x1b")[0] for part in stream.getvalue().split("\r")]
+    assert max(map(len, shown)) == 39 and "\n" not in stream.getvalue()
+    assert "work: 50/200, 0 min 00 s left" in shown
     with redirect_stderr(io.StringIO()) as stream:  # not a terminal, short work
         assert list(t5.track("work", range(3))) == [0, 1, 2]
     assert stream.getvalue() == ""
@@ -645,6 +644,8 @@ def test_t5_programs_end_in_one_line_or_a_traceback():
 
 
 # ----------------------------------------------------------------------------------- fetch_data.py
+
+FETCH_X = partial(fetch_data.download, "x")
 
 
 @contextmanager
@@ -732,9 +733,6 @@ def test_download_is_checked_and_repeated():
         assert file.read_bytes() == b"a file of the user's"
 
 
-FETCH_X = partial(fetch_data.download, "x")
-
-
 def test_download_without_a_connection_names_the_remedy():
     with data_home("http://127.0.0.1:9"):
         url = "http://127.0.0.1:9/files.example/a/x"
@@ -754,12 +752,10 @@ def test_download_sends_no_password_and_no_request_to_a_proxy_for_loopback():
     """requests would take both from the environment, the password anew for every redirect."""
     with served(b"content", status=[302]) as (home, asked):
         (home / "netrc").write_text("default login me password secret")
-        environment = {"NETRC": str(home / "netrc"), "http_proxy": "http://127.0.0.1:9"}
-        with patch.dict(os.environ, environment):
-            session = fetch_data.anonymous_session(f"{os.environ['QCRD_MIRROR']}/x")
-            assert FETCH_X().read_bytes() == b"content" and not session.proxies
-            elsewhere = fetch_data.anonymous_session("http://files.example/x")
-            assert elsewhere.proxies["http"] == "http://127.0.0.1:9"
+        proxy = "http://127.0.0.1:9"
+        with patch.dict(os.environ, NETRC=str(home / "netrc"), http_proxy=proxy):
+            assert FETCH_X().read_bytes() == b"content"
+            assert fetch_data.anonymous_session("http://a.example/x").proxies["http"] == proxy
         assert len(asked) == 2 and not any("Authorization" in headers for headers, _ in asked)
 
 
@@ -1260,11 +1256,6 @@ def toy_run(seed: int = 0, **changes):
         yield run
 
 
-def words_of(setting: str) -> list[str]:
-    """What a setting may be."""
-    return qcrd.Config.__dataclass_fields__[setting].metadata["allowed"].split("|")
-
-
 def fingerprint(model: torch.nn.Module) -> float:
     return sum(p.double().abs().sum().item() for p in model.parameters())
 
@@ -1408,7 +1399,7 @@ def plain_loss(run: qcrd.Run, questions: list, n: int, peers=()) -> torch.Tensor
 def test_step_equals_the_plain_mathematics():
     """Value and every gradient, whatever the micro-batch; D gets none. Some sets are empty, some
     negatives beyond δ, which are not run again."""
-    both = product(words_of("scheme"), (True, False))
+    both = product(qcrd.SCHEMES.split("|"), (True, False))
     cases = [{"scheme": scheme, "discriminator": judged} for scheme, judged in both]
     cases += [{"method": "dss"}, {"method": "finetune"}, {"negative_source": "none"}]
     cases += [{"method": "single"}, {"alpha_pred": 0.2, "alpha_cl": 0.7}]
@@ -1538,7 +1529,7 @@ def test_negatives_come_from_the_student_of_j_iterations_ago():
         writers.append(past and fingerprint(past.model))
         return past
 
-    for source in words_of("negative_source"):
+    for source in qcrd.SOURCES.split("|"):
         writers.clear()
         with toy_run(negative_source=source, **small) as run, patch("qcrd.past_student", spy):
             after = [fingerprint(run.student.model)]
@@ -2460,10 +2451,8 @@ class Checks(list):
 def random_run(shape: str, device: str, precision: str = "", dropout: float = 0.0) -> qcrd.Run:
     """Random weights, alike on every device, scaled so that the next token is neither the last one
     again nor any of 32,128 alike: else tokens compare nothing. precision "": a run's own."""
-    low = str(low_precision(device)).removeprefix("torch.")
-    precision = precision or (low if device == "cuda" else "float32")
-    config = qcrd.Config(model="demo", device=device, precision=precision)
-    config.steps = config.iterations = 100  # an iteration is a step
+    small = {"model": "demo", "steps": 100, "iterations": 100}  # an iteration is a step
+    config = qcrd.resolve(qcrd.Config(**small, device=device, precision=precision))
     student = qcrd.Student(HERE / "weights/demo", config)
     torch.manual_seed(0)
     model = t5.T5(t5.T5Config(dropout_rate=dropout, **SHAPES[shape]))
@@ -2473,21 +2462,22 @@ def random_run(shape: str, device: str, precision: str = "", dropout: float = 0.
         for stack in (model.encoder, model.decoder):
             stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight.normal_()
     student.model = model.to(device)
-    return qcrd.Run(config, student, qcrd.Discriminator(student, model.encoder_only()), Path())
+    run = qcrd.Run(config, student, qcrd.Discriminator(student, model.encoder_only()), Path())
+    run.train = svamp_like(4)
+    return run
 
 
 def svamp_like(n: int, longest: int = 256, vocab: int = 32000) -> list[qcrd.Question]:
-    """Random ids, as long as SVAMP's questions and gpt-3.5-turbo's rationales are in T5's ids:
-    42 tokens (22 to 65), and 88 in the median, a tenth above 190. From 512 on, inputs are that
-    long too."""
+    """Random ids, as long as SVAMP's questions and gpt-3.5-turbo's rationales are in T5's ids: 42
+    tokens (22 to 65), and 88 in the median, a tenth above 190; inputs too from longest 512 on."""
     rng, questions = np.random.default_rng(0), []
     for i in range(n):
         lengths = [*np.clip(rng.normal(42, 9, 1), 22, 65), rng.integers(8, 14)]
         lengths += [*np.clip(np.exp(rng.normal(4.45, 0.65, 7)), 2, longest)]
         lengths[0] = longest if longest >= 512 else lengths[0]
         ids = [array("i", [*rng.integers(3, vocab, int(k) - 1), t5.EOS]) for k in lengths]
-        question = qcrd.Question(Example(f"question {i}", ""), str(i), *ids[:2], ids[2:7], ids[7:])
-        questions.append(question)
+        example = Example(f"question {i}", "")
+        questions.append(qcrd.Question(example, str(i), *ids[:2], ids[2:7], ids[7:]))
     return questions
 
 
@@ -2515,32 +2505,29 @@ def seconds(calls: list, device: str, runs: int = 3) -> list[float]:
 def step_figures(kind: str, shape: str, device: str, n: int, size: int) -> None:
     """Prints JSON of a step's seconds, peak memory in GiB, and on CUDA operations. kind: qcrd.py
     or plain. size: questions at once, 0: the default."""
-    run, questions = random_run(shape, device, dropout=0.1), svamp_like(n)
-    run.train, run.config.batch = questions, n
-    run.config.micro_batch, size = size, size or n
-    peers = peers_of(run) if kind == "plain" else []
+    run, plain = random_run(shape, device, dropout=0.1), kind == "plain"
+    run.train, run.config.batch, run.config.micro_batch = svamp_like(n), n, size
+    size = size or n
+    peers = peers_of(run) if plain else []
     parameters = list((peers or [run.student.model])[0].parameters())
     if peers:  # our weights' memory is given back
-        run.optimizer = run.d_optimizer = None
-        run.student.model = run.discriminator.encoder = None
-    if kind == "plain":
-        kind = f"plain on {'transformers' if peers else 't5.py'}, {size} questions at once"
+        run.optimizer = run.d_optimizer = run.student.model = run.discriminator.encoder = None
     optimizer = torch.optim.AdamW(parameters, lr=5e-5, weight_decay=0.0, fused=True)
 
-    def step() -> None:
-        if kind == "qcrd.py":
-            return qcrd.iterate(run, 1)
+    def plain_step() -> None:
         optimizer.zero_grad()
         for i in range(0, n, size):
-            plain_loss(run, questions[i : i + size], n, peers).backward()
+            plain_loss(run, run.train[i : i + size], n, peers).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
 
-    figures = {"name": kind, "seconds": seconds([step], device)[0]}
+    step = plain_step if plain else partial(qcrd.iterate, run, 1)
+    name = f"plain on {'transformers' if peers else 't5.py'}, {size} questions at once"
+    figures = {"name": name if plain else kind, "seconds": seconds([step], device)[0]}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     if device == "cuda":
         peak = torch.cuda.max_memory_allocated()
-        if kind == "qcrd.py":
+        if not plain:
             with FlopCounterMode(display=False) as counter:
                 step()
             figures["operations"] = counter.get_total_flops()
@@ -2604,10 +2591,6 @@ def bench() -> None:
     beside_transformers("t5-small", device, 16, 64)
 
 
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a.cpu() - b.cpu()).abs() / b.cpu().abs()).max().item()
-
-
 def beside_logits(tokens, logits, tau: float, uniforms) -> float:
     """How far tokens lie from what these logits write: a greedy one's probability from the best, a
     sampled one's part of [0, 1) from the number drawn."""
@@ -2622,18 +2605,17 @@ def beside_logits(tokens, logits, tau: float, uniforms) -> float:
     return gap[written].max().item()
 
 
-def low_precision(device: str) -> torch.dtype:
+def low_precision(device: str) -> str:
     """bfloat16 where the card computes in it, else float16."""
-    if device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    return torch.bfloat16
+    emulated = device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return "float16" if emulated else "bfloat16"
 
 
 @torch.no_grad()
 def generation(shape: str, device: str, check: Checks, *lengths: int) -> None:
     """What is written in low precision follows the teacher-forced logits of that precision."""
-    for dtype in {low_precision(device), torch.float16}:
-        run = random_run(shape, device, str(dtype).removeprefix("torch."))
+    for precision in {low_precision(device), "float16"}:
+        run = random_run(shape, device, precision)
         model = run.student.model
         batch = run.student.inputs(run.student.explain_prefix, svamp_like(8, *lengths))
         uniforms = torch.rand(8, 24, generator=torch.Generator().manual_seed(1))
@@ -2642,7 +2624,7 @@ def generation(shape: str, device: str, check: Checks, *lengths: int) -> None:
                 tokens = model.generate(*batch, 24, tau, uniforms=uniforms)
                 logits = model(*batch, shifted(tokens)).float()
             gap = beside_logits(tokens, logits, tau, uniforms)
-            check(f"{shape}, {dtype}, τ {tau}: tokens beside the logits", gap, 0.03)
+            check(f"{shape}, {precision}, τ {tau}: tokens beside the logits", gap, 0.03)
 
 
 def waits(device: str) -> dict:
@@ -2658,18 +2640,13 @@ def waits(device: str) -> dict:
     count = sum("synchroniz" in str(warning.message) for warning in seen)
     found = {"waits of a step": count - 1}  # one is that of reading its loss
     batch = run.student.inputs(run.student.explain_prefix, svamp_like(128))
-    for name, call in (
-        ("step", partial(one_step, run)),
-        ("D's training", partial(qcrd.train_discriminator, run, 0, run.train)),
-        (
-            "generation",
-            run.student.autocast()(partial(run.student.model.generate, *batch, 96, 1.5)),
-        ),
-    ):
+    generate = partial(run.student.model.generate, *batch, 96, 1.5)
+    calls = {"step": partial(one_step, run), "generation": run.student.autocast()(generate)}
+    calls["D's training"] = partial(qcrd.train_discriminator, run, 0, run.train)
+    for name, call in calls.items():
         torch.cuda.reset_peak_memory_stats()
         call()
         found[f"GiB, {name}"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    print(f"  {found}")
     return found
 
 
@@ -2677,46 +2654,41 @@ def waits(device: str) -> dict:
 def parity(shape: str, device: str, check: Checks, *lengths: int) -> None:
     """Losses, scores, gradients, probabilities, tokens on `device` beside the CPU's float32."""
     there, here = [random_run(shape, where, "float32") for where in (device, "cpu")]
-    questions = svamp_like(4, *lengths)
+    questions = there.train = here.train = svamp_like(4, *lengths)
     pairs = [(row, r) for row, q in enumerate(questions) for r in q.S_pos + q.minority]
     rows, targets = zip(*pairs)
-
-    def figures(run: qcrd.Run, dtype: torch.dtype) -> list[torch.Tensor]:
-        run.student.model.eval()
-        run.student.dtype = dtype
-        losses = run.student.losses(run.student.explain_prefix, questions, targets, rows)
-        return [losses, run.discriminator.score([(questions[row].x, r) for row, r in pairs])]
-
-    expected = figures(here, torch.float32)
     low = low_precision(device)
-    for dtype, bound in ((low, 0.02), (torch.float16, 0.02), (torch.float32, 1e-4)):
-        for name, value, right in zip(("ℓ", "s"), figures(there, dtype), expected):
-            check(f"{shape}, {dtype}: {name}, relative", relative(value, right), bound)
 
-    def step(run: qcrd.Run, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        run.student.dtype = dtype
-        fp16 = dtype == torch.float16  # small gradients would vanish
+    def figures(run: qcrd.Run, precision: str) -> list[torch.Tensor]:
+        run.student.model.eval()
+        run.student.dtype = getattr(torch, precision)
+        losses = run.student.losses(run.student.explain_prefix, questions, targets, rows)
+        scores = run.discriminator.score([(questions[row].x, r) for row, r in pairs])
+        return [losses.cpu(), scores.cpu()]
+
+    expected = figures(here, "float32")
+    for precision, bound in ((low, 0.02), ("float16", 0.02), ("float32", 1e-4)):
+        for name, value, right in zip(("ℓ", "s"), figures(there, precision), expected):
+            gap = ((value - right).abs() / right.abs()).max().item()
+            check(f"{shape}, {precision}: {name}, relative", gap, bound)
+    measure = partial(qcrd.measure, here.student)  # low precision may pick others
+
+    def step(run: qcrd.Run, precision: str) -> tuple[float, torch.Tensor]:
+        run.student.dtype = getattr(torch, precision)
+        fp16 = precision == "float16"  # small gradients would vanish
         run.scaler = torch.amp.GradScaler(run.config.device, 2.0**10, enabled=fp16)
-        run.train = questions
         run.config.delta = 30.0  # random weights' ℓ is near 18: negatives count too
-        measure = qcrd.measure
-
-        def on_the_cpu(student, part, candidates):  # else low precision may pick others
-            measure(here.student, part, candidates)
-
-        with torch.enable_grad(), patch("qcrd.measure", on_the_cpu):
+        with torch.enable_grad(), patch("qcrd.measure", lambda _, *rest: measure(*rest)):
             loss = one_step(run)
-        return torch.tensor(loss), gradients(
-            run.student.model.eval()
-        ).cpu() / run.scaler.get_scale()
+        return loss, gradients(run.student.model.eval()).cpu() / run.scaler.get_scale()
 
-    loss, gradient = step(here, torch.float32)
+    loss, gradient = step(here, "float32")
     # rounding grows with the layers: 0.04 was seen at t5-small's six
-    for dtype, bound, far in ((low, 0.02, 0.15), (torch.float32, 1e-4, 1e-3)):
-        value, g = step(there, dtype)
-        check(f"{shape}, {dtype}: a step's loss, relative", relative(value, loss), bound)
+    for precision, bound, far in ((low, 0.02, 0.15), ("float32", 1e-4, 1e-3)):
+        value, g = step(there, precision)
+        check(f"{shape}, {precision}: a step's loss, relative", abs(value / loss - 1), bound)
         distance = ((g - gradient).norm() / gradient.norm()).item()
-        check(f"{shape}, {dtype}: its gradient, relative", distance, far)
+        check(f"{shape}, {precision}: its gradient, relative", distance, far)
     batch = here.student.inputs(here.student.explain_prefix, questions * 4)
     for tau in (0.0, 0.7, 1.5):
         draws = [torch.Generator().manual_seed(1) for _ in range(2)]
@@ -2731,8 +2703,8 @@ def parity(shape: str, device: str, check: Checks, *lengths: int) -> None:
 
 def overflow(name: str, run: qcrd.Run, check: Checks) -> int:
     """float16: a scale that overflows falls, its steps change nothing -> how many did so."""
-    device, moved = run.student.device.type, []
-    run.scaler = torch.amp.GradScaler(device, init_scale=2.0**60, backoff_factor=2.0**-12)
+    how = {"init_scale": 2.0**60, "backoff_factor": 2.0**-12}
+    run.scaler, moved = torch.amp.GradScaler(run.student.device.type, **how), []
     run.config.batch, run.config.steps, run.config.iterations = len(run.train), 100, 100
     weight = run.student.model.shared.weight
     while len(moved) < 8 and True not in moved:
@@ -2788,15 +2760,13 @@ def two_ranks(check: Checks, bound: float, *words: str) -> None:
 
 
 def in_float16(shape: str, device: str, check: Checks) -> None:
-    run = random_run(shape, device, "float16")
-    run.train = svamp_like(4)
-    overflow(shape, run, check)
+    overflow(shape, random_run(shape, device, "float16"), check)
 
 
 def speeds(shape: str, device: str) -> dict:
     """Prints what a step of 64 questions and sampling take, and the paper's run would, with the
     card's own rate of products; t5.py beside transformers."""
-    a = torch.randn(8192, 8192, device=device, dtype=low_precision(device))
+    a = torch.randn(8192, 8192, device=device, dtype=getattr(torch, low_precision(device)))
     rate = 2 * len(a) ** 3 * 20 / seconds([lambda: [a @ a for _ in range(20)]], device)[0]
     print(f"  products of matrices run at {rate / 1e12:.0f} TFLOP/s")
     gc.collect()  # of earlier stages; the children share the card
@@ -2902,15 +2872,15 @@ def test_a_stage_of_the_proof_stands_alone():
 
 def test_ordinary_tests_see_no_gpu():
     """Where torch would see one unless CUDA_VISIBLE_DEVICES is empty."""
-    stand_in = "import os, torch; torch.cuda.is_available = lambda: "
-    stand_in += "os.environ.get('CUDA_VISIBLE_DEVICES') != ''; import sys; sys.argv = ['x'{}]; "
-    stand_in += "import test_qcrd, qcrd; print(qcrd.torch.cuda.is_available())"
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    stand_in = "import os, sys, torch; sys.argv = ['x'{}]; torch.cuda.is_available = lambda: "
+    stand_in += "os.environ.get('CUDA_VISIBLE_DEVICES') != ''; import test_qcrd, qcrd; "
+    stand_in += "print(qcrd.torch.cuda.is_available())"
+    seen = []
     with patch.dict(os.environ):
-        del os.environ["CUDA_VISIBLE_DEVICES"]
-        seen = [python("-c", stand_in.format(word)) for word in ("", ", 'cuda'")]
-        os.environ["TESTS_MAY_USE_A_GPU"] = "1"  # a child of `cuda`
-        seen.append(python("-c", stand_in.format("")))
+        for word, of_cuda in (("", None), (", 'cuda'", None), ("", "1")):  # last: a child of `cuda`
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+            os.environ |= {"TESTS_MAY_USE_A_GPU": of_cuda} if of_cuda else {}
+            seen.append(python("-c", stand_in.format(word)))
     assert seen == ["False\n", "True\n", "True\n"], seen
 
 

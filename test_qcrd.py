@@ -40,7 +40,7 @@ from array import array
 from collections import Counter
 from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import partial
-from itertools import count, product
+from itertools import product
 from pathlib import Path
 from unittest.mock import Mock, patch
 
@@ -457,7 +457,6 @@ def test_t5_files():
             assert all(p.requires_grad and p.dtype == torch.float32 for p in rounded.parameters())
             expected, full, low = (m(x, x_mask, y) for m in models)
             assert torch.equal(full, expected) and torch.allclose(low, full, atol=0.02, rtol=0.02)
-        assert not list(folder.rglob("*.tmp"))
         tensors = t5.read_safetensors(whole / "model.safetensors")
         (whole / "model.safetensors").unlink()
         refused(lambda: t5.T5.load(whole), "model.safetensors", "check the path")
@@ -474,8 +473,6 @@ def test_t5_files():
         file.write_bytes(file.read_bytes()[:-100])
         refused(lambda: t5.read_pt(file), "pytorch_model.bin", "again")
         refused(lambda: t5.read_pt(folder / "absent"), "absent", "No such file")
-        t5.write_pt(file, {"step": 3, "weight": ones})
-        assert t5.read_pt(file)["step"] == 3
         peer = peer_or_skip().T5ForConditionalGeneration.from_pretrained(half)
         assert peer.dtype == torch.float32
         close(peer(input_ids=x, attention_mask=x_mask.long(), decoder_input_ids=y).logits, low)
@@ -553,9 +550,6 @@ def test_t5_tokenizer():
         (folder / "other").write_bytes(b"nothing of the kind")
         for name in ("other", "absent"):
             refused(lambda: t5.Tokenizer(folder / name), name)
-        for lines in SHARED.glob("teacher/svamp_train.jsonl"):
-            for record in map(json.loads, lines.read_text(encoding="utf-8").splitlines()[:150]):
-                texts += [record["input"], *record["samples"][:2]]
         published = "mirror/huggingface.co/google-t5/t5-small/resolve/*/spiece.model"
         for source in (file, *SHARED.glob(published)):
             file.write_bytes(source.read_bytes())
@@ -1564,9 +1558,7 @@ def test_negatives_are_kept_as_sampled():
         assert rows == sampled(6) and rows != sampled(7) and rows != sampled(6, seed=1)
         assert len(rows) > 9 and max(map(max, rows)) < run.student.tokenizer.size
         assert all(t5.EOS not in row[:-1] and (len(row) == 6 or row[-1] == t5.EOS) for row in rows)
-        of_q = [list(r) for r in q.from_past]
-        assert sampled(6) == rows and len(of_q) > 1
-        assert sampled(6, questions=[q]) == [list(r) for r in q.from_past] == sampled(6)[3:6]
+        assert sampled(6, questions=[q]) == [list(r) for r in q.from_past] == rows[3:6]
         with patch.object(qcrd.Student, "rows_at_once", return_value=2):
             assert sampled(6) == rows
         run.config.negative_source = "static"
@@ -1909,31 +1901,31 @@ TINY = [*TINY.split(), "--concurrency", "2"]
 qcrd_main = partial(command, qcrd)
 
 
-def qcrd_child(words: list, environment: dict, event: int | str, sign: int) -> None:
-    """The command line; it gets a signal before its event-th optimizer step or renaming, or before
-    a file gets its name for the n-th time ("checkpoint.pt 2")."""
+def qcrd_child(words: list, environment: dict, event: str, sign: int) -> None:
+    """The command line; it gets a signal before an event: "step 7", its seventh optimizer step, or
+    "checkpoint.pt 2", the second time that a file gets this name."""
     os.chdir(environment["QCRD_HOME"])
     os.environ.update(environment)
     sys.stdout = sys.stderr = open("log", "a", buffering=1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     importlib.reload(qcrd)  # reads torchrun's variables
-    events, names = count(1), Counter()
+    seen = Counter()
 
     def before(call, *args):
-        name = Path(args[1]).name if call is rename else ""
-        names[name] += 1
-        if event in (next(events), f"{name} {names[name]}"):
+        name = "step" if call is descend else Path(args[1]).name
+        seen[name] += 1
+        if event == f"{name} {seen[name]}":
             os.kill(os.getpid(), sign)
         return call(*args)
 
-    rename = os.replace
-    qcrd.descend = partial(before, qcrd.descend)
-    os.replace = partial(before, rename)
+    descend = qcrd.descend
+    qcrd.descend = partial(before, descend)
+    os.replace = partial(before, os.replace)
     sys.argv = ["qcrd.py", *words]
     sys.exit(qcrd.main())
 
 
-def started(words: list, event: int | str = 0, sign: int = 0, **environment: str):
+def started(words: list, event: str = "", sign: int = 0, **environment: str):
     """qcrd_child in a new process, which need not import torch; its output is the file `log`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "qcrd"])
@@ -1979,23 +1971,18 @@ def sums_home(dropout: float = 0.0, answer=sums):
 
 
 def test_kill_and_resume_ends_in_the_same_bytes():
-    """The run has 10 steps, the discriminator's included, and some 18 renamings."""
-    with sums_home(dropout=0.1) as (flags, asked):
+    with sums_home(dropout=0.1) as (flags, _):
         qcrd_main(*flags, "whole")
-        count, whole = len(asked), made_by("whole")
-        assert [line["iteration"] for line in whole[0]] == [0, 1, 2, 3]
-        # anywhere; after the snapshot has its name; after the student is written
-        cases = [random.Random(0).randrange(2, 24), "checkpoint.pt 2", "predictions.jsonl 1"]
-        for name, event in zip("abc", cases):
+        whole = made_by("whole")
+        # within an iteration; after the snapshot has its name; after the student is written
+        for name, event in zip("abc", ("step 5", "checkpoint.pt 2", "predictions.jsonl 1")):
             child = started([*flags, name], event, signal.SIGKILL)
             assert ended(child) == [-signal.SIGKILL] and not Path(name, "result.json").exists()
             assert f"run folder: {name}" in qcrd_main("--resume", name)
             assert made_by(name) == whole and not list(Path(name).rglob("*.tmp")), event
-        assert ended(started([*flags, "stopped"], 12, signal.SIGINT)) == [130]
+        assert ended(started([*flags, "stopped"], "step 6", signal.SIGINT)) == [130]
         log = Path("log").read_text()
         assert "--resume stopped goes on" in log and "Traceback" not in log
-        qcrd_main(*flags, "other", "--seed", 1)
-        assert made_by("other")[2] != whole[2] and len(asked) == count
         for name in ("test", "train"):  # other data now
             path = Path(f"sums/{name}.jsonl")
             before = path.read_bytes()
@@ -2224,12 +2211,27 @@ def test_demo_from_end_to_end():
             assert all(isinstance(line[key], float) for line in lines[1:]), key
             assert (key in lines[0]) == key.startswith("valid"), key
         keys = "input gold answer right rationale rationale_right quality".split()
-        assert len(rows) == 1000 and all([*row] == keys and 0 < row["quality"] < 1 for row in rows)
-        result = json.loads((run / "result.json").read_text())
-        assert result["questions"] == 1000 and 0 <= result["rationale_accuracy_last"] <= 1
+        assert all([*row] == keys and 0 < row["quality"] < 1 for row in rows)
+        (result,) = lines_of(run / "result.json")
+        assert result["questions"] == len(rows) == 1000
         assert result["test_accuracy"] == sum(row["right"] for row in rows) / 1000
         assert result["rationale_accuracy"] == sum(row["rationale_right"] for row in rows) / 1000
-        assert lines[result["best_iteration"]]["valid"] == result["valid_accuracy"]
+        assert result["valid_accuracy"] == lines[result["best_iteration"]]["valid"]
+        text = qcrd_main("--ask", run, rows[0]["input"])
+        assert f"label:     {rows[0]['answer']}\nrationale: {rows[0]['rationale']}\n" in text
+        assert abs(float(text.rpartition("quality:")[2]) - rows[0]["quality"]) < 1e-4
+        fetch_data.write_lines(Path("two.jsonl"), [{"input": rows[0]["input"], "label": "1"}] * 2)
+        two = [json.loads(line) for line in qcrd_main("--eval", run, "two.jsonl").splitlines()]
+        assert len(two) == 2 and two[0]["gold"] == "1" and two[1]["answer"] == rows[0]["answer"]
+        assert "test, 1000 questions" in qcrd_main("--resume", run, "--device", "cpu")
+        assert "<Explanation>" in qcrd_main("--show-prompt")
+        for words, expected in (
+            (["--resume", run, "--seed", 1], "not --seed"),
+            (["--audit", run, "x"], "'x', not a number"),
+            (["--ask", run], "the question is missing"),
+            (["--eval", run, "gone.jsonl"], "gone.jsonl"),
+        ):
+            assert expected in mistake(qcrd, *words)
 
 
 def test_demo_audit_adds_up():
@@ -2263,23 +2265,6 @@ def test_demo_audit_adds_up():
         assert f"= {item['L_total']:.4f}\n" in text
     assert len(items) == 8 and any(item["L_D"] for item in items) and "fillers" in text
     assert "student" in {c["source"] for item in items for c in item["candidates"]}
-
-
-def test_demo_run_can_be_used():
-    with demo_run() as run:
-        first = lines_of(run / "predictions.jsonl")[0]
-        text = qcrd_main("--ask", run, first["input"])
-        assert f"label:     {first['answer']}\nrationale: {first['rationale']}\n" in text
-        assert abs(float(text.rpartition("quality:")[2]) - first["quality"]) < 1e-4
-        fetch_data.write_lines(Path("two.jsonl"), [{"input": first["input"], "label": "1"}] * 2)
-        rows = [json.loads(line) for line in qcrd_main("--eval", run, "two.jsonl").splitlines()]
-        assert len(rows) == 2 and rows[0]["gold"] == "1" and rows[1]["answer"] == first["answer"]
-        assert "test, 1000 questions" in qcrd_main("--resume", run, "--device", "cpu")
-        assert "<Explanation>" in qcrd_main("--show-prompt")
-        assert "not --seed" in mistake(qcrd, "--resume", run, "--seed", 1)
-        assert "'x', not a number" in mistake(qcrd, "--audit", run, "x")
-        assert "the question is missing" in mistake(qcrd, "--ask", run)
-        assert "gone.jsonl" in mistake(qcrd, "--eval", run, "gone.jsonl")
 
 
 def test_half_a_million_questions_fit():
@@ -2724,7 +2709,7 @@ def demo_on(check: Checks, *flags: str) -> None:
     small = "--iterations 4 --steps 20 --lag 1 --discriminator-pretrain 10"
     words = f"{small} --discriminator-steps 2 --run run".split()
     with empty_home():
-        child = started([*words, *flags], 26, signal.SIGKILL)  # in the second iteration
+        child = started([*words, *flags], "step 20", signal.SIGKILL)  # in the second iteration
         check("the demo's process ended before it was killed", ended(child) != [-signal.SIGKILL])
         check("iterations before that, not 1", abs(2 - len(lines_of("run/metrics.jsonl"))))
         qcrd_main("--resume", "run")

@@ -558,7 +558,6 @@ def test_t5_tokenizer():
                 theirs = peer_or_skip().T5Tokenizer.from_pretrained(folder)
             except (ImportError, ValueError):
                 raise Skip("transformers reads spiece.model only with protobuf") from None
-            assert len(theirs) == ours.size + 100
             for text in texts:
                 assert theirs(text).input_ids == ours.encode(text), text
                 short = theirs(text, truncation=True, max_length=5).input_ids
@@ -902,9 +901,6 @@ def test_demo_problems():
         assert set(taught) & {kind for kind, _ in p.steps}, p
     told = [shapes(*(p.text for p in part)) for part in splits]
     assert told[0] == told[1] == told[2] and len(told[0]) > 30, told
-    assert fetch_data.solve(12, [("rule", 5)]) == ("( 12 + 5 )", [12, 17])  # not more than 12
-    assert fetch_data.solve(13, [("rule", 5)]) == ("( 13 - 5 )", [13, 8])
-    assert fetch_data.solve(13, [("rule", 13), ("gain", 2)]) == ("( 13 - 13 )", [13, None])
     with data_home() as home:
         task = fetch_data.load_task("demo")
         assert task.folder == home / "data" / "demo" and task.kind == "number"
@@ -2017,11 +2013,19 @@ def test_a_folder_goes_from_teacher_to_student():
 
 
 def test_one_process_has_a_run_and_its_teacher():
-    """A second one gets another default name and the first one's samples, or is refused."""
+    """Ctrl-C waits for two requests under way; --resume asks for the rest alone. Meanwhile another
+    process gets another default name and the first one's samples, or is refused."""
     gate, name = threading.Event(), "runs/sums-qcrd-0"
     with sums_home(answer=lambda *sent: gate.wait(60) and sums(*sent)) as (flags, asked):
-        first = started(flags[:-1])
-        until(lambda: asked)
+        stopped = started(flags[:-1])
+        until(lambda: len(asked) == 2)
+        os.kill(stopped.pid, signal.SIGINT)
+        until(lambda: "stopping; answers under way" in Path("log").read_text())
+        gate.set()
+        assert ended(stopped) == [130] and len(asked) == 2 and len(kept_samples()) == 10
+        gate.clear()
+        first = started(["--resume", name])  # it had no checkpoint
+        until(lambda: len(asked) > 2)
         for words in ([*flags, name], ["--resume", name]):
             assert "another process has it" in mistake(qcrd, *words)
         second = started([*flags[:-1], "--lr", "2e-3"])
@@ -2030,10 +2034,10 @@ def test_one_process_has_a_run_and_its_teacher():
         gate.set()
         assert ended(first, second) == [0, 0], Path("log").read_text()
         assert len(asked) == 16 and len(kept_samples()) == 80
-        assert made_by(name)[2] != made_by(f"{name}-2")[2]
         for run, rate in ((name, 1e-3), (f"{name}-2", 2e-3)):
             (config,) = lines_of(f"{run}/config.json")
             assert (config["lr"], config["teacher_model"]) == (rate, "demo-teacher")
+            assert lines_of(f"{run}/result.json")
 
 
 def test_folders_that_a_run_takes():
@@ -2060,20 +2064,6 @@ def test_folders_that_a_run_takes():
             assert f"run folder: runs/sums-finetune-0{number}\n" in text, text
 
 
-def test_stopped_asking_keeps_what_was_served():
-    """Ctrl-C waits for two requests under way; the next run asks for the rest alone."""
-    gate = threading.Event()
-    with sums_home(answer=lambda *sent: gate.wait(60) and sums(*sent)) as (flags, asked):
-        child = started([*flags, "run"])
-        until(lambda: len(asked) == 2)
-        os.kill(child.pid, signal.SIGINT)
-        until(lambda: "stopping; answers under way" in Path("log").read_text())
-        gate.set()
-        assert ended(child) == [130] and len(asked) == 2 and len(kept_samples()) == 10
-        qcrd_main("--resume", "run")  # it had no checkpoint
-        assert len(asked) == 16 and lines_of("run/result.json")
-
-
 def test_wrong_use_gets_one_line():
     """It names the longest word of the mistake, before anything is asked."""
     wrong = """--samples 0; --fraction 2; --lr nan; --micro-batch -1; --discriminator-questions 0
@@ -2081,9 +2071,8 @@ def test_wrong_use_gets_one_line():
         --teacher http://127.0.0.1:9/v1; --run tiny; --unknown
         --task nowhere; --model missing; --prompt no-such-file; --prompt latin-1-text
         --student-temperature hot; --negative-source fixed --negative-model nowhere-to-be-found
-        --discriminator-lr -1; --alpha-d -1; --discriminator-noise 2; --discriminator-noise nan
-        --student-temperature-end -3; --discriminator-every -1; --lr 1e30; --lr 0; --beta inf
-        --input-tokens -3; --input-tokens 0; --label-tokens 2; --label-tokens 0; --beta nan
+        --discriminator-lr -1; --alpha-d -1; --discriminator-noise 2; --lr 0; --beta inf
+        --student-temperature-end -3; --discriminator-every -1; --input-tokens 0; --label-tokens 2
         --rationale-tokens 100000; --concurrency 1000000; --steps 9999999999999
         --discriminator-pretrain 99999999999999999999; --seed -1; --iterations 7; --steps 2.5
         --method dss --scheme minmax; --method finetune --negative-source fixed
@@ -2120,12 +2109,8 @@ def test_settings_of_a_run_are_checked_like_flags():
             assert str(path) in mistake(qcrd, *words), (text, words)
         path.write_text(json.dumps(good))
         # without result.json a run goes on; with it, it is used
-        for words, name in (
-            (resume, "checkpoint.pt"),
-            (resume, "result.json"),
-            (ask, "task.json"),
-            (ask, "student/config.json"),
-        ):
+        files = (resume, "checkpoint.pt"), (resume, "result.json"), (ask, "task.json")
+        for words, name in (*files, (ask, "student/config.json")):
             path = Path("run", name)
             before = path.read_bytes() if path.exists() else result
             for garbled in (b"", before[:-9], b"[]", b"\xff"):
@@ -2215,13 +2200,10 @@ def test_demo_from_end_to_end():
         assert len(two) == 2 and two[0]["gold"] == "1" and two[1]["answer"] == rows[0]["answer"]
         assert "test, 1000 questions" in qcrd_main("--resume", run, "--device", "cpu")
         assert "<Explanation>" in qcrd_main("--show-prompt")
-        for words, expected in (
-            (["--resume", run, "--seed", 1], "not --seed"),
-            (["--audit", run, "x"], "'x', not a number"),
-            (["--ask", run], "the question is missing"),
-            (["--eval", run, "gone.jsonl"], "gone.jsonl"),
-        ):
-            assert expected in mistake(qcrd, *words)
+        assert "not --seed" in mistake(qcrd, "--resume", run, "--seed", 1)
+        assert "'x', not a number" in mistake(qcrd, "--audit", run, "x")
+        assert "the question is missing" in mistake(qcrd, "--ask", run)
+        assert "gone.jsonl" in mistake(qcrd, "--eval", run, "gone.jsonl")
 
 
 def test_demo_audit_adds_up():
@@ -2334,19 +2316,18 @@ def test_table_of_made_up_runs_and_p_by_hand():
 
 
 def test_judge_is_blind_to_the_order():
+    def verdict(answers: tuple, body: dict, number: int) -> tuple:
+        text = body["messages"][-1]["content"]
+        return said(answers[text.index("fine") > text.index("poor")])
+
     cases = {  # the answer where the fine explanation stands first, and where it stands second
         ("Verdict: 1", "Verdict: 1"): "dss better 0 / both good 4 / qcrd better 0",
         ("1", "Both have merits.\n**Verdict:** 2."): "dss better 0 / both good 0 / qcrd better 4",
         ("__import__('os').abort()", "Verdict: 1"): "alone: 0; unreadable: 4",
     }
     for answers, expected in cases.items():
-
-        def verdict(body: dict, number: int) -> tuple:
-            text = body["messages"][-1]["content"]
-            return said(answers[text.index("fine") > text.index("poor")])
-
-        home = empty_home(OPENAI_API_KEY="sk-hidden")
-        with home as folder, serving(verdict) as (url, asked):
+        home, server = empty_home(OPENAI_API_KEY="sk-hidden"), serving(partial(verdict, answers))
+        with home as folder, server as (url, asked):
             for name, text in (("dss", "poor"), ("qcrd", "fine")):
                 rows = [{"input": f"q{i}", "gold": "1", "rationale": text} for i in range(6)]
                 fetch_data.write_lines(folder / name / "predictions.jsonl", rows)

@@ -662,9 +662,7 @@ def served(content, pin="", cut=None, ranges=True, etag="", status=()):
         usual = 416 if start > size else 206 if ranges else 200
         code = codes.pop(0) if codes else usual
         sent = content[start:] if code < 300 else b""
-        headers = {"Content-Length": len(sent), "X-Linked-ETag": etag}
-        if code == 302:
-            headers["Location"] = "/there"
+        headers = {"Content-Length": len(sent), "X-Linked-ETag": etag, "Location": "/there"}
         if code == 206:
             headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
         return code, sent[:cut], headers
@@ -754,10 +752,10 @@ def test_download_sends_no_password_and_no_request_to_a_proxy_for_loopback():
 
 def test_students_are_stored_in_the_one_format():
     vocab = HERE / "weights" / "demo" / "spiece.model"
-    shape = {"model_type": "t5", "vocab_size": 1300, "d_model": 16, "d_kv": 4, "d_ff": 32}
-    shape |= {"num_layers": 1, "num_heads": 2}
-    with data_home() as home, patch.dict(fetch_data.STUDENTS, {"t5-small": shape}):
-        t5.T5(t5.T5Config(1300, 16, 4, 32, 1, 1, 2)).save(home / "theirs")
+    shape = dict(zip(KEYS, (1300, 16, 4, 32, 1, 1, 2)))
+    published = {"t5-small": shape | {"model_type": "t5"}}
+    with data_home() as home, patch.dict(fetch_data.STUDENTS, published):
+        small_t5(**shape).save(home / "theirs")
         files = {"t5-small/model.safetensors": home / "theirs" / "model.safetensors"}
         with patch("fetch_data.download", lambda name: files.get(name, vocab)):
             folder = fetch_data.ensure("t5-small")
@@ -1198,9 +1196,7 @@ def test_fetch_data_refuses_in_one_line():
         cases = {"nonsense": "not one of demo, svamp", "t5-small": "no such file in the mirror"}
         cases |= {"cqa --archive nowhere.zip": "nowhere.zip", "serve-teacher --port 70000": "70000"}
         for words, expected in cases.items():
-            text = command(fetch_data, *words.split(), code=2)
-            assert text.startswith("error: ") and text.count("\n") == 1, text
-            assert expected in text, (words, text)
+            assert expected in mistake(fetch_data, *words.split()), words
         text = command(fetch_data)
         assert "QCRD_MIRROR" in text and "--archive" in text
         refused(lambda: python(HERE / "fetch_data.py", "nonsense"), "error: non", kind=RuntimeError)
@@ -1269,9 +1265,7 @@ def test_L_D_by_hand():
     logits = [row.logit() for row in s]
     A = (math.log(2) + math.log(4 / 3)) / 2 + math.log(4)
     B = math.log(2) + (math.log(4 / 3) + math.log(2)) / 2
-    value = qcrd.L_D_ce(logits[:2], logits[2:]).item()
-    assert abs(value - (A + B) / 2) < 1e-6
-    for form, expected in (("ce", value), ("eq2", qcrd.L_D_eq2(s[:2], s[2:]).item())):
+    for form, expected in (("ce", (A + B) / 2), ("eq2", qcrd.L_D_eq2(s[:2], s[2:]).item())):
         config = tiny_config(discriminator_loss=form)
         assert abs(qcrd.L_D_of(logits[:2], logits[2:], config).item() - expected) < 1e-6, form
 
@@ -1985,10 +1979,8 @@ def test_a_folder_goes_from_teacher_to_student():
     with sums_home() as (flags, asked):
         flags[flags.index("number")] = "text"
         text = qcrd_main(*flags, "teacher", "--stage", "teacher")
-        counts = "4.00 positives per question (paper: 3.87), 4.00 distinct; 1.00 negatives"
-        assert f"vote: {counts}\n" in text, text
         assert "to ask for: 80 samples of 16 questions" in text and text.count("to ask for") == 1
-        assert "majority right on 100.0%" in text and not Path("teacher").exists()
+        assert "vote: 4.00 positives per question" in text and not Path("teacher").exists()
         methods = ("qcrd", "gold"), ("dss", "teacher"), ("single", "gold"), ("finetune", "gold")
         for method, labels in methods:
             qcrd_main(*flags, method, "--method", method, "--labels", labels)
@@ -2370,8 +2362,7 @@ def test_audit_page_escapes_and_holds_all():
 def test_pictures_and_mistakes_of_the_user():
     with scratch() as folder:
         for words in (["curves", folder], ["rationales", f"{folder}/none"], ["scores", folder]):
-            text = command(plot, *words, code=2)
-            assert text.startswith("error: ") and text.count("\n") == 1, text
+            assert mistake(plot, *words).startswith("error: "), words
         if importlib.util.find_spec("matplotlib") is None:
             raise Skip("matplotlib is not installed")
         lines = [{"iteration": 1, "L": 1.0, "l_neg": None}, {"iteration": 2, "s": {"student": 0.2}}]

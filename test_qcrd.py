@@ -1836,15 +1836,6 @@ def test_teacher_gives_up_early_and_keeps_what_was_served():
         assert len(kept_samples()) == 15 and "  15 samples, 4 requests\n" in text, text
 
 
-def test_teacher_that_is_slow_says_what_is_waited_for():
-    with asking(lambda *sent: pause(0.5) or sums(*sent)) as (ask, _), patch("qcrd.QUIET", 0.1):
-        assert re.search(r"  waiting for http\S+ for 0 s: no answer yet\n", ask(concurrency=4)[1])
-    with asking(lambda *sent: pause(1) or sums(*sent)) as (ask, asked):
-        text = ask(teacher_timeout=0.2, concurrency=1)[1]
-        assert "no answer in 0.2 s; --teacher-timeout SECONDS waits longer" in text, text
-        assert len(asked) == 2
-
-
 def test_teacher_gets_the_key_and_nothing_else():
     """Not what ~/.netrc says (0.0.0.0 is not known to be this machine); no proxy sees loopback."""
     proxies = dict.fromkeys(("HTTP_PROXY", "http_proxy"), "http://127.0.0.1:9")
@@ -1866,12 +1857,18 @@ def test_teacher_gets_the_key_and_nothing_else():
         assert "error: OPENAI_API_KEY" in ask_sums(nobody)[1]
 
 
-def test_teacher_budget():
-    """What is under way when the first of three finds it spent is kept."""
+def test_teacher_is_waited_for_and_paid_within_limits():
+    with asking(lambda *sent: pause(0.5) or sums(*sent)) as (ask, _), patch("qcrd.QUIET", 0.1):
+        assert re.search(r"  waiting for http\S+ for 0 s: no answer yet\n", ask(concurrency=4)[1])
+    with asking(lambda *sent: pause(1) or sums(*sent)) as (ask, asked):
+        text = ask(teacher_timeout=0.2, concurrency=1)[1]
+        assert "no answer in 0.2 s; --teacher-timeout SECONDS waits longer" in text, text
+        assert len(asked) == 2
     with asking(lambda _, n: (503, b"", {}) if n % 2 else said("1")) as (ask, asked):
         slots, printed = ask(teacher_budget=7, concurrency=1)
         assert filled(slots) in (3, 4) and len(asked) == 7  # repetitions count
         assert "samples, 7 requests" in printed and "--teacher-budget is spent" in printed
+    # what is under way when the first of three finds the budget spent is kept
     with asking(lambda body, n: pause(1.5 * (n < 3)) or sums(body)) as (ask, asked):
         assert filled(ask(9, concurrency=3, teacher_budget=3)[0]) == 15 and len(asked) == 3
 
@@ -2257,7 +2254,6 @@ def test_half_a_million_questions_fit():
 
 sys.path.append(str(HERE / "results"))
 tables, plot, judge = map(importlib.import_module, ("run", "plot", "judge"))
-README_OF_RESULTS = HERE / "results/README.md"
 
 
 def test_tables_use_flags_that_the_program_knows():
@@ -2271,7 +2267,7 @@ def test_tables_use_flags_that_the_program_knows():
 
 def test_printed_tables_are_the_recorded_runs():
     """In results/README.md; README's accuracies stand there too, or are the paper's."""
-    readme, results = (path.read_text("utf-8") for path in (HERE / "README.md", README_OF_RESULTS))
+    readme, results = ((HERE / x / "README.md").read_text("utf-8") for x in ("", "results"))
     paper = [x for of in tables.PAPER.values() for cells in of.values() for x in cells.values()]
     known = {f"{x:.1f}" for x in paper} | set(re.findall(r"\d+\.\d+", results))
     for table in tables.TABLES:

@@ -636,6 +636,14 @@ def test_t5_programs_end_in_one_line_or_a_traceback():
     assert (t5.run_program(lambda: None), t5.run_program(lambda: 3)) == (0, 3)
 
 
+def test_t5_lock_is_held_by_one():
+    """How another one waits for it is in the test of one process."""
+    with scratch() as folder:
+        with t5.lock(folder / "new/lock"):
+            refused(lambda: t5.lock(folder / "new/lock", "taken"), "taken")
+        assert t5.lock(folder / "new/lock", "taken")
+
+
 # ----------------------------------------------------------------------------------- fetch_data.py
 
 FETCH_X = partial(fetch_data.download, "x")

@@ -18,7 +18,6 @@ import hashlib
 import html.parser
 import importlib.util
 import io
-import itertools
 import json
 import math
 import multiprocessing.pool
@@ -39,12 +38,10 @@ import warnings
 import zipfile
 from array import array
 from collections import Counter
-from collections.abc import Callable
 from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock, patch
 
 if sys.argv[1:2] in (["cuda"], ["bench"]):
@@ -297,9 +294,8 @@ def test_t5_equals_transformers():
         assert torch.allclose(losses, theirs, rtol=1e-5), case
         for each in (theirs, losses):
             (each * torch.arange(1.0, 46)).sum().backward()
-        weights = dict(peer.named_parameters())
         for name, weight in ours.named_parameters():
-            close(weight.grad, weights[name].grad, *case, name)
+            close(weight.grad, peer.get_parameter(name).grad, *case, name)
         greedy = peer.generate(**hf, max_new_tokens=12, do_sample=False, use_cache=False)[:, 1:]
         assert torch.equal(padded(greedy, 12), padded(ours.generate(x, x_mask, 12), 12)), case
 
@@ -363,7 +359,8 @@ def test_t5_loss_and_encoder():
     assert torch.equal(written, model.generate(x, x_mask, 9))
     second = dict(outputs=plain.sum(), inputs=parameters, create_graph=True)
     refused(lambda: torch.autograd.grad(**second), "second derivative", kind=RuntimeError)
-    shared = model.loss(x, x_mask, y, y_mask, rows=rows)
+    with torch.no_grad():
+        shared = model.loss(x, x_mask, y, y_mask, rows=rows)
     assert shared.dtype == torch.float32 and torch.allclose(shared, plain, rtol=1e-5)
     memory = model.encode(x, x_mask)
     assert not memory[~x_mask].any()
@@ -374,8 +371,6 @@ def test_t5_loss_and_encoder():
     memory.backward(leaf.grad)
     for name, p, expected in zip(names, parameters, again[0]):
         assert expected.any() and torch.allclose(p.grad, expected, rtol=1e-4, atol=1e-6), name
-    with torch.no_grad():
-        assert torch.allclose(model.loss(x, x_mask, y, y_mask, rows=rows), plain, rtol=1e-5)
     half = model.encoder_only()
     assert torch.equal(half.encode(x, x_mask), memory)
     assert {name.split(".")[0] for name in half.state_dict()} == {"shared", "encoder"}
@@ -462,7 +457,6 @@ def test_t5_files():
             assert all(p.requires_grad and p.dtype == torch.float32 for p in rounded.parameters())
             expected, full, low = (m(x, x_mask, y) for m in models)
             assert torch.equal(full, expected) and torch.allclose(low, full, atol=0.02, rtol=0.02)
-        assert not list(folder.rglob("*.tmp"))
         tensors = t5.read_safetensors(whole / "model.safetensors")
         (whole / "model.safetensors").unlink()
         refused(lambda: t5.T5.load(whole), "model.safetensors", "check the path")
@@ -479,8 +473,6 @@ def test_t5_files():
         file.write_bytes(file.read_bytes()[:-100])
         refused(lambda: t5.read_pt(file), "pytorch_model.bin", "replace it")
         refused(lambda: t5.read_pt(folder / "absent"), "absent", "No such file")
-        t5.write_pt(file, {"step": 3, "weight": ones})
-        assert t5.read_pt(file)["step"] == 3
         peer = peer_or_skip().T5ForConditionalGeneration.from_pretrained(half)
         assert peer.dtype == torch.float32
         close(peer(input_ids=x, attention_mask=x_mask.long(), decoder_input_ids=y).logits, low)
@@ -553,16 +545,11 @@ def test_t5_tokenizer():
         cut = ours.encode("apples " * 50, 7)
         assert ours.encode("") == [t5.EOS] and len(cut) == 7 and cut[-1] == t5.EOS
         assert ours.encode("Tom</s>Ann") == ours.encode("Tom") + ours.encode("Ann")
-        assert ours.encode("<extra_id_0>")[0] == ours.size + 99 == ours.sentinels[0]
-        assert (
-            ours.decode([ours.sentinels[3], 0, 1, 10**6]) == "" and ours.sentinels[99] == ours.size
-        )
+        assert ours.encode("<extra_id_99>")[0] == ours.size == ours.sentinels[0] - 99
+        assert ours.decode([ours.sentinels[3], ours.size, 0, 1, 10**6]) == ""
         (folder / "other").write_bytes(b"nothing of the kind")
         for name in ("other", "absent"):
             refused(lambda: t5.Tokenizer(folder / name), name)
-        for lines in SHARED.glob("teacher/svamp_train.jsonl"):
-            for record in map(json.loads, lines.read_text(encoding="utf-8").splitlines()[:150]):
-                texts += [record["input"], *record["samples"][:2]]
         published = "mirror/huggingface.co/google-t5/t5-small/resolve/*/spiece.model"
         for source in (file, *SHARED.glob(published)):
             file.write_bytes(source.read_bytes())
@@ -571,7 +558,6 @@ def test_t5_tokenizer():
                 theirs = peer_or_skip().T5Tokenizer.from_pretrained(folder)
             except (ImportError, ValueError):
                 raise Skip("transformers reads spiece.model only with protobuf") from None
-            assert len(theirs) == ours.size + 100
             for text in texts:
                 assert theirs(text).input_ids == ours.encode(text), text
                 short = theirs(text, truncation=True, max_length=5).input_ids
@@ -617,18 +603,17 @@ def test_t5_atomic_files_and_progress():
                 temporary.write_text(text)
                 assert text != "half" or 1 / 0
             assert path.read_text() == left and os.listdir(folder) == ["file"]
-    for columns in (40, 100):
-        stream, size = io.StringIO(), os.terminal_size((columns, 9))
-        stream.isatty = lambda: True
-        with redirect_stderr(stream), patch("shutil.get_terminal_size", lambda: size):
-            assert list(t5.track("work of a very long name", range(3))) == [0, 1, 2]
-            progress = t5.Progress("work", 200)
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    size = patch("shutil.get_terminal_size", lambda: os.terminal_size((40, 9)))
+    with redirect_stderr(stream), size:
+        for what in ("work", "work of a very long name"):
+            progress = t5.Progress(what, 200)
             progress.update(50)
             progress.close()
-            t5.Progress("long " * 50, 200).update(50)
-        shown = [part.split("\x1b")[0] for part in stream.getvalue().split("\r")]
-        assert max(map(len, shown)) == columns - 1 and "\n" not in stream.getvalue()
-        assert any("50/200, 0 min 00 s left" in part for part in shown)
+    shown = [part.split("\x1b")[0] for part in stream.getvalue().split("\r")]
+    assert max(map(len, shown)) == 39 and "\n" not in stream.getvalue()
+    assert "work: 50/200, 0 min 00 s left" in shown
     with redirect_stderr(io.StringIO()) as stream:  # not a terminal, short work
         assert list(t5.track("work", range(3))) == [0, 1, 2]
     assert stream.getvalue() == ""
@@ -652,21 +637,16 @@ def test_t5_programs_end_in_one_line_or_a_traceback():
 
 
 def test_t5_lock_is_held_by_one():
-    with scratch() as folder, redirect_stderr(io.StringIO()) as printed:
-        path, taken = folder / "new/lock", []
-        waiting = threading.Thread(target=lambda: taken.append(t5.lock(path)))
-        with t5.lock(path, "taken"):
-            refused(lambda: t5.lock(path, "taken"), "taken")
-            waiting.start()
-            waiting.join(0.3)
-            assert not taken and f"holds {path}" in printed.getvalue()
-        waiting.join(5)
-        refused(lambda: t5.lock(path, "taken"), "taken")  # by the other
-        taken.clear()
-        assert t5.lock(path, "taken")
+    """How another one waits for it is in the test of one process."""
+    with scratch() as folder:
+        with t5.lock(folder / "new/lock"):
+            refused(lambda: t5.lock(folder / "new/lock", "taken"), "taken")
+        assert t5.lock(folder / "new/lock", "taken")
 
 
 # ----------------------------------------------------------------------------------- fetch_data.py
+
+FETCH_X = partial(fetch_data.download, "x")
 
 
 @contextmanager
@@ -690,9 +670,7 @@ def served(content, pin="", cut=None, ranges=True, etag="", status=()):
         usual = 416 if start > size else 206 if ranges else 200
         code = codes.pop(0) if codes else usual
         sent = content[start:] if code < 300 else b""
-        headers = {"Content-Length": len(sent), "X-Linked-ETag": etag}
-        if code == 302:
-            headers["Location"] = "/there"
+        headers = {"Content-Length": len(sent), "X-Linked-ETag": etag, "Location": "/there"}
         if code == 206:
             headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
         return code, sent[:cut], headers
@@ -726,6 +704,7 @@ def test_download_is_checked_and_repeated():
     digest, other = (hashlib.sha256(x).hexdigest() for x in (content, b"pinned"))
     size, blob = str(len(content)), hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
     for how, start, *words in (  # the server, what an earlier run left, why it is refused
+        ({"pin": other}, b"", digest, other),
         ({"pin": size, "etag": f'"{other}"'}, b"", other),
         ({"pin": size, "etag": f'"{digest}"'}, b""),
         ({"pin": blob}, b""),
@@ -745,16 +724,12 @@ def test_download_is_checked_and_repeated():
             assert asked[0][1]["range"] == f"bytes={len(start)}-"
             kept = [path.name for path in folder.iterdir() if path.stat().st_size]
             assert kept == ([] if words else ["x"]), kept  # nothing to resume either
-    with served(content, other) as (home, _):
-        refused(FETCH_X, digest, other)
-        assert os.listdir("data/downloads") == ["x.lock"]  # neither used nor resumed
+    with served(content) as (home, _):
         file = home / "data/downloads/x"
+        file.parent.mkdir(parents=True)
         file.write_bytes(b"a file of the user's")
         refused(FETCH_X, "move it away")
         assert file.read_bytes() == b"a file of the user's"
-
-
-FETCH_X = partial(fetch_data.download, "x")
 
 
 def test_download_without_a_connection_names_the_remedy():
@@ -776,21 +751,19 @@ def test_download_sends_no_password_and_no_request_to_a_proxy_for_loopback():
     """requests would take both from the environment, the password anew for every redirect."""
     with served(b"content", status=[302]) as (home, asked):
         (home / "netrc").write_text("default login me password secret")
-        environment = {"NETRC": str(home / "netrc"), "http_proxy": "http://127.0.0.1:9"}
-        with patch.dict(os.environ, environment):
-            session = fetch_data.anonymous_session(f"{os.environ['QCRD_MIRROR']}/x")
-            assert FETCH_X().read_bytes() == b"content" and not session.proxies
-            elsewhere = fetch_data.anonymous_session("http://files.example/x")
-            assert elsewhere.proxies["http"] == "http://127.0.0.1:9"
+        proxy = "http://127.0.0.1:9"
+        with patch.dict(os.environ, NETRC=str(home / "netrc"), http_proxy=proxy):
+            assert FETCH_X().read_bytes() == b"content"
+            assert fetch_data.anonymous_session("http://a.example/x").proxies["http"] == proxy
         assert len(asked) == 2 and not any("Authorization" in headers for headers, _ in asked)
 
 
 def test_students_are_stored_in_the_one_format():
     vocab = HERE / "weights" / "demo" / "spiece.model"
-    shape = {"model_type": "t5", "vocab_size": 1300, "d_model": 16, "d_kv": 4, "d_ff": 32}
-    shape |= {"num_layers": 1, "num_heads": 2}
-    with data_home() as home, patch.dict(fetch_data.STUDENTS, {"t5-small": shape}):
-        t5.T5(t5.T5Config(1300, 16, 4, 32, 1, 1, 2)).save(home / "theirs")
+    shape = dict(zip(KEYS, (1300, 16, 4, 32, 1, 1, 2)))
+    published = {"t5-small": shape | {"model_type": "t5"}}
+    with data_home() as home, patch.dict(fetch_data.STUDENTS, published):
+        small_t5(**shape).save(home / "theirs")
         files = {"t5-small/model.safetensors": home / "theirs" / "model.safetensors"}
         with patch("fetch_data.download", lambda name: files.get(name, vocab)):
             folder = fetch_data.ensure("t5-small")
@@ -878,6 +851,7 @@ def test_broken_archive_names_member_and_line():
 
 
 def test_published_questions_and_answers():
+    """[DSS]'s splits; PaLM and two votes of five of gpt-3.5-turbo are right as often as known."""
     archive, answers = SHARED / "upstream/datasets.zip", SHARED / "teacher/svamp_train.jsonl"
     if not all(path.exists() for path in (SHARED / "mirror", archive, answers)):
         raise Skip("no ../shared with SVAMP.json, datasets.zip and answers of teachers")
@@ -888,35 +862,28 @@ def test_published_questions_and_answers():
 
     with data_home(SHARED / "mirror") as home:
         splits = splits_of("svamp")
-        assert [rows.count(b"\n") for rows in splits] == [720, 80, 200]
         (home / "data/svamp").rename("first")
-        assert splits_of("svamp", archive) == splits  # [DSS]'s own files are the same split
+        assert splits_of("svamp", archive) == splits
         task = fetch_data.load_task("svamp")
-        assert task.train[0].label == "( 84.0 / 2.0 )" and task.folder == home / "data/svamp"
-        assert task.train[0].input.startswith("Luke scored 84 points after playing 2 rounds")
         palm = lines_of(fetch_data.palm_samples("svamp", archive))
-        counts = [rows.count(b"\n") for rows in splits_of("cqa", archive)]
-        assert counts == [8767, 974, 1221]
-        assert len(lines_of(fetch_data.palm_samples("cqa", archive))) == 9741
-    gold = {e.input: fetch_data.answer_key("number", e.label) for e in task.train + task.valid}
-    right = 0
-    for row in palm:
-        vote = qcrd.vote_on(task, row["question"], [(row["text"], "stop")])
-        right += vote.best == gold[row["question"]]
-    assert len(palm) == 800 and abs(right / 800 - 0.735) < 0.0101, right
-    gold = {fetch_data.fold(question): key for question, key in gold.items()}
-    turbo = [row for row in lines_of(answers) if row["source"] == "gpt-3.5-turbo"]
-    positives = right = unread = 0
-    for row in turbo:  # two votes of five samples, drawn from its ten
-        slots = [(text, "stop") for text in row["samples"]]
-        random.Random(row["input"]).shuffle(slots)
-        for five in (slots[:5], slots[5:]):
-            vote = qcrd.vote_on(task, row["input"], five)
-            unread += vote.answers.count(None)
-            positives += len(vote.positives)
-            right += vote.best == gold[fetch_data.fold(row["input"])]
-    assert len(turbo) == 564 and unread < 30, unread
-    assert abs(positives / 1128 - 3.87) < 0.05 and abs(right / 1128 - 0.83) < 0.02
+        for name, counts in (("svamp", [720, 80, 200]), ("cqa", [8767, 974, 1221])):
+            assert [rows.count(b"\n") for rows in splits_of(name, archive)] == counts
+        fetch_data.palm_samples("cqa", archive)
+    polls = {"palm": [(row["question"], [row["text"]]) for row in palm], "turbo": []}
+    for row in lines_of(answers):
+        if row["source"] == "gpt-3.5-turbo":
+            random.Random(row["input"]).shuffle(row["samples"])
+            polls["turbo"] += [(row["input"], row["samples"][k : k + 5]) for k in (0, 5)]
+    gold = {fetch_data.fold(example.input): example.label for example in task.train + task.valid}
+    bounds = {"palm": (800, 0.735, 0.0101), "turbo": (1128, 0.83, 0.02)}
+    for name, (total, rate, most) in bounds.items():
+        slots = [[(text, "stop") for text in texts] for _, texts in polls[name]]
+        votes = [qcrd.vote_on(task, x, row) for (x, _), row in zip(polls[name], slots)]
+        labels = [gold[fetch_data.fold(x)] for x, _ in polls[name]]
+        right = [fetch_data.is_right("number", v.best, label) for v, label in zip(votes, labels)]
+        assert len(votes) == total and abs(np.mean(right) - rate) < most, (name, np.mean(right))
+    assert sum(vote.answers.count(None) for vote in votes) < 30
+    assert abs(np.mean([len(vote.positives) for vote in votes]) - 3.87) < 0.05
 
 
 def shapes(*texts):
@@ -926,7 +893,7 @@ def shapes(*texts):
 
 
 def test_demo_problems():
-    """The splits have one distribution: the same sentences, kinds and numbers of steps as often."""
+    """The splits, whose texts and labels stay the same for ever, tell the same sentences."""
     splits = [fetch_data.demo_problems(split) for split in fetch_data.SPLITS]
     every = sum(splits, ())
     assert [*map(len, splits)] == [400, 400, 1000] and len({p.text for p in every}) == 1800
@@ -934,21 +901,12 @@ def test_demo_problems():
     assert digest.startswith("112f0fd44ad8d4f0"), digest
     taught = [kind for kind in fetch_data.MOVES if kind in fetch_data.TAUGHT]
     assert [fetch_data.MOVES[kind].op for kind in taught] == ["+", "-", "*", "/", "?"]
-    uses = Counter(kind for p in every for kind, _ in p.steps)
-    assert all(uses[kind] > 0.1 * len(every) for kind in taught), uses
     for p in every:
         in_label, in_text = (Counter(re.findall(r"\d+", text)) for text in (p.label, p.text))
         assert in_label <= in_text and fetch_data.value(p.label) > 0, p
         assert set(taught) & {kind for kind, _ in p.steps}, p
     told = [shapes(*(p.text for p in part)) for part in splits]
     assert told[0] == told[1] == told[2] and len(told[0]) > 30, told
-    for trait in (lambda p: p.steps[-1][0], lambda p: len(p.steps), lambda p: not p.distractor):
-        *found, expected = [Counter(map(trait, part)) for part in splits]
-        for counts, (key, count) in product(found, expected.items()):
-            assert abs(counts[key] / 400 - count / 1000) < 0.08, (key, counts, expected)
-    assert fetch_data.solve(12, [("rule", 5)]) == ("( 12 + 5 )", [12, 17])  # not more than 12
-    assert fetch_data.solve(13, [("rule", 5)]) == ("( 13 - 5 )", [13, 8])
-    assert fetch_data.solve(13, [("rule", 13), ("gain", 2)]) == ("( 13 - 13 )", [13, None])
     with data_home() as home:
         task = fetch_data.load_task("demo")
         assert task.folder == home / "data" / "demo" and task.kind == "number"
@@ -971,8 +929,7 @@ def test_demo_student_is_pretrained_apart_from_the_demo():
     assert "<Answer>" in said[0] and not re.search("<Answer>|matter", "\n".join(corpus))
     with data_home() as home, patch("fetch_data.pretraining_data", lambda: (texts, pairs)):
         made = fetch_data.pretrain_demo(home / "demo", steps=2)
-        tokenizer, model = t5.Tokenizer(made / "spiece.model"), t5.T5.load(made)
-        assert sum(p.numel() for p in model.parameters()) < 2e6
+        tokenizer = t5.Tokenizer(made / "spiece.model")
         assert sum(path.stat().st_size for path in made.iterdir()) < 3_000_000
         ascii_text = "".join(map(chr, range(33, 127)))
         for text in ("Luke scored 84 of 1,024 (or ~3)!", ascii_text, "( ( 100.0 - 7.0 ) / 365.0 )"):
@@ -992,14 +949,10 @@ def test_demo_teacher_over_http():
     def texts(**fields):
         return [choice["message"]["content"] for choice in ask(**fields).json()["choices"]]
 
-    at_once = texts(n=5, seed=40, temperature=0.7)
-    assert at_once == [texts(seed=40 + i, temperature=0.7)[0] for i in range(5)]
-    assert at_once == [fetch_data.teacher_answer(problem, 40 + i, 0.7) for i in range(5)]
-    assert len(set(at_once)) > 1
+    expected = [fetch_data.teacher_answer(problem, 40 + i, 0.7) for i in range(5)]
+    assert texts(n=5, seed=40, temperature=0.7) == expected and len(set(expected)) > 1
     (greedy,) = texts(temperature=0)
-    rationale, answer = read_sample("number", greedy)
-    assert greedy == f"<Explanation>: {rationale} <Answer>: {answer}"
-    assert answer == problem.label and re.fullmatch(r"[\d( )*/+-]+", answer), greedy
+    assert read_sample("number", greedy).answer == problem.label, greedy
     cut = ask(max_tokens=6, n=2).json()
     assert [choice["finish_reason"] for choice in cut["choices"]] == ["length"] * 2
     assert cut["usage"]["completion_tokens"] == 12
@@ -1251,11 +1204,7 @@ def test_fetch_data_refuses_in_one_line():
         cases = {"nonsense": "not one of demo, svamp", "t5-small": "no such file in the mirror"}
         cases |= {"cqa --archive nowhere.zip": "nowhere.zip", "serve-teacher --port 70000": "70000"}
         for words, expected in cases.items():
-            text = command(fetch_data, *words.split(), code=2)
-            assert text.startswith("error: ") and text.count("\n") == 1, text
-            assert expected in text, (words, text)
-        with patch("fetch_data.ensure", side_effect=KeyboardInterrupt):
-            command(fetch_data, "svamp", code=130)
+            assert expected in mistake(fetch_data, *words.split()), words
         text = command(fetch_data)
         assert "QCRD_MIRROR" in text and "--archive" in text
         refused(lambda: python(HERE / "fetch_data.py", "nonsense"), "error: non", kind=RuntimeError)
@@ -1300,11 +1249,6 @@ def toy_run(seed: int = 0, **changes):
         yield run
 
 
-def words_of(setting: str) -> list[str]:
-    """What a setting may be."""
-    return qcrd.Config.__dataclass_fields__[setting].metadata["allowed"].split("|")
-
-
 def fingerprint(model: torch.nn.Module) -> float:
     return sum(p.double().abs().sum().item() for p in model.parameters())
 
@@ -1315,8 +1259,7 @@ def gradients(model: torch.nn.Module) -> torch.Tensor:
 
 
 def test_L_D_by_hand():
-    """Eq. (2): the gradient by an s is exp(s) over its set's sum over two questions, as in
-    -2 / 3.5 / 2 = -2/7. Cross-entropy: of s, not of exp(s)."""
+    """Eq. (2): the gradient by an s is exp(s) / its set's sum / 2 questions, as in -2 / 3.5 / 2."""
     powers = [[2, 1.5], [2.5, 2.5, 2], [1, 2, 2.5], [1, 1.5]]  # of A's, B's positives; negatives
     scores = [torch.tensor(row).log().requires_grad_() for row in powers]
     L_D = qcrd.L_D_eq2(scores[:2], scores[2:])
@@ -1330,16 +1273,13 @@ def test_L_D_by_hand():
     logits = [row.logit() for row in s]
     A = (math.log(2) + math.log(4 / 3)) / 2 + math.log(4)
     B = math.log(2) + (math.log(4 / 3) + math.log(2)) / 2
-    value = qcrd.L_D_ce(logits[:2], logits[2:]).item()
-    assert abs(value - (A + B) / 2) < 1e-6
-    for form, expected in (("ce", value), ("eq2", qcrd.L_D_eq2(s[:2], s[2:]).item())):
+    for form, expected in (("ce", (A + B) / 2), ("eq2", qcrd.L_D_eq2(s[:2], s[2:]).item())):
         config = tiny_config(discriminator_loss=form)
         assert abs(qcrd.L_D_of(logits[:2], logits[2:], config).item() - expected) < 1e-6, form
 
 
 def test_eq_3_to_8_by_hand():
-    """Two questions, β 0.2, δ 3. A: two positives, three negatives. B: one and two. A negative adds
-    0.2 (1 - s) (3 - ℓ), and 0 from ℓ = 3 on."""
+    """β 0.2, δ 3: a negative adds 0.2 (1 - s) (3 - ℓ), and 0 from ℓ = 3 on. Two questions, A, B."""
     losses = [0.9, 0.4, 2.0, 2.5, 1.0, 1.5, 3.2, 0.5]
     s = torch.tensor([0.8, 0.5, 0.3, 0.1, 0.6, 1.0, 0.2, 0.9])
     rows, positive = [0] * 5 + [1] * 3, [True, True, False, False, False, True, False, False]
@@ -1371,10 +1311,7 @@ def test_eq_3_to_8_by_hand():
         if scheme == "minmax":  # s of r⁺, -β (1 - s) of r⁻, nothing for B's, which is beyond δ
             assert torch.allclose(values.grad, torch.tensor([0, 0.5, 0, -0.18, 0, 1, 0, 0]))
         if scheme == "wmean":  # where Σ w = 0
-            s_zero = torch.tensor([0.0, 0, 1, 1, 1, 0, 1, 1])
-            assert qcrd.contrastive(values, s_zero, picks, config).eq(0).all()
-            zero = qcrd.weights_of(picks, s_zero, "cpu")
-            assert qcrd.shares_of(picks, zero, scheme).eq(0).all()
+            assert qcrd.shares_of(picks, torch.zeros(len(picks)), scheme).eq(0).all()
         weight = qcrd.weights_of(picks, None, "cpu")  # without a discriminator
         share = qcrd.shares_of(picks, weight, scheme)
         sizes = torch.tensor([2, 2, 3, 3, 3, 1, 2, 2]) if "mean" in scheme else torch.ones(4)
@@ -1391,8 +1328,7 @@ def test_eq_3_to_8_by_hand():
 
 
 def one_step(run: qcrd.Run) -> float:
-    """A step on all questions, as they are, by `iterate` -> α1 · L_pred + α2 · L_cl. The gradients
-    stay in the model, no weight moves."""
+    """`iterate`'s α1 · L_pred + α2 · L_cl of all questions; its gradients stay in the model."""
     run.config.batch, run.step = len(run.train), 0
     order = list(range(len(run.train)))
     with patch("qcrd.order_of", return_value=order), patch("qcrd.descend") as descend:
@@ -1404,8 +1340,8 @@ def one_step(run: qcrd.Run) -> float:
 
 
 def plain_loss(run: qcrd.Run, questions: list, n: int, peers=()) -> torch.Tensor:
-    """What a step's loss is, done plainly: for each rationale a row, an encoding of its question,
-    whole logits, gradient and score. On `peers`, or on our T5 used that way. n: the batch."""
+    """A step's loss done plainly, on `peers` or our T5: for each rationale an encoding, whole
+    logits, gradient and score. n: the batch."""
     student, D, config = run.student, run.discriminator, run.config
     network, encoder = peers or (student.model, D and D.encoder.eval())
 
@@ -1449,9 +1385,8 @@ def plain_loss(run: qcrd.Run, questions: list, n: int, peers=()) -> torch.Tensor
 
 
 def test_step_equals_the_plain_mathematics():
-    """Value and every gradient, whatever the micro-batch; D gets none. Some sets are empty, some
-    negatives beyond δ, which are not run again."""
-    both = product(words_of("scheme"), (True, False))
+    """Value and every gradient, whatever the micro-batch; negatives beyond δ are not run again."""
+    both = product(qcrd.SCHEMES.split("|"), (True, False))
     cases = [{"scheme": scheme, "discriminator": judged} for scheme, judged in both]
     cases += [{"method": "dss"}, {"method": "finetune"}, {"negative_source": "none"}]
     cases += [{"method": "single"}, {"alpha_pred": 0.2, "alpha_cl": 0.7}]
@@ -1581,7 +1516,7 @@ def test_negatives_come_from_the_student_of_j_iterations_ago():
         writers.append(past and fingerprint(past.model))
         return past
 
-    for source in words_of("negative_source"):
+    for source in qcrd.SOURCES.split("|"):
         writers.clear()
         with toy_run(negative_source=source, **small) as run, patch("qcrd.past_student", spy):
             after = [fingerprint(run.student.model)]
@@ -1616,9 +1551,7 @@ def test_negatives_are_kept_as_sampled():
         assert rows == sampled(6) and rows != sampled(7) and rows != sampled(6, seed=1)
         assert len(rows) > 9 and max(map(max, rows)) < run.student.tokenizer.size
         assert all(t5.EOS not in row[:-1] and (len(row) == 6 or row[-1] == t5.EOS) for row in rows)
-        of_q = [list(r) for r in q.from_past]
-        assert sampled(6) == rows and len(of_q) > 1
-        assert sampled(6, questions=[q]) == [list(r) for r in q.from_past] == sampled(6)[3:6]
+        assert sampled(6, questions=[q]) == [list(r) for r in q.from_past] == rows[3:6]
         with patch.object(qcrd.Student, "rows_at_once", return_value=2):
             assert sampled(6) == rows
         run.config.negative_source = "static"
@@ -1727,8 +1660,7 @@ def test_order_visits_every_question():
 
 
 def test_selected_student_is_tested_and_kept():
-    """The latest within a standard error: of 100 questions 5 points at 50 %. Then a run whose
-    selected iteration is not its last."""
+    """The latest within a standard error, of 100 questions 5 points at 50 %; here not the last."""
     accuracies = "0.9 0.5 0.46 0.44; 0.9 0.44 0.5 0.46 0.5; 0.9; 0.9 0.1; 0.2 1 0.99".split(";")
     for text, expected in zip(accuracies, (2, 4, 0, 1, 1)):
         valid = enumerate(map(float, text.split()))
@@ -1852,19 +1784,20 @@ def test_teacher_meets_servers_that_know_less():
             assert len(asked) <= 6
             assert filled(ask(teacher_fields=f'{remedy[:-1]}, "top_p": 0.9}}')[0]) == 20
             assert asked[-1][1]["top_p"] == 0.9
-    policy = 400, "policy", {}
-    with asking(lambda body, _: policy if question_of(body) == 3 else sums(body)) as (ask, _):
-        slots, printed = ask(8, concurrency=1)
-        assert filled(slots) == 35 and slots[3] == [None] * 5
-        assert "\n  1 questions refused: status 400, policy\n" in printed, printed
+    # every sixth is refused alone; a later run asks for them again, in a row, and goes on
+    policy = 400, "against \x1b policy", {}
+    with asking(lambda body, _: policy if question_of(body) % 6 == 5 else sums(body)) as (ask, _):
+        for _ in range(2):
+            slots, text = ask(50, concurrency=1)
+            assert filled(slots) == 5 * 42 and slots[5] == [None] * 5
+            assert "\n  8 questions refused: status 400, against   policy\n" in text, text
 
 
 KEY = "sk-Secret/0123+456"
 
 
 def test_teacher_gives_up_early_and_keeps_what_was_served():
-    """After `good` answers only bad ones come, one request at a time: a few of them, the server's
-    words without the key, what to do, and all good samples on disk."""
+    """Few requests, the server's words without the key, what to do, all good samples on disk."""
     later = (429, {"error": "slow down"}, {"Retry-After": "3600"})
     thinks = "a model that thinks first needs more --teacher-tokens"
     unloaded = (400, {"error": "model unloaded"}, {})
@@ -1892,50 +1825,26 @@ def test_teacher_gives_up_early_and_keeps_what_was_served():
             assert last.startswith("error: teacher http") and words in last, text
             assert good < len(asked) <= good + most, (words, len(asked))
             assert len(kept_samples()) == 5 * good
-            assert asked[0][0]["Authorization"] == f"Bearer {KEY}"
             files = [path.read_text() for path in Path().rglob("*") if path.is_file()]
             assert not any("Secret" in part for part in [text, *files])
 
-    # a sixth is refused alone; a later run asks for it again, in a row, and goes on
-    def refuses_some(body: dict, _) -> tuple:
-        i = int(body["messages"][-1]["content"].split()[2])
-        return unloaded if i % 6 == 5 else sums(body)
-
-    with asking(refuses_some) as (ask, _):
-        for _ in range(2):
-            slots, text = ask(50, concurrency=1)
-            assert (
-                filled(slots) == 5 * 42
-                and "8 questions refused: status 400, model unloaded" in text
-            )
-    # the third of four at once is refused; the others answer later, and are kept
+    # the last of four at once is refused; the others are answered later, and kept
     late = threading.Event()
-    unauthorized = (401, {"error": "expired"}, {})
 
     def expires(body: dict, number: int) -> tuple:
-        if number == 8:
-            threading.Timer(0.3, late.set).start()
-            return unauthorized
-        return (number < 5 or late.wait(5)) and number < 9 and sums(body) or unauthorized
+        if number < 4:
+            return late.wait(5) and sums(body)
+        threading.Timer(0.3, late.set).start()
+        return 401, {"error": "expired"}, {}
 
     with asking(expires) as (ask, asked):
         text = ask(50, concurrency=4)[1]
-        assert "status 401, expired; set OPENAI_API_KEY" in text and len(asked) == 8, len(asked)
-        assert len(kept_samples()) == 35 and "  35 samples, 8 requests\n" in text, text
-
-
-def test_teacher_that_is_slow_says_what_is_waited_for():
-    with asking(lambda *sent: pause(0.5) or sums(*sent)) as (ask, _), patch("qcrd.QUIET", 0.1):
-        assert re.search(r"  waiting for http\S+ for 0 s: no answer yet\n", ask(concurrency=4)[1])
-    with asking(lambda *sent: pause(1) or sums(*sent)) as (ask, asked):
-        text = ask(teacher_timeout=0.2, concurrency=1)[1]
-        assert "no answer in 0.2 s; --teacher-timeout SECONDS waits longer" in text, text
-        assert len(asked) == 2
+        assert "status 401, expired; set OPENAI_API_KEY" in text and len(asked) == 4, len(asked)
+        assert len(kept_samples()) == 15 and "  15 samples, 4 requests\n" in text, text
 
 
 def test_teacher_gets_the_key_and_nothing_else():
-    """Not what ~/.netrc says (0.0.0.0 is this machine, but not known to be); no proxy is asked on
-    the way to this machine. A key stands in no URL."""
+    """Not what ~/.netrc says (0.0.0.0 is not known to be this machine); no proxy sees loopback."""
     proxies = dict.fromkeys(("HTTP_PROXY", "http_proxy"), "http://127.0.0.1:9")
     with serving(sums) as (url, asked), scratch() as folder:
         (folder / "netrc").write_text("default login me password secret\n")
@@ -1955,12 +1864,18 @@ def test_teacher_gets_the_key_and_nothing_else():
         assert "error: OPENAI_API_KEY" in ask_sums(nobody)[1]
 
 
-def test_teacher_budget():
-    """What is under way when the first of three finds it spent is kept."""
+def test_teacher_is_waited_for_and_paid_within_limits():
+    with asking(lambda *sent: pause(0.5) or sums(*sent)) as (ask, _), patch("qcrd.QUIET", 0.1):
+        assert re.search(r"  waiting for http\S+ for 0 s: no answer yet\n", ask(concurrency=4)[1])
+    with asking(lambda *sent: pause(1) or sums(*sent)) as (ask, asked):
+        text = ask(teacher_timeout=0.2, concurrency=1)[1]
+        assert "no answer in 0.2 s; --teacher-timeout SECONDS waits longer" in text, text
+        assert len(asked) == 2
     with asking(lambda _, n: (503, b"", {}) if n % 2 else said("1")) as (ask, asked):
         slots, printed = ask(teacher_budget=7, concurrency=1)
         assert filled(slots) in (3, 4) and len(asked) == 7  # repetitions count
         assert "samples, 7 requests" in printed and "--teacher-budget is spent" in printed
+    # what is under way when the first of three finds the budget spent is kept
     with asking(lambda body, n: pause(1.5 * (n < 3)) or sums(body)) as (ask, asked):
         assert filled(ask(9, concurrency=3, teacher_budget=3)[0]) == 15 and len(asked) == 3
 
@@ -1971,31 +1886,31 @@ TINY = [*TINY.split(), "--concurrency", "2"]
 qcrd_main = partial(command, qcrd)
 
 
-def qcrd_child(words: list, environment: dict, event: int | str, sign: int) -> None:
-    """The command line; it gets a signal before its event-th optimizer step or renaming, or before
-    a file gets its name for the n-th time ("checkpoint.pt 2")."""
+def qcrd_child(words: list, environment: dict, event: str, sign: int) -> None:
+    """The command line; it gets a signal before an event: "step 7", its seventh optimizer step, or
+    "checkpoint.pt 2", the second time that a file gets this name."""
     os.chdir(environment["QCRD_HOME"])
     os.environ.update(environment)
     sys.stdout = sys.stderr = open("log", "a", buffering=1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     importlib.reload(qcrd)  # reads torchrun's variables
-    events, names = itertools.count(1), Counter()
+    seen = Counter()
 
     def before(call, *args):
-        name = Path(args[1]).name if call is rename else ""
-        names[name] += 1
-        if event in (next(events), f"{name} {names[name]}"):
+        name = "step" if call is descend else Path(args[1]).name
+        seen[name] += 1
+        if event == f"{name} {seen[name]}":
             os.kill(os.getpid(), sign)
         return call(*args)
 
-    rename = os.replace
-    qcrd.descend = partial(before, qcrd.descend)
-    os.replace = partial(before, rename)
+    descend = qcrd.descend
+    qcrd.descend = partial(before, descend)
+    os.replace = partial(before, os.replace)
     sys.argv = ["qcrd.py", *words]
     sys.exit(qcrd.main())
 
 
-def started(words: list, event: int | str = 0, sign: int = 0, **environment: str):
+def started(words: list, event: str = "", sign: int = 0, **environment: str):
     """qcrd_child in a new process, which need not import torch; its output is the file `log`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "qcrd"])
@@ -2041,23 +1956,18 @@ def sums_home(dropout: float = 0.0, answer=sums):
 
 
 def test_kill_and_resume_ends_in_the_same_bytes():
-    """The run has 10 steps, the discriminator's included, and some 18 renamings."""
-    with sums_home(dropout=0.1) as (flags, asked):
+    with sums_home(dropout=0.1) as (flags, _):
         qcrd_main(*flags, "whole")
-        count, whole = len(asked), made_by("whole")
-        assert [line["iteration"] for line in whole[0]] == [0, 1, 2, 3]
-        # anywhere; after the snapshot has its name; after the student is written
-        cases = [random.Random(0).randrange(2, 24), "checkpoint.pt 2", "predictions.jsonl 1"]
-        for name, event in zip("abc", cases):
+        whole = made_by("whole")
+        # within an iteration; after the snapshot has its name; after the student is written
+        for name, event in zip("abc", ("step 5", "checkpoint.pt 2", "predictions.jsonl 1")):
             child = started([*flags, name], event, signal.SIGKILL)
             assert ended(child) == [-signal.SIGKILL] and not Path(name, "result.json").exists()
             assert f"run folder: {name}" in qcrd_main("--resume", name)
             assert made_by(name) == whole and not list(Path(name).rglob("*.tmp")), event
-        assert ended(started([*flags, "stopped"], 12, signal.SIGINT)) == [130]
+        assert ended(started([*flags, "stopped"], "step 6", signal.SIGINT)) == [130]
         log = Path("log").read_text()
         assert "--resume stopped goes on" in log and "Traceback" not in log
-        qcrd_main(*flags, "other", "--seed", 1)
-        assert made_by("other")[2] != whole[2] and len(asked) == count
         for name in ("test", "train"):  # other data now
             path = Path(f"sums/{name}.jsonl")
             before = path.read_bytes()
@@ -2073,10 +1983,8 @@ def test_a_folder_goes_from_teacher_to_student():
     with sums_home() as (flags, asked):
         flags[flags.index("number")] = "text"
         text = qcrd_main(*flags, "teacher", "--stage", "teacher")
-        counts = "4.00 positives per question (paper: 3.87), 4.00 distinct; 1.00 negatives"
-        assert f"vote: {counts}\n" in text, text
         assert "to ask for: 80 samples of 16 questions" in text and text.count("to ask for") == 1
-        assert "majority right on 100.0%" in text and not Path("teacher").exists()
+        assert "vote: 4.00 positives per question" in text and not Path("teacher").exists()
         methods = ("qcrd", "gold"), ("dss", "teacher"), ("single", "gold"), ("finetune", "gold")
         for method, labels in methods:
             qcrd_main(*flags, method, "--method", method, "--labels", labels)
@@ -2094,20 +2002,26 @@ def test_a_folder_goes_from_teacher_to_student():
         with scratch() as folder:
             Path("qcrd").rename(folder / "mine")
             with chdir(folder / "mine"):
-                text = qcrd_main("--ask", "../mine", "What is 3 plus \x1b[2J3?")
+                text = qcrd_main("--ask", "../mine", "What is 3 plus 3?")
                 assert re.fullmatch(r"label: .*\nrationale: .*\nquality: +0\.\d+\n", text), text
-                assert "\x1b" not in text
             Path(folder / "mine").rename("qcrd")
         assert "sums" in qcrd_main("--eval", "qcrd", code=2)
 
 
 def test_one_process_has_a_run_and_its_teacher():
-    """A second one under the default name gets -2 and reads the first one's samples; under the same
-    --run, or with --resume, it is refused."""
+    """Ctrl-C waits for two requests under way; --resume asks for the rest alone. Meanwhile another
+    process gets another default name and the first one's samples, or is refused."""
     gate, name = threading.Event(), "runs/sums-qcrd-0"
     with sums_home(answer=lambda *sent: gate.wait(60) and sums(*sent)) as (flags, asked):
-        first = started(flags[:-1])
-        until(lambda: asked)
+        stopped = started(flags[:-1])
+        until(lambda: len(asked) == 2)
+        os.kill(stopped.pid, signal.SIGINT)
+        until(lambda: "stopping; answers under way" in Path("log").read_text())
+        gate.set()
+        assert ended(stopped) == [130] and len(asked) == 2 and len(kept_samples()) == 10
+        gate.clear()
+        first = started(["--resume", name])  # it had no checkpoint
+        until(lambda: len(asked) > 2)
         for words in ([*flags, name], ["--resume", name]):
             assert "another process has it" in mistake(qcrd, *words)
         second = started([*flags[:-1], "--lr", "2e-3"])
@@ -2116,10 +2030,10 @@ def test_one_process_has_a_run_and_its_teacher():
         gate.set()
         assert ended(first, second) == [0, 0], Path("log").read_text()
         assert len(asked) == 16 and len(kept_samples()) == 80
-        assert made_by(name)[2] != made_by(f"{name}-2")[2]
         for run, rate in ((name, 1e-3), (f"{name}-2", 2e-3)):
             (config,) = lines_of(f"{run}/config.json")
             assert (config["lr"], config["teacher_model"]) == (rate, "demo-teacher")
+            assert lines_of(f"{run}/result.json")
 
 
 def test_folders_that_a_run_takes():
@@ -2146,20 +2060,6 @@ def test_folders_that_a_run_takes():
             assert f"run folder: runs/sums-finetune-0{number}\n" in text, text
 
 
-def test_stopped_asking_keeps_what_was_served():
-    """Ctrl-C waits for two requests under way; the next run asks for the rest alone."""
-    gate = threading.Event()
-    with sums_home(answer=lambda *sent: gate.wait(60) and sums(*sent)) as (flags, asked):
-        child = started([*flags, "run"])
-        until(lambda: len(asked) == 2)
-        os.kill(child.pid, signal.SIGINT)
-        until(lambda: "stopping; answers under way" in Path("log").read_text())
-        gate.set()
-        assert ended(child) == [130] and len(asked) == 2 and len(kept_samples()) == 10
-        qcrd_main("--resume", "run")  # it had no checkpoint
-        assert len(asked) == 16 and lines_of("run/result.json")
-
-
 def test_wrong_use_gets_one_line():
     """It names the longest word of the mistake, before anything is asked."""
     wrong = """--samples 0; --fraction 2; --lr nan; --micro-batch -1; --discriminator-questions 0
@@ -2167,9 +2067,8 @@ def test_wrong_use_gets_one_line():
         --teacher http://127.0.0.1:9/v1; --run tiny; --unknown
         --task nowhere; --model missing; --prompt no-such-file; --prompt latin-1-text
         --student-temperature hot; --negative-source fixed --negative-model nowhere-to-be-found
-        --discriminator-lr -1; --alpha-d -1; --discriminator-noise 2; --discriminator-noise nan
-        --student-temperature-end -3; --discriminator-every -1; --lr 1e30; --lr 0; --beta inf
-        --input-tokens -3; --input-tokens 0; --label-tokens 2; --label-tokens 0; --beta nan
+        --discriminator-lr -1; --alpha-d -1; --discriminator-noise 2; --lr 0; --beta inf
+        --student-temperature-end -3; --discriminator-every -1; --input-tokens 0; --label-tokens 2
         --rationale-tokens 100000; --concurrency 1000000; --steps 9999999999999
         --discriminator-pretrain 99999999999999999999; --seed -1; --iterations 7; --steps 2.5
         --method dss --scheme minmax; --method finetune --negative-source fixed
@@ -2206,12 +2105,8 @@ def test_settings_of_a_run_are_checked_like_flags():
             assert str(path) in mistake(qcrd, *words), (text, words)
         path.write_text(json.dumps(good))
         # without result.json a run goes on; with it, it is used
-        for words, name in (
-            (resume, "checkpoint.pt"),
-            (resume, "result.json"),
-            (ask, "task.json"),
-            (ask, "student/config.json"),
-        ):
+        files = (resume, "checkpoint.pt"), (resume, "result.json"), (ask, "task.json")
+        for words, name in (*files, (ask, "student/config.json")):
             path = Path("run", name)
             before = path.read_bytes() if path.exists() else result
             for garbled in (b"", before[:-9], b"[]", b"\xff"):
@@ -2287,74 +2182,57 @@ def test_demo_from_end_to_end():
             assert all(isinstance(line[key], float) for line in lines[1:]), key
             assert (key in lines[0]) == key.startswith("valid"), key
         keys = "input gold answer right rationale rationale_right quality".split()
-        assert len(rows) == 1000 and all([*row] == keys and 0 < row["quality"] < 1 for row in rows)
-        result = json.loads((run / "result.json").read_text())
-        assert result["questions"] == 1000 and 0 <= result["rationale_accuracy_last"] <= 1
+        assert all([*row] == keys and 0 < row["quality"] < 1 for row in rows)
+        (result,) = lines_of(run / "result.json")
+        assert result["questions"] == len(rows) == 1000
         assert result["test_accuracy"] == sum(row["right"] for row in rows) / 1000
         assert result["rationale_accuracy"] == sum(row["rationale_right"] for row in rows) / 1000
-        best = qcrd.selected(lines)
-        assert best["valid"] == result["valid_accuracy"]
-        assert best["iteration"] == result["best_iteration"]
-
-
-def test_demo_audit_adds_up():
-    """Schema, and every sum redone from the JSON alone, with both forms of L_D."""
-    keys = """question label iteration alphas beta delta scheme majority samples candidates L_pred
-        L_cl L_D L_total; slot answer vote rationale; set source loss score weight share picked
-        rationale""".split(";")
-    with demo_run() as run:
-        path = run / "config.json"
-        config = json.loads(path.read_text())
-        fetch_data.write_lines(path, [config | {"discriminator_loss": "ce"}])
-        crossed = json.loads(qcrd_main("--audit", run, 8, "--json"))
-        fetch_data.write_lines(path, [config])
-        items = json.loads(qcrd_main("--audit", run, 8, "--json"))
-        for item, other in zip(items, crossed):
-            parts = [item, item["samples"][2], item["candidates"][0]]
-            assert [[*part] for part in parts] == [*map(str.split, keys)] and item["iteration"] == 4
-            assert np.allclose(item["alphas"], [0.5, 0.5, 0.5 * 0.9**3])
-            L_cl, logs, entropies = 0.0, [], []
-            for name, choose in (("positive", min), ("negative", max)):
-                members = [c for c in item["candidates"] if c["set"] == name]
-                best = choose(members, key=lambda c: c["loss"], default=None)
-                for c in members:
-                    weight = c["score"] if name == "positive" else 1 - c["score"]
-                    assert abs(c["weight"] - weight) < 1e-6
-                    assert c["share"] == c["picked"] == (c is best)
-                    margin = -item["beta"] * min(c["loss"] - item["delta"], 0)
-                    L_cl += c["share"] * weight * (c["loss"] if name == "positive" else margin)
-                if members:
-                    logs.append(math.log(sum(math.exp(c["score"]) for c in members)))
-                    plain = [c["weight"] for c in members]  # s or 1 - s
-                    entropies.append(-sum(map(math.log, plain)) / len(plain))
-            L_D = logs[1] - logs[0] if len(logs) == 2 else 0
-            crossing = sum(entropies) if len(logs) == 2 else 0
-            assert abs(crossing - other["L_D"]) < 1e-5 and other["L_cl"] == item["L_cl"]
-            total = np.dot(item["alphas"], [item["L_pred"], L_cl, L_D])
-            assert abs(L_cl - item["L_cl"]) < 1e-5 and abs(L_D - item["L_D"]) < 1e-5
-            assert abs(total - item["L_total"]) < 1e-5
-        assert len(items) == 8 and any(item["L_D"] for item in items)
-        assert "student" in {c["source"] for item in items for c in item["candidates"]}
-        text = qcrd_main("--audit", run, 8)
-        assert all(f"= {item['L_total']:.4f}\n" in text for item in items)
-        assert "fillers" in text
-
-
-def test_demo_run_can_be_used():
-    with demo_run() as run:
-        first = lines_of(run / "predictions.jsonl")[0]
-        text = qcrd_main("--ask", run, first["input"])
-        assert f"label:     {first['answer']}\nrationale: {first['rationale']}\n" in text
-        assert abs(float(text.rpartition("quality:")[2]) - first["quality"]) < 1e-4
-        fetch_data.write_lines(Path("two.jsonl"), [{"input": first["input"], "label": "1"}] * 2)
-        rows = [json.loads(line) for line in qcrd_main("--eval", run, "two.jsonl").splitlines()]
-        assert len(rows) == 2 and rows[0]["gold"] == "1" and rows[1]["answer"] == first["answer"]
+        assert result["valid_accuracy"] == lines[result["best_iteration"]]["valid"]
+        text = qcrd_main("--ask", run, rows[0]["input"])
+        assert f"label:     {rows[0]['answer']}\nrationale: {rows[0]['rationale']}\n" in text
+        assert abs(float(text.rpartition("quality:")[2]) - rows[0]["quality"]) < 1e-4
+        fetch_data.write_lines(Path("two.jsonl"), [{"input": rows[0]["input"], "label": "1"}] * 2)
+        two = [json.loads(line) for line in qcrd_main("--eval", run, "two.jsonl").splitlines()]
+        assert len(two) == 2 and two[0]["gold"] == "1" and two[1]["answer"] == rows[0]["answer"]
         assert "test, 1000 questions" in qcrd_main("--resume", run, "--device", "cpu")
         assert "<Explanation>" in qcrd_main("--show-prompt")
         assert "not --seed" in mistake(qcrd, "--resume", run, "--seed", 1)
         assert "'x', not a number" in mistake(qcrd, "--audit", run, "x")
         assert "the question is missing" in mistake(qcrd, "--ask", run)
         assert "gone.jsonl" in mistake(qcrd, "--eval", run, "gone.jsonl")
+
+
+def test_demo_audit_adds_up():
+    """Schema, and every sum redone from the JSON alone."""
+    keys = """question label iteration alphas beta delta scheme majority samples candidates L_pred
+        L_cl L_D L_total; slot answer vote rationale; set source loss score weight share picked
+        rationale""".split(";")
+    with demo_run() as run:
+        items = json.loads(qcrd_main("--audit", run, 8, "--json"))
+        text = qcrd_main("--audit", run, 8)
+    for item in items:
+        parts = [item, item["samples"][2], item["candidates"][0]]
+        assert [[*part] for part in parts] == [*map(str.split, keys)] and item["iteration"] == 4
+        assert np.allclose(item["alphas"], [0.5, 0.5, 0.5 * 0.9**3])
+        L_cl, logs = 0.0, []
+        for name, choose in (("positive", min), ("negative", max)):
+            members = [c for c in item["candidates"] if c["set"] == name]
+            best = choose(members, key=lambda c: c["loss"], default=None)
+            for c in members:
+                weight = c["score"] if name == "positive" else 1 - c["score"]
+                assert abs(c["weight"] - weight) < 1e-6
+                assert c["share"] == c["picked"] == (c is best)
+                margin = -item["beta"] * min(c["loss"] - item["delta"], 0)
+                L_cl += c["share"] * weight * (c["loss"] if name == "positive" else margin)
+            if members:
+                logs.append(math.log(sum(math.exp(c["score"]) for c in members)))
+        L_D = logs[1] - logs[0] if len(logs) == 2 else 0
+        total = np.dot(item["alphas"], [item["L_pred"], L_cl, L_D])
+        found = item["L_cl"], item["L_D"], item["L_total"]
+        assert np.allclose(found, (L_cl, L_D, total), rtol=0, atol=1e-5), found
+        assert f"= {item['L_total']:.4f}\n" in text
+    assert len(items) == 8 and any(item["L_D"] for item in items) and "fillers" in text
+    assert "student" in {c["source"] for item in items for c in item["candidates"]}
 
 
 def test_half_a_million_questions_fit():
@@ -2383,7 +2261,6 @@ def test_half_a_million_questions_fit():
 
 sys.path.append(str(HERE / "results"))
 tables, plot, judge = map(importlib.import_module, ("run", "plot", "judge"))
-README_OF_RESULTS = HERE / "results/README.md"
 
 
 def test_tables_use_flags_that_the_program_knows():
@@ -2396,9 +2273,8 @@ def test_tables_use_flags_that_the_program_knows():
 
 
 def test_printed_tables_are_the_recorded_runs():
-    """What run.py prints of recorded runs stands in results/README.md; the accuracies of README's
-    rows stand there too, or are the paper's."""
-    readme, results = (path.read_text("utf-8") for path in (HERE / "README.md", README_OF_RESULTS))
+    """In results/README.md; README's accuracies stand there too, or are the paper's."""
+    readme, results = ((HERE / x / "README.md").read_text("utf-8") for x in ("", "results"))
     paper = [x for of in tables.PAPER.values() for cells in of.values() for x in cells.values()]
     known = {f"{x:.1f}" for x in paper} | set(re.findall(r"\d+\.\d+", results))
     for table in tables.TABLES:
@@ -2435,19 +2311,18 @@ def test_table_of_made_up_runs_and_p_by_hand():
 
 
 def test_judge_is_blind_to_the_order():
+    def verdict(answers: tuple, body: dict, number: int) -> tuple:
+        text = body["messages"][-1]["content"]
+        return said(answers[text.index("fine") > text.index("poor")])
+
     cases = {  # the answer where the fine explanation stands first, and where it stands second
         ("Verdict: 1", "Verdict: 1"): "dss better 0 / both good 4 / qcrd better 0",
         ("1", "Both have merits.\n**Verdict:** 2."): "dss better 0 / both good 0 / qcrd better 4",
         ("__import__('os').abort()", "Verdict: 1"): "alone: 0; unreadable: 4",
     }
     for answers, expected in cases.items():
-
-        def verdict(body: dict, number: int) -> tuple:
-            text = body["messages"][-1]["content"]
-            return said(answers[text.index("fine") > text.index("poor")])
-
-        home = empty_home(OPENAI_API_KEY="sk-hidden")
-        with home as folder, serving(verdict) as (url, asked):
+        home, server = empty_home(OPENAI_API_KEY="sk-hidden"), serving(partial(verdict, answers))
+        with home as folder, server as (url, asked):
             for name, text in (("dss", "poor"), ("qcrd", "fine")):
                 rows = [{"input": f"q{i}", "gold": "1", "rationale": text} for i in range(6)]
                 fetch_data.write_lines(folder / name / "predictions.jsonl", rows)
@@ -2490,8 +2365,7 @@ def test_audit_page_escapes_and_holds_all():
 def test_pictures_and_mistakes_of_the_user():
     with scratch() as folder:
         for words in (["curves", folder], ["rationales", f"{folder}/none"], ["scores", folder]):
-            text = command(plot, *words, code=2)
-            assert text.startswith("error: ") and text.count("\n") == 1, text
+            assert mistake(plot, *words).startswith("error: "), words
         if importlib.util.find_spec("matplotlib") is None:
             raise Skip("matplotlib is not installed")
         lines = [{"iteration": 1, "L": 1.0, "l_neg": None}, {"iteration": 2, "s": {"student": 0.2}}]
@@ -2526,10 +2400,8 @@ class Checks(list):
 def random_run(shape: str, device: str, precision: str = "", dropout: float = 0.0) -> qcrd.Run:
     """Random weights, alike on every device, scaled so that the next token is neither the last one
     again nor any of 32,128 alike: else tokens compare nothing. precision "": a run's own."""
-    low = str(low_precision(device)).removeprefix("torch.")
-    precision = precision or (low if device == "cuda" else "float32")
-    config = qcrd.Config(model="demo", device=device, precision=precision)
-    config.steps = config.iterations = 100  # an iteration is a step
+    small = {"model": "demo", "steps": 100, "iterations": 100}  # an iteration is a step
+    config = qcrd.resolve(qcrd.Config(**small, device=device, precision=precision))
     student = qcrd.Student(HERE / "weights/demo", config)
     torch.manual_seed(0)
     model = t5.T5(t5.T5Config(dropout_rate=dropout, **SHAPES[shape]))
@@ -2539,21 +2411,22 @@ def random_run(shape: str, device: str, precision: str = "", dropout: float = 0.
         for stack in (model.encoder, model.decoder):
             stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight.normal_()
     student.model = model.to(device)
-    return qcrd.Run(config, student, qcrd.Discriminator(student, model.encoder_only()), Path())
+    run = qcrd.Run(config, student, qcrd.Discriminator(student, model.encoder_only()), Path())
+    run.train = svamp_like(4)
+    return run
 
 
 def svamp_like(n: int, longest: int = 256, vocab: int = 32000) -> list[qcrd.Question]:
-    """Random ids, as long as SVAMP's questions and gpt-3.5-turbo's rationales are in T5's ids:
-    42 tokens (22 to 65), and 88 in the median, a tenth above 190. From 512 on, inputs are that
-    long too."""
+    """Random ids, as long as SVAMP's questions and gpt-3.5-turbo's rationales are in T5's ids: 42
+    tokens (22 to 65), and 88 in the median, a tenth above 190; inputs too from longest 512 on."""
     rng, questions = np.random.default_rng(0), []
     for i in range(n):
         lengths = [*np.clip(rng.normal(42, 9, 1), 22, 65), rng.integers(8, 14)]
         lengths += [*np.clip(np.exp(rng.normal(4.45, 0.65, 7)), 2, longest)]
         lengths[0] = longest if longest >= 512 else lengths[0]
         ids = [array("i", [*rng.integers(3, vocab, int(k) - 1), t5.EOS]) for k in lengths]
-        question = qcrd.Question(Example(f"question {i}", ""), str(i), *ids[:2], ids[2:7], ids[7:])
-        questions.append(question)
+        example = Example(f"question {i}", "")
+        questions.append(qcrd.Question(example, str(i), *ids[:2], ids[2:7], ids[7:]))
     return questions
 
 
@@ -2581,32 +2454,29 @@ def seconds(calls: list, device: str, runs: int = 3) -> list[float]:
 def step_figures(kind: str, shape: str, device: str, n: int, size: int) -> None:
     """Prints JSON of a step's seconds, peak memory in GiB, and on CUDA operations. kind: qcrd.py
     or plain. size: questions at once, 0: the default."""
-    run, questions = random_run(shape, device, dropout=0.1), svamp_like(n)
-    run.train, run.config.batch = questions, n
-    run.config.micro_batch, size = size, size or n
-    peers = peers_of(run) if kind == "plain" else []
+    run, plain = random_run(shape, device, dropout=0.1), kind == "plain"
+    run.train, run.config.batch, run.config.micro_batch = svamp_like(n), n, size
+    size = size or n
+    peers = peers_of(run) if plain else []
     parameters = list((peers or [run.student.model])[0].parameters())
     if peers:  # our weights' memory is given back
-        run.optimizer = run.d_optimizer = None
-        run.student.model = run.discriminator.encoder = None
-    if kind == "plain":
-        kind = f"plain on {'transformers' if peers else 't5.py'}, {size} questions at once"
+        run.optimizer = run.d_optimizer = run.student.model = run.discriminator.encoder = None
     optimizer = torch.optim.AdamW(parameters, lr=5e-5, weight_decay=0.0, fused=True)
 
-    def step() -> None:
-        if kind == "qcrd.py":
-            return qcrd.iterate(run, 1)
+    def plain_step() -> None:
         optimizer.zero_grad()
         for i in range(0, n, size):
-            plain_loss(run, questions[i : i + size], n, peers).backward()
+            plain_loss(run, run.train[i : i + size], n, peers).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
 
-    figures = {"name": kind, "seconds": seconds([step], device)[0]}
+    step = plain_step if plain else partial(qcrd.iterate, run, 1)
+    name = f"plain on {'transformers' if peers else 't5.py'}, {size} questions at once"
+    figures = {"name": name if plain else kind, "seconds": seconds([step], device)[0]}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     if device == "cuda":
         peak = torch.cuda.max_memory_allocated()
-        if kind == "qcrd.py":
+        if not plain:
             with FlopCounterMode(display=False) as counter:
                 step()
             figures["operations"] = counter.get_total_flops()
@@ -2670,10 +2540,6 @@ def bench() -> None:
     beside_transformers("t5-small", device, 16, 64)
 
 
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a.cpu() - b.cpu()).abs() / b.cpu().abs()).max().item()
-
-
 def beside_logits(tokens, logits, tau: float, uniforms) -> float:
     """How far tokens lie from what these logits write: a greedy one's probability from the best, a
     sampled one's part of [0, 1) from the number drawn."""
@@ -2688,18 +2554,17 @@ def beside_logits(tokens, logits, tau: float, uniforms) -> float:
     return gap[written].max().item()
 
 
-def low_precision(device: str) -> torch.dtype:
+def low_precision(device: str) -> str:
     """bfloat16 where the card computes in it, else float16."""
-    if device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    return torch.bfloat16
+    emulated = device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return "float16" if emulated else "bfloat16"
 
 
 @torch.no_grad()
 def generation(shape: str, device: str, check: Checks, *lengths: int) -> None:
     """What is written in low precision follows the teacher-forced logits of that precision."""
-    for dtype in {low_precision(device), torch.float16}:
-        run = random_run(shape, device, str(dtype).removeprefix("torch."))
+    for precision in {low_precision(device), "float16"}:
+        run = random_run(shape, device, precision)
         model = run.student.model
         batch = run.student.inputs(run.student.explain_prefix, svamp_like(8, *lengths))
         uniforms = torch.rand(8, 24, generator=torch.Generator().manual_seed(1))
@@ -2708,10 +2573,10 @@ def generation(shape: str, device: str, check: Checks, *lengths: int) -> None:
                 tokens = model.generate(*batch, 24, tau, uniforms=uniforms)
                 logits = model(*batch, shifted(tokens)).float()
             gap = beside_logits(tokens, logits, tau, uniforms)
-            check(f"{shape}, {dtype}, τ {tau}: tokens beside the logits", gap, 0.03)
+            check(f"{shape}, {precision}, τ {tau}: tokens beside the logits", gap, 0.03)
 
 
-def waits(device: str) -> dict[str, Any]:
+def waits(device: str) -> dict:
     """Waits for the GPU in a step of 16 questions at t5-small's shape, and peaks of memory, GiB."""
     run = random_run("t5-small", device)
     run.train, run.config.discriminator_pretrain = svamp_like(16), 2
@@ -2724,18 +2589,13 @@ def waits(device: str) -> dict[str, Any]:
     count = sum("synchroniz" in str(warning.message) for warning in seen)
     found = {"waits of a step": count - 1}  # one is that of reading its loss
     batch = run.student.inputs(run.student.explain_prefix, svamp_like(128))
-    for name, call in (
-        ("step", partial(one_step, run)),
-        ("D's training", partial(qcrd.train_discriminator, run, 0, run.train)),
-        (
-            "generation",
-            run.student.autocast()(partial(run.student.model.generate, *batch, 96, 1.5)),
-        ),
-    ):
+    generate = partial(run.student.model.generate, *batch, 96, 1.5)
+    calls = {"step": partial(one_step, run), "generation": run.student.autocast()(generate)}
+    calls["D's training"] = partial(qcrd.train_discriminator, run, 0, run.train)
+    for name, call in calls.items():
         torch.cuda.reset_peak_memory_stats()
         call()
         found[f"GiB, {name}"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    print(f"  {found}")
     return found
 
 
@@ -2743,46 +2603,41 @@ def waits(device: str) -> dict[str, Any]:
 def parity(shape: str, device: str, check: Checks, *lengths: int) -> None:
     """Losses, scores, gradients, probabilities, tokens on `device` beside the CPU's float32."""
     there, here = [random_run(shape, where, "float32") for where in (device, "cpu")]
-    questions = svamp_like(4, *lengths)
+    questions = there.train = here.train = svamp_like(4, *lengths)
     pairs = [(row, r) for row, q in enumerate(questions) for r in q.S_pos + q.minority]
     rows, targets = zip(*pairs)
-
-    def figures(run: qcrd.Run, dtype: torch.dtype) -> list[torch.Tensor]:
-        run.student.model.eval()
-        run.student.dtype = dtype
-        losses = run.student.losses(run.student.explain_prefix, questions, targets, rows)
-        return [losses, run.discriminator.score([(questions[row].x, r) for row, r in pairs])]
-
-    expected = figures(here, torch.float32)
     low = low_precision(device)
-    for dtype, bound in ((low, 0.02), (torch.float16, 0.02), (torch.float32, 1e-4)):
-        for name, value, right in zip(("ℓ", "s"), figures(there, dtype), expected):
-            check(f"{shape}, {dtype}: {name}, relative", relative(value, right), bound)
 
-    def step(run: qcrd.Run, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        run.student.dtype = dtype
-        fp16 = dtype == torch.float16  # small gradients would vanish
+    def figures(run: qcrd.Run, precision: str) -> list[torch.Tensor]:
+        run.student.model.eval()
+        run.student.dtype = getattr(torch, precision)
+        losses = run.student.losses(run.student.explain_prefix, questions, targets, rows)
+        scores = run.discriminator.score([(questions[row].x, r) for row, r in pairs])
+        return [losses.cpu(), scores.cpu()]
+
+    expected = figures(here, "float32")
+    for precision, bound in ((low, 0.02), ("float16", 0.02), ("float32", 1e-4)):
+        for name, value, right in zip(("ℓ", "s"), figures(there, precision), expected):
+            gap = ((value - right).abs() / right.abs()).max().item()
+            check(f"{shape}, {precision}: {name}, relative", gap, bound)
+    measure = partial(qcrd.measure, here.student)  # low precision may pick others
+
+    def step(run: qcrd.Run, precision: str) -> tuple[float, torch.Tensor]:
+        run.student.dtype = getattr(torch, precision)
+        fp16 = precision == "float16"  # small gradients would vanish
         run.scaler = torch.amp.GradScaler(run.config.device, 2.0**10, enabled=fp16)
-        run.train = questions
         run.config.delta = 30.0  # random weights' ℓ is near 18: negatives count too
-        measure = qcrd.measure
-
-        def on_the_cpu(student, part, candidates):  # else low precision may pick others
-            measure(here.student, part, candidates)
-
-        with torch.enable_grad(), patch("qcrd.measure", on_the_cpu):
+        with torch.enable_grad(), patch("qcrd.measure", lambda _, *rest: measure(*rest)):
             loss = one_step(run)
-        return torch.tensor(loss), gradients(
-            run.student.model.eval()
-        ).cpu() / run.scaler.get_scale()
+        return loss, gradients(run.student.model.eval()).cpu() / run.scaler.get_scale()
 
-    loss, gradient = step(here, torch.float32)
+    loss, gradient = step(here, "float32")
     # rounding grows with the layers: 0.04 was seen at t5-small's six
-    for dtype, bound, far in ((low, 0.02, 0.15), (torch.float32, 1e-4, 1e-3)):
-        value, g = step(there, dtype)
-        check(f"{shape}, {dtype}: a step's loss, relative", relative(value, loss), bound)
+    for precision, bound, far in ((low, 0.02, 0.15), ("float32", 1e-4, 1e-3)):
+        value, g = step(there, precision)
+        check(f"{shape}, {precision}: a step's loss, relative", abs(value / loss - 1), bound)
         distance = ((g - gradient).norm() / gradient.norm()).item()
-        check(f"{shape}, {dtype}: its gradient, relative", distance, far)
+        check(f"{shape}, {precision}: its gradient, relative", distance, far)
     batch = here.student.inputs(here.student.explain_prefix, questions * 4)
     for tau in (0.0, 0.7, 1.5):
         draws = [torch.Generator().manual_seed(1) for _ in range(2)]
@@ -2797,8 +2652,8 @@ def parity(shape: str, device: str, check: Checks, *lengths: int) -> None:
 
 def overflow(name: str, run: qcrd.Run, check: Checks) -> int:
     """float16: a scale that overflows falls, its steps change nothing -> how many did so."""
-    device, moved = run.student.device.type, []
-    run.scaler = torch.amp.GradScaler(device, init_scale=2.0**60, backoff_factor=2.0**-12)
+    how = {"init_scale": 2.0**60, "backoff_factor": 2.0**-12}
+    run.scaler, moved = torch.amp.GradScaler(run.student.device.type, **how), []
     run.config.batch, run.config.steps, run.config.iterations = len(run.train), 100, 100
     weight = run.student.model.shared.weight
     while len(moved) < 8 and True not in moved:
@@ -2818,7 +2673,7 @@ def demo_on(check: Checks, *flags: str) -> None:
     small = "--iterations 4 --steps 20 --lag 1 --discriminator-pretrain 10"
     words = f"{small} --discriminator-steps 2 --run run".split()
     with empty_home():
-        child = started([*words, *flags], 26, signal.SIGKILL)  # in the second iteration
+        child = started([*words, *flags], "step 20", signal.SIGKILL)  # in the second iteration
         check("the demo's process ended before it was killed", ended(child) != [-signal.SIGKILL])
         check("iterations before that, not 1", abs(2 - len(lines_of("run/metrics.jsonl"))))
         qcrd_main("--resume", "run")
@@ -2854,15 +2709,12 @@ def two_ranks(check: Checks, bound: float, *words: str) -> None:
 
 
 def in_float16(shape: str, device: str, check: Checks) -> None:
-    run = random_run(shape, device, "float16")
-    run.train = svamp_like(4)
-    overflow(shape, run, check)
+    overflow(shape, random_run(shape, device, "float16"), check)
 
 
-def speeds(shape: str, device: str) -> dict[str, Any]:
-    """Prints what a step of 64 questions and sampling take, and the paper's run would, with the
-    card's own rate of products; t5.py beside transformers."""
-    a = torch.randn(8192, 8192, device=device, dtype=low_precision(device))
+def speeds(shape: str, device: str) -> dict:
+    """Prints what a step of 64 questions, sampling and the paper's run take on this card."""
+    a = torch.randn(8192, 8192, device=device, dtype=getattr(torch, low_precision(device)))
     rate = 2 * len(a) ** 3 * 20 / seconds([lambda: [a @ a for _ in range(20)]], device)[0]
     print(f"  products of matrices run at {rate / 1e12:.0f} TFLOP/s")
     gc.collect()  # of earlier stages; the children share the card
@@ -2883,11 +2735,11 @@ def speeds(shape: str, device: str) -> dict[str, Any]:
     return {"TFLOP/s": round(rate / 1e12)}
 
 
-def cuda_stages(check: Checks, device: str = "cuda") -> dict[str, Callable]:
+def cuda_stages(check: Checks, device: str = "cuda") -> dict:
     """The stages of the proof in order of worth."""
     # the kernel that the masks are made for: refused masks are errors
     efficient = sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION)(parity)
-    stages: dict[str, Callable] = {}
+    stages = {}
     for shape in ("t5-small", "t5-base"):
         stages[f"parity {shape}"] = partial(efficient, shape, device, check)
         stages[f"generation {shape}"] = partial(generation, shape, device, check)
@@ -2907,10 +2759,9 @@ def cuda_stages(check: Checks, device: str = "cuda") -> dict[str, Callable]:
     return stages
 
 
-def run_stages(stages: dict[str, Callable], check: Checks, minutes: float) -> dict[str, Any]:
+def run_stages(stages: dict, check: Checks, minutes: float) -> dict:
     """Each stage stands alone: what one raises is printed, and the next one runs."""
-    found: dict[str, Any] = {}
-    start = time.monotonic()
+    found, start = {}, time.monotonic()
     for name, stage in stages.items():
         spent, missed = time.monotonic() - start, len(check)
         if spent > 60 * minutes:
@@ -2969,15 +2820,15 @@ def test_a_stage_of_the_proof_stands_alone():
 
 def test_ordinary_tests_see_no_gpu():
     """Where torch would see one unless CUDA_VISIBLE_DEVICES is empty."""
-    stand_in = "import os, torch; torch.cuda.is_available = lambda: "
-    stand_in += "os.environ.get('CUDA_VISIBLE_DEVICES') != ''; import sys; sys.argv = ['x'{}]; "
-    stand_in += "import test_qcrd, qcrd; print(qcrd.torch.cuda.is_available())"
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    stand_in = "import os, sys, torch; sys.argv = ['x'{}]; torch.cuda.is_available = lambda: "
+    stand_in += "os.environ.get('CUDA_VISIBLE_DEVICES') != ''; import test_qcrd, qcrd; "
+    stand_in += "print(qcrd.torch.cuda.is_available())"
+    seen = []
     with patch.dict(os.environ):
-        del os.environ["CUDA_VISIBLE_DEVICES"]
-        seen = [python("-c", stand_in.format(word)) for word in ("", ", 'cuda'")]
-        os.environ["TESTS_MAY_USE_A_GPU"] = "1"  # a child of `cuda`
-        seen.append(python("-c", stand_in.format("")))
+        for word, of_cuda in (("", None), (", 'cuda'", None), ("", "1")):  # last: a child of `cuda`
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+            os.environ |= {"TESTS_MAY_USE_A_GPU": of_cuda} if of_cuda else {}
+            seen.append(python("-c", stand_in.format(word)))
     assert seen == ["False\n", "True\n", "True\n"], seen
 
 

@@ -1791,6 +1791,8 @@ def test_teacher_meets_servers_that_know_less():
             slots, text = ask(50, concurrency=1)
             assert filled(slots) == 5 * 42 and slots[5] == [None] * 5
             assert "\n  8 questions refused: status 400, against   policy\n" in text, text
+    with asking(lambda body, _: policy if question_of(body) % 3 else sums(body)) as (ask, _):
+        assert "refused most questions" in ask(12, concurrency=1)[1] and len(kept_samples()) == 20
 
 
 KEY = "sk-Secret/0123+456"
@@ -1867,6 +1869,11 @@ def test_teacher_gets_the_key_and_nothing_else():
 def test_teacher_is_waited_for_and_paid_within_limits():
     with asking(lambda *sent: pause(0.5) or sums(*sent)) as (ask, _), patch("qcrd.QUIET", 0.1):
         assert re.search(r"  waiting for http\S+ for 0 s: no answer yet\n", ask(concurrency=4)[1])
+    request = qcrd.Teacher.request
+    late = patch("qcrd.Teacher.request", lambda *sent: pause(0.5) or request(*sent))
+    with asking(sums) as (ask, _), patch("qcrd.QUIET", 0.1), late:
+        text = ask()[1]
+        assert 0 < text.index("waiting for") < text.index("to ask for"), text  # for /models
     with asking(lambda *sent: pause(1) or sums(*sent)) as (ask, asked):
         text = ask(teacher_timeout=0.2, concurrency=1)[1]
         assert "no answer in 0.2 s; --teacher-timeout SECONDS waits longer" in text, text
@@ -1985,9 +1992,16 @@ def test_a_folder_goes_from_teacher_to_student():
         text = qcrd_main(*flags, "teacher", "--stage", "teacher")
         assert "to ask for: 80 samples of 16 questions" in text and text.count("to ask for") == 1
         assert "vote: 4.00 positives per question" in text and not Path("teacher").exists()
+        with open("sums/test.jsonl", "ab") as file:
+            file.write(Path("sums/train.jsonl").read_bytes().splitlines()[0])
         methods = ("qcrd", "gold"), ("dss", "teacher"), ("single", "gold"), ("finetune", "gold")
         for method, labels in methods:
-            qcrd_main(*flags, method, "--method", method, "--labels", labels)
+            text = qcrd_main(*flags, method, "--method", method, "--labels", labels)
+            assert (
+                "warning: 1 of 16 questions are test questions too, as 'What is 0 plus 0?'" in text
+            )
+            assert "minutes of optimizer steps to expect" in text and "checkpoints took" in text
+            assert (f"note: --method {method} does not use --lag" in text) == (method != "qcrd")
             (result,) = lines_of(f"{method}/result.json")
             assert (result["rationale_accuracy"] is None) == (method == "finetune")
             (item,) = json.loads(qcrd_main("--audit", method, 1, "--json"))

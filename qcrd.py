@@ -177,13 +177,13 @@ def check(config: Config, where: str = "") -> None:
         kind = type(setting.default)
         good = type(value) is kind or (kind is float and type(value) is int)
         require(good, f"{shown}: not of type {kind.__name__}")
-        setattr(config, setting.name, kind(value))  # 1 of a float is 1.0
         if "|" in allowed:
             require(value in allowed.split("|"), f"{shown}: not one of {allowed.strip('|')}")
         elif allowed:
             low, high = map(float, allowed[1:-1].split(","))
             above = low <= value if allowed[0] == "[" else low < value
             require(above and value <= high, f"{shown}: not in {allowed}")
+        setattr(config, setting.name, kind(value))  # 1 of a float is 1.0
 
 
 def derive_seed(*purpose: object) -> int:
@@ -408,8 +408,7 @@ def past_student(run: Run, t: int) -> Student | None:
         past.model = past.load(student_folder(config.negative_model or config.model))
     elif config.negative_source == "snapshot" and t > config.lag:
         past.model = copy.deepcopy(past.model)
-        weights = t5.read_pt(run.folder / f"snapshots/{t - config.lag}.pt")
-        past.model.load_state_dict(weights["student"])
+        load_weights(run, t - config.lag, past.model)
     else:
         return None
     return past
@@ -801,7 +800,8 @@ REPETITIONS = 7  # of a request that the server is too busy for
 PATIENCE = 300  # seconds; a server that asks for a longer pause ends the run
 QUIET = 10  # seconds without an answer after which the user reads what is waited for
 TIMED_OUT, NO_ANSWER = -1, 0  # in place of a status
-BUSY = (408, 409, 429, 500, 502, 503, 504)
+BUSY = (408, 409, 429, *range(500, 600))
+REDIRECTS = (301, 302, 303, 307, 308)
 TROUBLE = {  # status -> how often a request is repeated, what the user can do
     TIMED_OUT: (1, "--teacher-timeout SECONDS waits longer"),
     NO_ANSWER: (3, "is the server running, and at this address?"),
@@ -809,6 +809,7 @@ TROUBLE = {  # status -> how often a request is repeated, what the user can do
     404: (0, "is --teacher-model right, and does --teacher end in /v1?"),
 }
 TROUBLE |= dict.fromkeys((401, 403), (0, "set OPENAI_API_KEY to a key that this server accepts"))
+TROUBLE |= dict.fromkeys(REDIRECTS, (0, "name the address that it redirects to"))
 TROUBLE |= dict.fromkeys(BUSY, (REPETITIONS, "run again later: what was answered is kept"))
 PALM = """teacher: PaLM-540B's published rationales, ONE a question: not the paper's setting. Name
   --teacher http://localhost:11434/v1 (Ollama, vLLM, llama.cpp) or set OPENAI_API_KEY for that."""
@@ -831,10 +832,11 @@ class Teacher:
         self.refusals: collections.Counter[str] = collections.Counter()  # the server's words
         self.tolerance = 3.0  # refusals in a row that end the asking
         self.progress = t5.Progress("  teacher", 0)
-        self.trouble = ""  # what is waited for
+        self.trouble: dict[str, str] = {}  # a question's, while it waits to be asked again
         with t5.reading("--teacher-fields", """no JSON object like '{"seed": null}'"""):
-            fields = json.loads(config.teacher_fields or "{}", parse_constant=int)  # no NaN
-            self.fields = dict(**fields)
+            fields = json.loads(config.teacher_fields or "{}")
+            json.dumps(fields, allow_nan=False)
+            self.fields = dict(sorted(fields.items()))
         with t5.reading(f"--teacher {url}", "{}"):
             self.session = fetch_data.anonymous_session(url)
         if api_key:
@@ -859,10 +861,13 @@ class Teacher:
             if "Read timed out" in str(error):
                 return TIMED_OUT, None, f"no answer in {self.config.teacher_timeout:g} s", 0
             return NO_ANSWER, None, type(error).__name__, 0
+        content = reply.content
+        if self.api_key:
+            content = content.replace(self.api_key.encode(), b"***")
         try:
-            answer = reply.json()
+            answer = json.loads(content)
         except (ValueError, RecursionError):
-            answer = reply.text
+            answer = content.decode("utf-8", "replace")
         wait = reply.headers.get("Retry-After", "")
         wait = float(wait) if wait.isdecimal() else 0
         words = answer
@@ -870,9 +875,10 @@ class Teacher:
             words = answer["error"]
             words = words["message"]
         words = words if isinstance(words, str) else json.dumps(words)
-        words = fetch_data.fold(re.sub(r"<[^>]*>", " ", words[:20_000]))
-        words = words.replace(self.api_key or "\0", "***")[:200]
+        words = fetch_data.fold(re.sub(r"<[^>]*>", " ", words[:20_000]))[:200]
         said = f"status {reply.status_code}, {words}" + (f" (wait {wait:.0f} s)" if wait else "")
+        if reply.is_redirect:
+            said += f" (to {reply.headers['Location'][:200]})"
         return reply.status_code, answer, said, wait
 
     def fill(self, job: tuple[str, list[dict], list[int]]) -> None:
@@ -892,18 +898,18 @@ class Teacher:
             body["seed"] = derive_seed(name) % 2**30 + slots[0]
             body = {k: v for k, v in (body | self.fields).items() if v is not None}
             status, answer, said, wait = self.request("/chat/completions", body)
-            self.trouble = ""
             kept = self.keep(name, slots, answer) if status == 200 else 0
             slots = slots[kept:]
             if kept:
                 self.choices = choices  # one by one, where that was what helped
                 repetition = 0
-            elif status in (400, 422) and choices > 1:
+            elif status in (400, 422) and min(choices, len(slots)) > 1:
                 choices = 1
             elif repetition < TROUBLE.get(status, (0, ""))[0] and wait <= PATIENCE:
                 pause = wait or min(BACKOFF * 2**repetition, 30) * random.uniform(0.5, 1.5)
-                self.trouble = f"{said}, again in {pause:.0f} s"
+                self.trouble[name] = f"{said}, again in {pause:.0f} s"
                 self.stopped.wait(pause)
+                del self.trouble[name]
                 repetition += 1
             else:
                 return self.refuse(status, said, body)
@@ -915,11 +921,15 @@ class Teacher:
             sample = {"key": name, "slot": slot, "text": text[:200_000], "finish": finish}
             lines.append(json.dumps(sample) + "\n")
         if lines:
-            with self.lock, open(self.cache, "ab", buffering=0) as file:
-                file.write("".join(lines).encode())
-                self.filled += len(lines)
-                self.progress.update(self.filled)
-                self.tolerance = 5  # more than before the first answer
+            try:
+                with self.lock, open(self.cache, "ab", buffering=0) as file:
+                    file.write("".join(lines).encode())
+            except OSError as error:
+                self.stopped.set()
+                raise InputError(f"{self.cache}: {error.strerror}; the answer is lost") from None
+            self.filled += len(lines)
+            self.progress.update(self.filled)
+            self.tolerance = 5  # more than before the first answer
         return len(lines)
 
     def refuse(self, status: int, said: str, body: dict) -> None:
@@ -947,13 +957,14 @@ class Teacher:
 def texts_of(answer: Any) -> list[tuple[str, str]]:
     """Text and finish_reason of each choice that holds text, wherever the API puts it."""
     found = []
-    with contextlib.suppress(TypeError, KeyError, AttributeError):  # not what the API promises
-        for choice in answer["choices"]:
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    for choice in choices if isinstance(choices, list) else []:
+        with contextlib.suppress(TypeError, KeyError, AttributeError):  # not what the API promises
             content = choice["message"]["content"] if "message" in choice else choice["text"]
             if isinstance(content, list):  # parts
                 texts = [part.get("text") for part in content if isinstance(part, dict)]
                 content = "".join(text for text in texts if isinstance(text, str))
-            if content and content.strip():
+            if content.strip():
                 found.append((content, str(choice.get("finish_reason"))))
     return found
 
@@ -998,7 +1009,8 @@ def connect_teacher(config: Config) -> Teacher | None:
             call = pool.apply_async(teacher.request, ("/models",))
             status, answer, said, _ = wait_for(call, teacher)
         with contextlib.suppress(TypeError, KeyError, IndexError):
-            config.teacher_model = str(answer["data"][0]["id"])  # the first that it lists
+            first = answer["data"][0]["id"]
+            config.teacher_model = first if isinstance(first, str) else ""
         cause = NO_ANSWER if status == 200 else status  # a page of some other server
         if not config.teacher_model:
             raise teacher.failure(cause, f"{said} from /models; or name a --teacher-model")
@@ -1013,16 +1025,16 @@ def prompts_of(task: Task, examples: list[Example], config: Config) -> list[list
     return [fetch_data.messages(task, example.input, own) for example in examples]
 
 
-def votes_of(config: Config, task: Task, examples: list[Example], ask=False) -> list[Vote]:
+def votes_of(teacher: Teacher | None, task: Task, examples: list, ask=False) -> list[Vote]:
     """Every example's K samples after the vote. ask: rank 0 asks for those that are not on disk.
     Raises InputError."""
-    teacher = connect_teacher(config)
     if teacher is None:
         rows: list[list[Slot]] = [[] for _ in examples]
     elif teacher.url == "palm":
         kept = read_cache(fetch_data.palm_samples(task.name), "question")
         rows = [[kept.get(example.input, {}).get(0)] for example in examples]
     else:
+        config = teacher.config
         prompts = prompts_of(task, examples, config)
         names = [teacher.sample_id(messages) for messages in prompts]
         model = re.sub(r"[^A-Za-z0-9.-]+", "_", config.teacher_model)[:80]
@@ -1057,14 +1069,14 @@ def ask_teacher(teacher: Teacher, prompts: dict[str, list[dict]]) -> None:
         with open(teacher.cache, "ab") as file:
             file.write(b"\n")  # ends a line that a crash tore
         if any(name in kept for name in prompts):  # what was refused before is asked for in a row
-            teacher.tolerance = math.inf
+            teacher.tolerance = max(5, len(prompts) // 5)
         try:
             run_jobs(teacher, jobs, total)
         finally:
             say(f"  {teacher.filled} samples, {teacher.requests} requests")
             for said, count in teacher.refusals.items():
                 say(f"  {count} questions refused: {said}")
-    if teacher.requests == teacher.budget:
+    if teacher.requests == teacher.budget and teacher.filled < total:
         say("  --teacher-budget is spent; ask for the rest before you train, since a run")
         say("  started now could not be resumed once there are more samples")
     most = sum(teacher.refusals.values()) > len(prompts) / 2
@@ -1079,7 +1091,7 @@ def wait_for(result: AsyncResult, teacher: Teacher) -> Any:
         result.wait(QUIET)
         waited = waited + QUIET if teacher.filled == before else 0.0
         if waited and not result.ready():
-            why = teacher.trouble or "no answer yet"
+            why = [*teacher.trouble.values(), "no answer yet"][0]
             say(f"  waiting for {teacher.url} for {waited:.0f} s: {why}")
     return result.get()
 
@@ -1185,7 +1197,6 @@ def claim(config: Config) -> tuple[Path, contextlib.AbstractContextManager]:
             if names - {"lock"}:
                 read_config(folder, {})  # refuses a folder that is not a run's
             held = hold(folder)
-            write_config(folder, config)
             return gather([folder])[0], held
 
 
@@ -1260,7 +1271,10 @@ def prepare(config: Config, task: Task, folder: Path) -> Run | None:
     --stage teacher is done. Raises InputError."""
     judged = task.valid[:JUDGED] if config.discriminator else []
     ask = config.stage == "teacher" or not (folder / "checkpoint.pt").exists()
-    votes = votes_of(config, task, task.train + judged, ask)
+    teacher = connect_teacher(config)
+    if ask and config.stage != "teacher":
+        write_config(folder, config)  # with the teacher's address and model, before it is paid
+    votes = votes_of(teacher, task, task.train + judged, ask)
     if any(vote.slots for vote in votes):
         report_votes(task, task.train, votes[: len(task.train)])
     if config.stage == "teacher":
@@ -1273,12 +1287,14 @@ def prepare(config: Config, task: Task, folder: Path) -> Run | None:
     return run
 
 
-def load_weights(run: Run, t: int) -> None:
-    """Gives student and discriminator their weights after iteration t."""
-    weights = t5.read_pt(run.folder / f"snapshots/{t}.pt")
-    run.student.model.load_state_dict(weights["student"])
-    if run.discriminator is not None:
-        run.discriminator.load_state_dict(weights["discriminator"])
+def load_weights(run: Run, t: int, model: T5, D: Discriminator | None = None) -> None:
+    """Gives a student, and a discriminator, their weights after iteration t. Raises InputError."""
+    path = run.folder / f"snapshots/{t}.pt"
+    weights = t5.read_pt(path)
+    with t5.reading(path, "no snapshot of this run: {}"):
+        model.load_state_dict(weights["student"])
+        if D is not None:
+            D.load_state_dict(weights["discriminator"])
 
 
 def parts_of(run: Run) -> dict[str, Any]:
@@ -1317,7 +1333,7 @@ def restore(run: Run) -> None:
         run.L_D = run.lines[-1]["L_D"]
         for name, part in parts_of(run).items():
             part.load_state_dict(state[name])
-        load_weights(run, run.iteration)
+    load_weights(run, run.iteration, run.student.model, run.discriminator)
     require(same, f"{run.folder}: was made with other questions or samples; start a new run")
 
 
@@ -1338,7 +1354,6 @@ def train(run: Run) -> None:
     if RANK == 0:
         for path in folder.rglob("*.[0-9]*.tmp"):  # what a killed process was writing
             path.unlink()
-        write_config(folder, config)
         options = {"name": run.task.name, "kind": run.task.kind, "options": run.task.options}
         fetch_data.write_lines(folder / "task.json", [options])
     size = sum(p.numel() for p in run.student.model.parameters()) / 1e6
@@ -1519,7 +1534,7 @@ def test(run: Run) -> None:
     rows = evaluate(run, questions)
     last = {f"{name}_last": value for name, value in accuracies(rows).items()}
     if best["iteration"] != run.iteration:
-        load_weights(run, best["iteration"])
+        load_weights(run, best["iteration"], run.student.model, run.discriminator)
         rows = evaluate(run, questions)
     result = accuracies(rows) | last | {"questions": len(rows), "valid_accuracy": best["valid"]}
     result["best_iteration"] = best["iteration"]
@@ -1612,7 +1627,7 @@ def audit(folder: Path, config: Config, count: int, as_json: bool) -> None:
         order = order_of(config, len(run.train), t)
         questions = [run.train[i] for i in order[:count]]
         add_past_negatives(run, t, questions_of(run, order))
-        votes = votes_of(config, run.task, [q.example for q in questions])
+        votes = votes_of(connect_teacher(config), run.task, [q.example for q in questions])
         items = [audit_question(run, q, vote, t) for q, vote in zip(questions, votes)]
     if as_json:
         return print(json.dumps(items, indent=1))
@@ -1824,7 +1839,7 @@ def start(given: dict[str, Any], show_prompt: bool) -> None:
             if config.task not in fetch_data.TASKS and "steps" not in given:
                 passes = 20 * math.ceil(len(task.train) / config.batch)
                 config.steps = max(200, min(10_000, passes))
-                write_config(folder, resolve(config))
+            write_config(folder, resolve(config))
             train(prepare(config, task, folder))
 
 
@@ -1869,7 +1884,7 @@ def main() -> int:
 
 
 def run_command() -> None:
-    for word in sys.argv:
+    for word in [*sys.argv, os.getcwd()]:
         text = word.encode("utf-8", "replace").decode()
         require(text == word, f"{text}: not UTF-8")
     given = vars(parser().parse_args())

@@ -1711,7 +1711,8 @@ def ask_sums(url: str, count: int = 4, **changes) -> tuple[list, str]:
     slots = []
 
     def ask() -> None:
-        slots.extend(vote.slots for vote in qcrd.votes_of(config, NUMBERS, examples, ask=True))
+        teacher = qcrd.connect_teacher(config)
+        slots.extend(vote.slots for vote in qcrd.votes_of(teacher, NUMBERS, examples, ask=True))
 
     with patch("qcrd.BACKOFF", 0.002):
         return slots, outcome(ask)
@@ -1731,13 +1732,13 @@ def test_teacher_survives_what_servers_do():
     """The first answer to each question is trouble; the second one has one of three forms."""
     huge = json.dumps(said("")) * 1000 + '{"a":' * 5000 + "9**9**9 " * 100_000
     parts = [{"type": "text", "text": "<Answer>:"}, None, {"text": " 1"}, {"text": 2}]
-    bare = {"choices": [{"text": "<Answer>: 1", "finish_reason": "stop"}] * 5}
-    forms = said(*["<Answer>: 1"] * 4, huge), said(*[parts] * 5), (200, bare, {})
+    bare = [None, {"message": None}, *[{"text": "<Answer>: 1", "finish_reason": "stop"}] * 5]
+    forms = said(*["<Answer>: 1"] * 4, huge), said(*[parts] * 5), (200, {"choices": bare}, {})
     trouble = [b"<html>bad gateway</html>", b"", b"[" * 100_000, {}, [], None, {"choices": []}]
     trouble += [{"choices": "none"}, {"choices": {"a": 1}}, {"choices": [None]}]
     trouble += [{"error": {"message": "overloaded"}}, {"error": None}]
     trouble = [(200, content, {}) for content in trouble] + [said(None), said(""), said([{}])]
-    trouble += [(408, {}, {}), (500, {"error": "down"}, {}), (503, b"<html>", {"Retry-After": "x"})]
+    trouble += [(408, {}, {}), (529, {"error": "down"}, {}), (503, b"<html>", {"Retry-After": "x"})]
     trouble += [(429, {}, {"Retry-After": "1"}), (200, forms[0][1], {"Content-Length": 9_999_999})]
     count, once = len(trouble), set()
 
@@ -1791,6 +1792,9 @@ def test_teacher_meets_servers_that_know_less():
             slots, text = ask(50, concurrency=1)
             assert filled(slots) == 5 * 42 and slots[5] == [None] * 5
             assert "\n  8 questions refused: status 400, against   policy\n" in text, text
+    with asking(lambda body, _: policy if question_of(body) > 29 else sums(body)) as (ask, _):
+        for _ in range(2):  # too many in a row, in a later run too
+            assert "error: teacher" in ask(50, concurrency=1)[1] and len(kept_samples()) == 150
     with asking(lambda body, _: policy if question_of(body) % 3 else sums(body)) as (ask, _):
         assert "refused most questions" in ask(12, concurrency=1)[1] and len(kept_samples()) == 20
 
@@ -1816,7 +1820,7 @@ def test_teacher_gives_up_early_and_keeps_what_was_served():
     ]
     echo = {"error": {"message": f"Incorrect API key provided: {KEY}."}}
     hints = {401: "; set OPENAI_API_KEY", 403: "; set OPENAI_API_KEY", 404: "; is --teacher-model"}
-    for status, hint in (hints | {301: "\n", 402: "\n"}).items():
+    for status, hint in (hints | {301: " (to /v1/models); name", 402: "\n"}).items():
         words = f"status {status}, Incorrect API key provided: ***.{hint}"
         cases += [((status, echo, {"Location": "/v1/models"}), 0, 4, words)]
     for bad, good, most, words in cases:
@@ -1982,6 +1986,9 @@ def test_kill_and_resume_ends_in_the_same_bytes():
             text = mistake(qcrd, "--resume", "stopped")
             assert "other questions or samples" in text or "no sample" in text, text
             path.write_bytes(before)
+        for path in Path("stopped/snapshots").iterdir():
+            t5.write_pt(path, {"a": 1})
+        assert "no snapshot of this run" in mistake(qcrd, "--resume", "stopped")
         Path("stopped/checkpoint.pt").write_bytes(Path("whole/checkpoint.pt").read_bytes()[:5000])
         assert "checkpoint.pt" in mistake(qcrd, "--resume", "stopped")
 

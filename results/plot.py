@@ -84,7 +84,7 @@ def score_sets(run: qcrd.Run) -> dict[str, list[float]]:
     task = qcrd.load_task(config)
     examples = task.valid[: qcrd.JUDGED]
     questions = []
-    for i, vote in enumerate(qcrd.votes_of(config, task, examples)):
+    for i, vote in enumerate(qcrd.votes_of(qcrd.connect_teacher(config), task, examples)):
         S_pos, minority, _ = qcrd.sets_of(vote, config.vote)
         questions.append(student.question(examples[i], f"valid {i}", S_pos, minority))
     pairs = {"teacher's positives": [(q.x, r) for q in questions for r in q.S_pos]}

@@ -8,8 +8,8 @@
 A large language model, the teacher, answers each question several times and
 explains its answers. A small T5, the student, learns to answer (`predict: x`)
 and to explain (`explain: x`). The first half is the method, in the paper's
-order; the second half is what a run needs (the first borrows `gather`,
-`student_folder` and a snapshot from it).
+order; the second half is what a run needs (the first borrows a few of its
+functions).
 
     1 settings         every flag, its default, range and source
     2 vote             the majority's rationales are S_pos, the minority's S_neg
@@ -24,7 +24,7 @@ order; the second half is what a run needs (the first borrows `gather`,
    11 command line
 
 The paper's own text was not at hand: its equations, settings and tables are
-taken from a published review that reproduces them (README, limits). Marks say
+taken from a published review that reproduces them (named in README). Marks say
 where a choice comes from: [eq. n], [figure], [table] the paper's, as reproduced
 there; [review] told by that review; [abstract]; [overview] a published
 overview's open questions; [DSS] Distilling Step-by-Step (Hsieh et al., 2023),
@@ -401,7 +401,8 @@ class Run:
 
 def past_student(run: Run, t: int) -> Student | None:
     """Who writes negatives for iteration t: the student after t - j iterations [review], nobody
-    while t ≤ j [ours]; fixed, static: as it started [table]; sc, none: nobody."""
+    while t ≤ j [ours]; fixed [table], static [overview]: as it started, or --negative-model; sc,
+    none: nobody."""
     config = run.config
     past = copy.copy(run.student)
     if config.negative_source in ("fixed", "static"):
@@ -830,7 +831,8 @@ class Teacher:
         self.requests = 0
         self.filled = 0  # slots
         self.refusals: collections.Counter[str] = collections.Counter()  # the server's words
-        self.tolerance = 3.0  # refusals in a row that end the asking
+        self.tolerance = 3  # refusals in a row that end the asking
+        self.allowed = 5  # what it is after an answer
         self.progress = t5.Progress("  teacher", 0)
         self.trouble: dict[str, str] = {}  # a question's, while it waits to be asked again
         with t5.reading("--teacher-fields", """no JSON object like '{"seed": null}'"""):
@@ -929,7 +931,7 @@ class Teacher:
                 raise InputError(f"{self.cache}: {error.strerror}; the answer is lost") from None
             self.filled += len(lines)
             self.progress.update(self.filled)
-            self.tolerance = 5  # more than before the first answer
+            self.tolerance = self.allowed
         return len(lines)
 
     def refuse(self, status: int, said: str, body: dict) -> None:
@@ -1044,7 +1046,8 @@ def votes_of(teacher: Teacher | None, task: Task, examples: list, ask=False) -> 
         barrier()  # the other ranks wait for the samples
         kept = read_cache(teacher.cache)
         rows = [[kept.get(name, {}).get(k) for k in range(config.samples)] for name in names]
-    return [vote_on(task, e.input, row) for e, row in zip(examples, track("  vote", rows))]
+    pairs = zip(track("  vote", rows), examples)  # track first: it sees the end
+    return [vote_on(task, example.input, row) for row, example in pairs]
 
 
 def ask_teacher(teacher: Teacher, prompts: dict[str, list[dict]]) -> None:
@@ -1069,7 +1072,7 @@ def ask_teacher(teacher: Teacher, prompts: dict[str, list[dict]]) -> None:
         with open(teacher.cache, "ab") as file:
             file.write(b"\n")  # ends a line that a crash tore
         if any(name in kept for name in prompts):  # what was refused before is asked for in a row
-            teacher.tolerance = max(5, len(prompts) // 5)
+            teacher.tolerance = teacher.allowed = max(5, len(prompts) // 5)
         try:
             run_jobs(teacher, jobs, total)
         finally:
@@ -1136,7 +1139,7 @@ def report_votes(task: Task, examples: list[Example], votes: list[Vote]) -> None
         say(f"  {fetch_data.fold(unread[0])[:300]!r}")
     if right < len(voted) / 20:
         say("warning: the majority is hardly ever right; do --answer, labels and prompt fit?")
-    require(voted, "no question has a positive rationale: there is nothing to distil")
+    require(distinct, "no question has a positive rationale: there is nothing to distil")
 
 
 # --------------------------------------------------------------- 9. Data, folder, checkpoint, ranks
@@ -1756,7 +1759,8 @@ def resolve(config: Config, where: str = "") -> Config:
     require(cuda or config.device != "cuda", "--device cuda: there is none here; cpu works")
     config.device = config.device or ("cuda" if cuda else "cpu")
     if config.device == "cuda":
-        local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        local = int(os.environ.get("LOCAL_RANK", 0)) if WORLD > 1 else 0
+        count = torch.cuda.device_count()
         require(local < count, f"torchrun: {count} GPUs here; start no more ranks than that")
         torch.cuda.set_device(local)
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -1799,8 +1803,6 @@ def contradictions(given: dict[str, Any]) -> None:
     ignored = [flag(name) for name in unused if name in given]
     if method != "qcrd" and ignored:
         say(f"note: --method {method} does not use {', '.join(ignored)}")
-    if method == "qcrd" and given.get("iterations", math.inf) <= given.get("lag", Config.lag):
-        say("note: --iterations is not above --lag: the past student writes no negatives")
 
 
 def settings_of(given: dict[str, Any]) -> Config:
@@ -1814,6 +1816,8 @@ def settings_of(given: dict[str, Any]) -> Config:
         if given.get(path) and given[path] not in (*fetch_data.TASKS, *models):
             given[path] = str(Path(given[path]).resolve())  # a run works from other folders too
     config = resolve(Config(**defaults | given))
+    if config.negative_source == "snapshot" and config.iterations <= config.lag:
+        say("note: --iterations is not above --lag: the past student writes no negatives")
     for model in {config.model, config.negative_model, config.discriminator_model} - {"", *models}:
         student_folder(model)  # what is missing is said before anything is fetched
     return config

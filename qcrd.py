@@ -359,7 +359,9 @@ class Student:
                 draws = [torch.Generator().manual_seed(seeds[i]) for i in batch]
                 uniforms = torch.stack([torch.rand(longest, generator=draw) for draw in draws])
             with self.autocast():
-                rows = self.model.generate(*x, longest, tau, None, self.tokenizer.size, uniforms)
+                rows = self.model.generate(
+                    *x, longest, tau, limit=self.tokenizer.size, uniforms=uniforms
+                )
             for i, row in zip(batch, rows.tolist()):
                 end = row.index(t5.EOS) + 1 if t5.EOS in row else len(row)
                 written.append((i, array("i", row[:end])))
@@ -375,6 +377,7 @@ class Run:
         self.discriminator = D
         self.folder = folder
         self.task: Task | None = None
+        self.teacher: Teacher | None = None
         self.train: list[Question] = []
         self.valid: list[Question] = []
         self.digest = ""  # of the data: a run goes on with what it began with
@@ -591,8 +594,10 @@ class Candidate:
 
 
 def candidates_of(questions: list[Question], config: Config) -> list[Candidate]:
-    """Each question's S_pos, then its S_neg as the loss sees it."""
-    found = []
+    """Each question's S_pos, then its S_neg as the loss sees it; none where it has no L_cl."""
+    found: list[Candidate] = []
+    if not alphas_of(config, 1)[1]:
+        return found
     for row, q in enumerate(questions):
         found += [Candidate(row, r, True, "teacher") for r in q.S_pos]
         if config.negative_source != "none":
@@ -649,7 +654,8 @@ def label_losses(student: Student, questions: list[Question]) -> Tensor:
 
 
 def rationale_losses(student: Student, questions: list[Question], picks: list) -> Tensor:
-    """ℓ of the picks, (P,), with gradient; without for a negative beyond δ, whose term is 0."""
+    """ℓ of the picks, (P,), with gradient; a negative that `measure` found beyond δ keeps that ℓ,
+    since its term is 0."""
     losses = to_device(torch.tensor([c.loss for c in picks]), student.device)
     again = [i for i, c in enumerate(picks) if c.positive or c.loss < student.config.delta]
     targets, rows = [picks[i].r for i in again], [picks[i].row for i in again]
@@ -723,7 +729,7 @@ def iterate(run: Run, t: int) -> None:
     for batch in track(f"  iteration {t}/{config.iterations}", batches):
         run.optimizer.zero_grad(set_to_none=True)
         for part in micro_batches([run.train[i] for i in batch], config):
-            candidates = candidates_of(part, config) if α2 else []  # S_pos, S_neg of each question
+            candidates = candidates_of(part, config)  # S_pos, S_neg of each question
             if config.method == "qcrd":  # DSS has one candidate a question: nothing to choose
                 measure(student, part, candidates)  # ℓ(f(x), r) in eval mode, no gradient
             picks = pick(candidates, part, config, run.step)  # r⁺ = argmin, r⁻ = argmax [eq. 4, 5]
@@ -802,7 +808,6 @@ PATIENCE = 300  # seconds; a server that asks for a longer pause ends the run
 QUIET = 10  # seconds without an answer after which the user reads what is waited for
 TIMED_OUT, NO_ANSWER = -1, 0  # in place of a status
 BUSY = (408, 409, 429, *range(500, 600))
-REDIRECTS = (301, 302, 303, 307, 308)
 TROUBLE = {  # status -> how often a request is repeated, what the user can do
     TIMED_OUT: (1, "--teacher-timeout SECONDS waits longer"),
     NO_ANSWER: (3, "is the server running, and at this address?"),
@@ -810,7 +815,8 @@ TROUBLE = {  # status -> how often a request is repeated, what the user can do
     404: (0, "is --teacher-model right, and does --teacher end in /v1?"),
 }
 TROUBLE |= dict.fromkeys((401, 403), (0, "set OPENAI_API_KEY to a key that this server accepts"))
-TROUBLE |= dict.fromkeys(REDIRECTS, (0, "name the address that it redirects to"))
+REDIRECTED = (0, "name the address that it redirects to")
+TROUBLE |= dict.fromkeys(requests.models.REDIRECT_STATI, REDIRECTED)
 TROUBLE |= dict.fromkeys(BUSY, (REPETITIONS, "run again later: what was answered is kept"))
 PALM = """teacher: PaLM-540B's published rationales, ONE a question: not the paper's setting. Name
   --teacher http://localhost:11434/v1 (Ollama, vLLM, llama.cpp) or set OPENAI_API_KEY for that."""
@@ -883,6 +889,14 @@ class Teacher:
             said += f" (to {reply.headers['Location'][:200]})"
         return reply.status_code, answer, said, wait
 
+    def fill_or_stop(self, job: tuple[str, list[dict], list[int]]) -> None:
+        """`fill`; whatever it raises ends the asking of all threads."""
+        try:
+            self.fill(job)
+        except BaseException:
+            self.stopped.set()
+            raise
+
     def fill(self, job: tuple[str, list[dict], list[int]]) -> None:
         """Asks until a question's slots are full: again where the server is busy, drops the line or
         writes no text; one by one where it refuses n. Raises InputError."""
@@ -926,12 +940,11 @@ class Teacher:
             try:
                 with self.lock, open(self.cache, "ab", buffering=0) as file:
                     file.write("".join(lines).encode())
+                    self.filled += len(lines)
+                    self.progress.update(self.filled)
+                    self.tolerance = self.allowed
             except OSError as error:
-                self.stopped.set()
                 raise InputError(f"{self.cache}: {error.strerror}; the answer is lost") from None
-            self.filled += len(lines)
-            self.progress.update(self.filled)
-            self.tolerance = self.allowed
         return len(lines)
 
     def refuse(self, status: int, said: str, body: dict) -> None:
@@ -951,7 +964,6 @@ class Teacher:
 
     def failure(self, status: int, said: str) -> InputError:
         """Why this server cannot be used, and what to do where that is known: one line."""
-        self.stopped.set()
         hint = f"; {TROUBLE[status][1]}" if status in TROUBLE else ""
         return InputError(f"teacher {self.url}: {said}{hint}")
 
@@ -1041,18 +1053,21 @@ def votes_of(teacher: Teacher | None, task: Task, examples: list, ask=False) -> 
         names = [teacher.sample_id(messages) for messages in prompts]
         model = re.sub(r"[^A-Za-z0-9.-]+", "_", config.teacher_model)[:80]
         teacher.cache = task.folder / f"teacher-{model}.jsonl"
+        kept = None
         if ask and RANK == 0:
-            ask_teacher(teacher, dict(zip(names, prompts)))
+            kept = ask_teacher(teacher, dict(zip(names, prompts)))
         barrier()  # the other ranks wait for the samples
-        kept = read_cache(teacher.cache)
+        if kept is None:
+            kept = read_cache(teacher.cache)
         rows = [[kept.get(name, {}).get(k) for k in range(config.samples)] for name in names]
     pairs = zip(track("  vote", rows), examples)  # track first: it sees the end
     return [vote_on(task, example.input, row) for row, example in pairs]
 
 
-def ask_teacher(teacher: Teacher, prompts: dict[str, list[dict]]) -> None:
-    """Fills the slots that the cache lacks, through `--concurrency` threads. One process asks, the
-    others wait. Raises InputError; whatever ends it, answers under way are kept."""
+def ask_teacher(teacher: Teacher, prompts: dict[str, list[dict]]) -> dict:
+    """Fills the slots that the cache lacks, through `--concurrency` threads -> the cache's samples.
+    One process asks, the others wait. Raises InputError; whatever ends it, answers under way are
+    kept."""
     teacher.cache.parent.mkdir(parents=True, exist_ok=True)
     with t5.lock(f"{teacher.cache}.lock"):
         kept = read_cache(teacher.cache)
@@ -1062,7 +1077,7 @@ def ask_teacher(teacher: Teacher, prompts: dict[str, list[dict]]) -> None:
             if missing:
                 jobs.append((name, messages, missing))
         if not jobs:
-            return
+            return kept
         total = sum(len(missing) for _, _, missing in jobs)
         characters = sum(len(part["content"]) for _, messages, _ in jobs for part in messages)
         tokens = (characters // 4 + 120 * total) // 1000
@@ -1084,6 +1099,7 @@ def ask_teacher(teacher: Teacher, prompts: dict[str, list[dict]]) -> None:
         say("  started now could not be resumed once there are more samples")
     most = sum(teacher.refusals.values()) > len(prompts) / 2
     require(not most, f"teacher {teacher.url}: refused most questions, see above")
+    return read_cache(teacher.cache)
 
 
 def wait_for(result: AsyncResult, teacher: Teacher) -> Any:
@@ -1103,7 +1119,7 @@ def run_jobs(teacher: Teacher, jobs: list, total: int) -> None:
     """Whoever stops, by an error or by Ctrl-C, waits for the answers under way."""
     teacher.progress = t5.Progress("  teacher", total)
     with ThreadPool(teacher.config.concurrency) as pool:
-        result = pool.map_async(teacher.fill, jobs, chunksize=1)
+        result = pool.map_async(teacher.fill_or_stop, jobs, chunksize=1)
         try:
             wait_for(result, teacher)
         except BaseException:
@@ -1179,7 +1195,9 @@ def student_folder(model: str) -> Path:
 
 
 def hold(folder: Path) -> contextlib.AbstractContextManager:
-    """Keeps other processes out of a run's folder. Raises InputError."""
+    """Keeps other processes out of a run's folder; rank 0 does so for all. Raises InputError."""
+    if RANK > 0:
+        return contextlib.nullcontext()
     return t5.lock(folder / "lock", f"{folder}: another process has it")
 
 
@@ -1190,17 +1208,25 @@ def claim(config: Config) -> tuple[Path, contextlib.AbstractContextManager]:
         return gather([None])[0], contextlib.nullcontext()  # rank 0 claims for all
     begun = {"config.json", "task.json", "metrics.jsonl", "snapshots", "lock"}
     name = f"runs/{Path(config.task).name}-{config.method}-{config.seed}"
-    passed_over = () if config.run else (InputError,)
     for number in itertools.count(1):
         folder = Path(config.run or (name if number == 1 else f"{name}-{number}"))
-        with contextlib.suppress(*passed_over):
-            names = {path.name for path in folder.glob("*") if path.suffix != ".tmp"}
+        try:
+            names = {path.name for path in set(folder.glob("*")) - temporaries(folder)}
             free = names <= begun and not folder.is_file()
             require(free, f"--run {folder}: exists; name another, or --resume {folder}")
             if names - {"lock"}:
                 read_config(folder, {})  # refuses a folder that is not a run's
             held = hold(folder)
-            return gather([folder])[0], held
+        except InputError:
+            if config.run:
+                raise
+            continue
+        return gather([folder])[0], held
+
+
+def temporaries(folder: Path) -> set[Path]:
+    """What a killed process was writing."""
+    return {path for path in folder.rglob("*.tmp") if re.fullmatch(r".+\.\d+\.tmp", path.name)}
 
 
 def write_config(folder: Path, config: Config) -> None:
@@ -1213,18 +1239,18 @@ def load_data(run: Run, task: Task, votes: list[Vote]) -> None:
     validation questions as were asked."""
     config = run.config
     run.task = task
-    splits = ("train", "valid")
-    places = [(s, i, example) for s in splits for i, example in enumerate(getattr(task, s))]
-    none = vote_on(task, "", [])
+    places = [("train", i, example) for i, example in enumerate(task.train)]
+    places += [("valid", i, example) for i, example in enumerate(task.valid)]
+    votes = votes + [vote_on(task, "", [])] * (len(places) - len(votes))
     digest = hashlib.sha256(repr(task.test).encode())
-    for (split, i, example), vote in itertools.zip_longest(places, votes, fillvalue=none):
+    for (split, i, example), vote in zip(places, votes, strict=True):
         S_pos, minority, answer = sets_of(vote, config.vote)
         if config.labels == "teacher" and split == "train":
             if answer is None:
                 continue  # nothing to learn from
             example = Example(example.input, answer)
         q = run.student.question(example, f"{split} {i}", S_pos, minority)
-        getattr(run, split).append(q)
+        (run.train if split == "train" else run.valid).append(q)
         digest.update(repr([q.x, q.target, q.S_pos, q.minority]).encode())
     require(run.train, "no training question is left: the teacher answered none")
     run.digest = digest.hexdigest()
@@ -1284,6 +1310,7 @@ def prepare(config: Config, task: Task, folder: Path) -> Run | None:
         return None
     student = Student(student_folder(config.model), config)
     run = Run(config, student, discriminator_of(student, config), folder)
+    run.teacher = teacher
     load_data(run, task, votes)
     if not ask:
         restore(run)
@@ -1301,9 +1328,11 @@ def load_weights(run: Run, t: int, model: T5, D: Discriminator | None = None) ->
 
 
 def parts_of(run: Run) -> dict[str, Any]:
-    """The optimizers and scalers: beside the weights, which are in the last snapshot."""
-    kinds = ("optimizer", "scaler")
-    return {name: part for name, part in vars(run).items() if name.endswith(kinds)}
+    """What checkpoint.pt keeps beside the weights, which are in the last snapshot."""
+    parts = {"optimizer": run.optimizer, "scaler": run.scaler}
+    if run.discriminator is not None:
+        parts |= {"d_optimizer": run.d_optimizer, "d_scaler": run.d_scaler}
+    return parts
 
 
 def save(run: Run) -> None:
@@ -1355,7 +1384,7 @@ def train(run: Run) -> None:
     config, folder = run.config, run.folder
     report_data(run)
     if RANK == 0:
-        for path in folder.rglob("*.[0-9]*.tmp"):  # what a killed process was writing
+        for path in temporaries(folder):
             path.unlink()
         options = {"name": run.task.name, "kind": run.task.kind, "options": run.task.options}
         fetch_data.write_lines(folder / "task.json", [options])
@@ -1408,7 +1437,7 @@ def expected_minutes(run: Run) -> float:
     part = parts[len(parts) // 2]  # of middle length
     for _ in range(2 if config.device == "cuda" else 1):  # the first one loads kernels
         start = time.perf_counter()
-        candidates = candidates_of(part, config) if alphas_of(config, 1)[1] else []
+        candidates = candidates_of(part, config)
         if config.method == "qcrd":
             measure(student, part, candidates)
         picks = pick(candidates, part, config, 0)
@@ -1630,7 +1659,7 @@ def audit(folder: Path, config: Config, count: int, as_json: bool) -> None:
         order = order_of(config, len(run.train), t)
         questions = [run.train[i] for i in order[:count]]
         add_past_negatives(run, t, questions_of(run, order))
-        votes = votes_of(connect_teacher(config), run.task, [q.example for q in questions])
+        votes = votes_of(run.teacher, run.task, [q.example for q in questions])
         items = [audit_question(run, q, vote, t) for q, vote in zip(questions, votes)]
     if as_json:
         return print(json.dumps(items, indent=1))
@@ -1645,7 +1674,7 @@ def audit_question(run: Run, q: Question, vote: Vote, t: int) -> dict[str, Any]:
     """What `iterate` computes for one question, L_D, and all that they are made of."""
     config, student, D = run.config, run.student, run.discriminator
     alphas = alphas_of(config, t)
-    candidates = candidates_of([q], config) if alphas[1] else []
+    candidates = candidates_of([q], config)
     measure(student, [q], candidates)
     picks = pick(candidates, [q], config, run.step)
     s = score_picks(D, [q], picks)
@@ -1783,8 +1812,12 @@ def resolve(config: Config, where: str = "") -> Config:
 
 
 def load_task(config: Config) -> Task:
-    """The task with the part of its training questions that is used."""
+    """The task with the part of its training questions that is used; rank 0 fetches it first."""
+    if RANK > 0:
+        barrier()
     task = fetch_data.load_task(config.task, config.answer)
+    if RANK == 0:
+        barrier()
     task.train[:] = task.train[: max(1, round(len(task.train) * config.fraction))]
     if task.kind == "text" and all(fetch_data.value(e.label) is not None for e in task.train):
         say("note: all labels are numbers: --answer number compares by value, and asks for them")
@@ -1878,7 +1911,7 @@ def reopen(command: str, words: list[str], changes: dict[str, Any], as_json: boo
             text = result_text(folder, json.loads(result.read_text("utf-8")))
         say(text)
     else:
-        with hold(folder) if RANK == 0 else contextlib.nullcontext():  # rank 0 does so for all
+        with hold(folder):
             train(prepare(config, load_task(config), folder))
 
 

@@ -78,8 +78,7 @@ def ask(judge: qcrd.Teacher, prompts: list[list[dict]]) -> list[str]:
     """The judge's answer to each prompt, from the file of answers or asked for now; "": none."""
     judge.cache = fetch_data.root() / "data/judge/answers.jsonl"
     names = [judge.sample_id(prompt) for prompt in prompts]
-    qcrd.ask_teacher(judge, dict(zip(names, prompts)))
-    kept = qcrd.read_cache(judge.cache)
+    kept = qcrd.ask_teacher(judge, dict(zip(names, prompts)))
     return [kept[name][0][0] if name in kept else "" for name in names]
 
 

@@ -248,9 +248,8 @@ def sets_of(vote: Vote, rule: str) -> tuple[list[str], list[str], str | None]:
     members = {"majority": vote.positives, "first": slots[:1], "all": slots}[rule]
     others = vote.negatives if rule == "majority" else []
     speakers = slots[:1] if rule == "first" else vote.positives
-    positives = vote.rationales(members)
-    negatives = [r for r in vote.rationales(others) if r not in positives]
-    return positives, negatives, vote.samples[speakers[0]].answer if speakers else None
+    answer = vote.samples[speakers[0]].answer if speakers else None
+    return vote.rationales(members), vote.rationales(others), answer
 
 
 # ------------------------------------------------------- 3. Student, and what a run keeps of it
@@ -295,10 +294,12 @@ class Student:
         self.dtype = getattr(torch, config.precision)
 
     def load(self, folder: Path) -> T5:
-        """A T5 that has a row for each piece of the tokenizer. Raises InputError."""
+        """The student's, D's or a past one's T5, all of one vocabulary. Raises InputError."""
         model = T5.load(folder)
         pieces, rows = self.tokenizer.size, model.config.vocab_size
         require(pieces <= rows, f"{self.vocab}: {pieces} pieces, but {folder} embeds {rows}")
+        same = (folder / self.vocab.name).read_bytes() == self.vocab.read_bytes()
+        require(same, f"{folder}: its {self.vocab.name} is not that of {self.vocab.parent}")
         return model.to(self.device)
 
     def autocast(self) -> torch.autocast:
@@ -324,9 +325,18 @@ class Student:
             label = self.ids(f"answer: {example.label}", longest)
             rationale = self.ids(S_pos[0] if S_pos else "")[:-1]
             target = rationale[: longest - len(label)] + label
-        positives = [self.ids(r, config.rationale_tokens) for r in S_pos]
-        negatives = [self.ids(r, config.rationale_tokens) for r in minority]
+        positives = self.distinct(S_pos)
+        negatives = self.distinct(minority, positives)
         return Question(example, place, x, target, positives, negatives)
+
+    def distinct(self, rationales: Iterable[str], others: Iterable[array] = ()) -> list[array]:
+        """Rationales as token ids, cut; those that are then like another one are dropped [ours]."""
+        found: list[array] = []
+        for r in rationales:
+            r = self.ids(r, self.config.rationale_tokens)
+            if r not in found and r not in others:
+                found.append(r)
+        return found
 
     def inputs(self, prefix: list[int], questions: list[Question]) -> tuple[Tensor, Tensor]:
         """Prefix and x, cut to --input-tokens with </s> kept -> ids (B, S), mask (B, S)."""
@@ -1135,7 +1145,7 @@ def run_jobs(teacher: Teacher, jobs: list, total: int) -> None:
 
 def report_votes(task: Task, examples: list[Example], votes: list[Vote]) -> None:
     """Prints the vote's statistics, counted before repetitions are dropped but for "distinct", and
-    warns of a teacher that cannot be read. Raises InputError where no question has a positive."""
+    warns of a teacher that cannot be read."""
     n = len(votes)
     sizes = [[len(v.positives), len(v.negatives), len(v.rationales(v.positives))] for v in votes]
     m, k, distinct = np.sum(sizes, axis=0)
@@ -1155,7 +1165,6 @@ def report_votes(task: Task, examples: list[Example], votes: list[Vote]) -> None
         say(f"  {fetch_data.fold(unread[0])[:300]!r}")
     if right < len(voted) / 20:
         say("warning: the majority is hardly ever right; do --answer, labels and prompt fit?")
-    require(distinct, "no question has a positive rationale: there is nothing to distil")
 
 
 # --------------------------------------------------------------- 9. Data, folder, checkpoint, ranks
@@ -1253,6 +1262,8 @@ def load_data(run: Run, task: Task, votes: list[Vote]) -> None:
         (run.train if split == "train" else run.valid).append(q)
         digest.update(repr([q.x, q.target, q.S_pos, q.minority]).encode())
     require(run.train, "no training question is left: the teacher answered none")
+    taught = config.method == "finetune" or any(q.S_pos for q in run.train)
+    require(taught, "no question has a positive rationale: there is nothing to distil")
     run.digest = digest.hexdigest()
 
 
@@ -1289,10 +1300,7 @@ def discriminator_of(student: Student, config: Config) -> Discriminator | None:
     if not config.discriminator:
         return None
     folder = student_folder(config.discriminator_model)
-    same = (folder / "spiece.model").read_bytes() == student.vocab.read_bytes()
-    require(same, f"--discriminator-model {folder}: its spiece.model is not the student's")
-    encoder = student.load(folder).encoder_only()
-    return Discriminator(student, encoder)
+    return Discriminator(student, student.load(folder).encoder_only())
 
 
 def prepare(config: Config, task: Task, folder: Path) -> Run | None:
@@ -1303,14 +1311,15 @@ def prepare(config: Config, task: Task, folder: Path) -> Run | None:
     teacher = connect_teacher(config)
     if ask and config.stage != "teacher":
         write_config(folder, config)  # with the teacher's address and model, before it is paid
+    if config.stage == "all":  # whatever is wrong with the models is said before that
+        student = Student(student_folder(config.model), config)
+        run = Run(config, student, discriminator_of(student, config), folder)
+        run.teacher = teacher
     votes = votes_of(teacher, task, task.train + judged, ask)
     if any(vote.slots for vote in votes):
         report_votes(task, task.train, votes[: len(task.train)])
     if config.stage == "teacher":
         return None
-    student = Student(student_folder(config.model), config)
-    run = Run(config, student, discriminator_of(student, config), folder)
-    run.teacher = teacher
     load_data(run, task, votes)
     if not ask:
         restore(run)

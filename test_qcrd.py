@@ -1470,13 +1470,17 @@ def voted(*texts: str | None, finish="stop", rule="majority") -> tuple[qcrd.Vote
 
 
 def test_vote():
-    """Repetitions, and negatives that read like a positive, are dropped after the count."""
+    """Repetitions, and negatives that are a positive once cut, are dropped after the count."""
     assert qcrd.majority(["7", "8", "8", "7"]) == ("7", [0, 3], [1, 2])  # a tie: the lowest slot
     assert qcrd.majority([None, "8", "7", "7", "8"]) == ("8", [1, 4], [2, 3])
     assert qcrd.majority([None, None]) == (None, [], []) == qcrd.majority([])
     vote, sets = voted(*VOTES)
     assert (vote.positives, vote.negatives) == ([0, 1, 2], [3, 4])
-    assert sets == (["One and one.", "So two."], ["Three."], "2")
+    assert sets == (["One and one.", "So two."], ["Three.", "So two."], "2")
+    with toy_run(rationale_tokens=4) as run:
+        sets = ["one and one is two", "no"], ["one and one is three", "3", "3", "no"]
+        q = run.student.question(Example("How many?", "2"), "", *sets)
+    assert [len(r) for r in q.S_pos + q.minority] == [4, 3, 2], (q.S_pos, q.minority)
     assert voted(*VOTES, rule="all")[1] == (["One and one.", "So two.", "Three."], [], "2")
     assert voted(*VOTES[::-1], rule="first")[1] == (["So two."], [], "5")
     assert {tiny_config(method=method).vote for method in ("dss", "single")} == {"first"}
@@ -1503,7 +1507,14 @@ def test_vote_is_reported():
         assert expected in text, text
     assert "warning" not in report(examples, [vote, nothing])  # what is missing has no format
     assert "hardly ever right" in report([Example("a", "7"), Example("b", "7")], [vote, alone])
-    assert "error: no question has a positive" in report(examples, [voted(chatter)[0]] * 2)
+
+    def load(rule: str) -> str:
+        task = fetch_data.Task("sums", "number", Path(), examples, [], [], ())
+        with toy_run(vote=rule) as run:
+            run.train.clear()
+            return outcome(qcrd.load_data, run, task, [voted(chatter)[0]] * 2)
+
+    assert "error: no question has a positive" in load("majority") and load("all") == ""
 
 
 def test_negatives_come_from_the_student_of_j_iterations_ago():
@@ -2316,18 +2327,21 @@ def test_inline_dependencies_are_the_requirements():
 def test_table_of_made_up_runs_and_p_by_hand():
     for differences, p in (([1, 1, 1], 0.25), ([1, -1], 1), ([3, 1], 0.5), ([1, 2, -1], 0.75)):
         assert tables.exact_p(differences) == p
-    runs = []
-    for cell, accuracy in (("DSS", 0.5), ("DSS", 0.52), ("QCRD", 0.6), ("QCRD", 0.62)):
-        flags = ["--task", "svamp", "--model", "t5-base"]
-        made_by = tables.command_of(tables.TABLES["main"][2][cell], len(runs) % 2, flags)
-        run = {"command": made_by, "model": "t5-base"}
-        runs.append(run | dict.fromkeys(tables.SCORES, accuracy))
+    runs, flags = [], ["--task", "svamp", "--model", "t5-base"]
+    for seed, (cell, accuracy) in product(range(6), (("DSS", 0.5), ("QCRD", 0.6))):
+        made_by = tables.command_of(tables.TABLES["main"][2][cell], seed, flags)
+        accuracies = dict.fromkeys(tables.SCORES, accuracy + 0.02 * (seed % 2))
+        runs.append({"command": made_by, "model": "t5-base"} | accuracies)
     with scratch() as folder, patch.object(tables, "HERE", folder):
         fetch_data.write_lines(folder / "main-svamp.jsonl", runs)
         text = command(tables, "--print", "main", *flags)
         other = command(tables, "--print", "main", "--task", "svamp", "--model", "t5-small")
-    cell = "61.0 ± 1.4 (+10.0, p 0.500) | "
-    assert f"| QCRD | {cell * 2}61.0 ± 1.4 | 61.0 ± 1.4 | 2 | *69.0* |" in text, text
+        runs[-1] |= {"model": "t5-small"}
+        fetch_data.write_lines(folder / "main-svamp.jsonl", runs)
+        mixed = mistake(tables, "--print", "main", *flags)
+    cell = "61.0 ± 1.1 (+10.0, p 0.031) | "  # 2 / 2^6
+    assert f"| QCRD | {cell * 2}61.0 ± 1.1 | 61.0 ± 1.1 | 6 | *69.0* |" in text, text
+    assert "have the model t5-base or t5-small" in mixed
     assert "no run of these commands" in other
 
 

@@ -137,7 +137,8 @@ def read_runs(names: list[str]) -> list[tuple[str, float, list[list[dict]]]]:
                 given = re.search(r"--delta (\S+)", run["command"])
                 delta = float(given[1]) if given else qcrd.Config.delta
                 setting = (run["cell"], delta, [])
-                settings.setdefault(run["cell"], setting)[2].append(run["iterations"])
+                same = run["command"].partition(" --seed")[0]
+                settings.setdefault(same, setting)[2].append(run["iterations"])
         else:
             config = qcrd.read_config(path, HERE_AND_NOW)
             setting = (path.resolve().name, config.delta, [])
@@ -194,7 +195,9 @@ def draw_rationales(names: list[str], path: Path) -> None:
     axis.set(ylabel="right rationales, %")
     axis.legend()
     seeds = 1 + max(run["seed"] for run in runs)
-    save(picture, path, f"Demo, 100 validation questions; {seeds} seeds: mean and range")
+    task = Path(runs[0].get("task", "demo")).name
+    caption = f"{qcrd.JUDGED} validation questions of {task}; {seeds} seeds: mean and range"
+    save(picture, path, caption)
 
 
 STYLE = """

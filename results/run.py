@@ -2,16 +2,17 @@
 
     python results/run.py                            # the tables and their cells
     python results/run.py main ablation              # run what is missing of them, print them
-    python results/run.py --print main               # print what is there
+    python results/run.py --print main               # print what is there, for the same flags
     python results/run.py --paper                    # the paper's numbers and their commands
     python results/run.py ablation --task svamp --teacher URL      # the paper's setting, on a GPU
 
-A finished cell is a line of results/<table>.jsonl (with --task T: results/<table>-T.jsonl) and is
-skipped; one that was interrupted is resumed. A cell runs on one thread, so that the number of cores
-does not change its result and two processes can share a table. Accuracies are percentages: mean ±
+A finished run is a line of results/<table>.jsonl (with --task T: results/<table>-T.jsonl) and is
+skipped; one that was interrupted is resumed, by the same commit alone. A run takes one thread, so
+that the number of cores does not change its result and two processes can share a table; the demo's
+take half a minute to five minutes each, 6 to 50 of them a table. Accuracies are percentages: mean ±
 standard deviation over seeds. Compare the last iteration's: in brackets their paired difference
-from the table's reference, with p of an exact sign-flip test where a table has six seeds or more.
-It covers the student's randomness alone: all have the same samples.
+from the table's reference, with p of an exact sign-flip test where there are six pairs or more. It
+covers the student's randomness alone: all have the same samples.
 """
 
 import argparse
@@ -26,17 +27,18 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import t5  # noqa: E402
-from t5 import InputError  # noqa: E402
+from t5 import InputError, require  # noqa: E402
 
+UNTRAINED = "--steps 0"  # the same for every seed
 DSS = "--method dss"
 ED = "--negative-source none --no-discriminator"  # extended and denoised positives
 PARTS = (25, 50, 75)  # percent of the training set
 
 # table -> {cell: flags}
 CELLS: dict[str, dict[str, str]] = {
-    "main": {"before": "--steps 0", "finetuning": "--method finetune"}
+    "main": {"before": UNTRAINED, "finetuning": "--method finetune"}
     | {"single task": "--method single", "DSS": DSS, "QCRD": ""},
-    "ablation": {"before": "--steps 0", "none": DSS, "ED": ED}
+    "ablation": {"before": UNTRAINED, "none": DSS, "ED": ED}
     | {"ED + NK": "--no-discriminator", "ED + NK + QJ": ""},
     "schemes": {"MinMax": "", "MaxMin": "--scheme maxmin", "Sampling": "--scheme sampling"}
     | {"Mean": "--scheme mean", "W-mean": "--scheme wmean", "MinMin": "--scheme minmin"},
@@ -108,7 +110,7 @@ SCORES = ("test_accuracy_last", "rationale_accuracy_last", "test_accuracy", "rat
 TITLES = ("label, last", "rationale, last", "label, selected", "rationale, selected")
 WHOLE = ("main", "ablation")  # tables that show the selected student too
 JUDGED = "discriminator"  # the table that shows what D makes of validation questions
-SETTING = "task teacher teacher-model model device micro-batch".split()  # flags for qcrd.py
+SETTING = "task answer teacher teacher-model model device micro-batch".split()  # flags for qcrd.py
 
 
 def path_of(table: str, task: str) -> Path:
@@ -157,18 +159,19 @@ def run_cell(command: str, folder: Path) -> dict | None:
 def run_table(table: str, task: str, passed: list[str], seeds: int) -> None:
     """Runs what is missing, seed by seed, and records it."""
     path = path_of(table, task)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True)
+    words = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(words, cwd=HERE, capture_output=True).stdout.decode().strip()
     for seed, (cell, flags) in itertools.product(range(seeds), TABLES[table][2].items()):
         command = command_of(flags, seed, passed)
-        if command in [run["command"] for run in records(path)]:
+        if command in [run["command"] for run in records(path)] or (seed and flags == UNTRAINED):
             continue
-        name = "-".join(command.replace("--", "").replace("/", "_").split()[1:])
+        name = "-".join([commit, *command.replace("--", "").replace("/", "_").split()[1:]])
         print(f"== {table}, {cell}, seed {seed}: {command}", flush=True)
         line = finished(task).get(command) or run_cell(command, HERE.parent / "runs/tables" / name)
         if line is None:
             print("   another process is at it; run this again", flush=True)
         else:
-            line = {"cell": cell, "seed": seed, "commit": commit.stdout.decode().strip()} | line
+            line = {"cell": cell, "seed": seed, "commit": commit} | line
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line | {"cell": cell}) + "\n")
 
@@ -187,17 +190,23 @@ def spread(values: list[float]) -> str:
 
 
 def runs_of(table: str, task: str, passed: list[str]) -> dict[str, dict[int, dict]]:
-    """The recorded runs of each cell that has some, by seed."""
+    """The recorded runs of each cell that has some, by seed. Raises InputError for a mixture."""
     seeds, _, cells = TABLES[table]
     of_command = {run["command"]: run for run in records(path_of(table, task))}
     of = {}
     for cell, flags in cells.items():
-        every = [of_command.get(command_of(flags, seed, passed)) for seed in range(seeds)]
+        wanted = range(1 if flags == UNTRAINED else seeds)
+        every = [of_command.get(command_of(flags, seed, passed)) for seed in wanted]
         of[cell] = {seed: run for seed, run in enumerate(every) if run}
+    for key in ("teacher-model", "model", "device", "precision"):
+        runs = [run for found in of.values() for run in found.values()]
+        values = sorted({str(run.get(key) or "") for run in runs} - {""})  # fine-tuning: no teacher
+        where = f"{path_of(table, task)}: its runs have the {key}"
+        require(len(values) < 2, f"{where} {' or '.join(values)}; a table is of one alone")
     return {cell: found for cell, found in of.items() if found}
 
 
-def accuracy_cell(key: str, found: dict[int, dict], base: dict[int, dict], with_p: bool) -> str:
+def accuracy_cell(key: str, found: dict[int, dict], base: dict[int, dict]) -> str:
     """Mean ± deviation of an accuracy over seeds and its paired difference from the reference."""
     values = {seed: 100 * run[key] for seed, run in found.items() if run[key] is not None}
     others = {seed: 100 * run[key] for seed, run in base.items() if run[key] is not None}
@@ -205,7 +214,7 @@ def accuracy_cell(key: str, found: dict[int, dict], base: dict[int, dict], with_
     text = spread(list(values.values())) if values else ""
     if found is base or not pairs:
         return text
-    p = f", p {exact_p(pairs):.3f}" if with_p else ""
+    p = f", p {exact_p(pairs):.3f}" if len(pairs) >= 6 else ""
     return f"{text} ({statistics.mean(pairs):+.1f}{p})"
 
 
@@ -221,7 +230,7 @@ def judge_cells(found: dict[int, dict]) -> list[str]:
 def print_table(table: str, task: str, passed: list[str]) -> None:
     """Markdown: accuracies of the last student and what belongs to them; the paper's numbers where
     it has some for the task and the student that were run."""
-    seeds, reference, _ = TABLES[table]
+    _, reference, flags = TABLES[table]
     of = runs_of(table, task, passed)
     if not of:
         return print(f"\n{table}: no run of these commands is recorded")
@@ -237,8 +246,9 @@ def print_table(table: str, task: str, passed: list[str]) -> None:
     for cell, found in of.items():
         row = [cell]
         for key in SCORES[:columns]:
-            base = of.get(reference, {}) if key.endswith("_last") else {}
-            row.append(accuracy_cell(key, found, base, with_p=seeds >= 6))
+            compared = key.endswith("_last") and flags[cell] != UNTRAINED
+            base = of.get(reference, {}) if compared else {}
+            row.append(accuracy_cell(key, found, base))
         if table == JUDGED:
             row += judge_cells(found)
         row.append(str(len(found)))
@@ -253,7 +263,7 @@ def print_paper() -> None:
         for table, cells in of.items():
             print(f"\n| *paper: {task}, {student}* | {table} | python |\n|---|---|---|")
             for cell, value in cells.items():
-                flags = f"--task {task} --model {student} {CELLS[table].get(cell)}"
+                flags = f"--task {task} --model {student} --teacher URL {CELLS[table].get(cell)}"
                 command = f"qcrd.py {flags}".strip() if cell in CELLS[table] else "not built here"
                 print(f"| {cell} | *{value}* | {command} |")
 
@@ -285,10 +295,11 @@ def run_command() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=", ".join(TABLES))
-    parser.add_argument("--print", action="store_true", help="run nothing")
+    parser.add_argument("--print", action="store_true", help="run nothing; flags as they ran")
     parser.add_argument("--paper", action="store_true", help="the paper's numbers, commands")
     parser.add_argument("--terms", action="store_true", help="the negative terms too")
-    parser.add_argument("--seeds", type=int, help="fewer than the table's own number")
+    how = {"type": int, "choices": range(1, 11), "metavar": "N"}
+    parser.add_argument("--seeds", **how, help="fewer than the table's own number")
     for name in SETTING:
         parser.add_argument(f"--{name}", default="", help="passed on to qcrd.py")
     args = parser.parse_args()
@@ -302,7 +313,7 @@ def run_command() -> None:
     for table in args.tables:
         where = (table, args.task or "demo", passed + ([] if args.task else DEMO.get(table, [])))
         if not args.print:
-            run_table(*where, args.seeds or TABLES[table][0])
+            run_table(*where, min(args.seeds or 10, TABLES[table][0]))
         print_table(*where)
         if args.terms:
             print_terms(*where)

@@ -27,8 +27,8 @@ The paper's own text was not at hand: its equations, settings and tables are
 taken from a published review that reproduces them (named in README). Marks say
 where a choice comes from: [eq. n], [figure], [table] the paper's, as reproduced
 there; [review] told by that review; [abstract]; [overview] a published
-overview's open questions; [DSS] Distilling Step-by-Step (Hsieh et al., 2023),
-whose protocol the paper follows; [ours] where nothing known says it.
+overview's open questions; [DSS] Distilling Step-by-Step (Hsieh et al., 2023)
+where the paper's own value is not known; [ours] where nothing known says it.
 """
 
 import argparse
@@ -90,7 +90,7 @@ class Config:
     task: str = option("demo", "ours", "demo, svamp, cqa, anli1, esnli, or a folder of JSONL files")
     answer: str = option("text", "ours", "a folder's labels; numbers by value", "text|number")
     labels: str = option("gold", "table", "the data's, or the vote's answers", "gold|teacher")
-    fraction: float = option(1.0, "ours", "part of the training data, from the first", "(0, 1]")
+    fraction: float = option(1.0, "table", "part of the training data, from the first", "(0, 1]")
     # Teacher and vote
     teacher: str = option("", "ours", "URL of a server with OpenAI's API, or palm (see below)")
     teacher_model: str = option("", "review", "gpt-3.5-turbo at OpenAI; ours: else the first")
@@ -118,7 +118,7 @@ class Config:
     student_samples: int = option(1, "review", "the student's samples a question", "[1, 100]")
     # Discriminator
     discriminator: bool = option(True, "review", "weights s and 1 - s (without: 1)")
-    discriminator_model: str = option("", "review", "its encoder; see below")
+    discriminator_model: str = option("", "review, ours", "its encoder; see below")
     discriminator_loss: str = option("eq2", "eq. 2", "L_D; ce: the figure's CE", "eq2|ce")
     discriminator_pretrain: int = option(500, "review", "pretraining steps, at most there", NUMBER)
     discriminator_every: int = option(1, "ours", "n: updates at t = 1 + n, ...; 0: never", NUMBER)
@@ -156,6 +156,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "single": {"vote": "first", "negative_source": "none"},
     "finetune": {"negative_source": "none"},
 }
+NOT_A_NUMBER = "a loss became infinite or NaN; check --lr, --discriminator-lr and --precision"
 JUDGED = 100  # validation questions that the rationales and D are watched on [ours]
 RANK, WORLD = 0, 1  # torchrun's, where it started this process
 with contextlib.suppress(ValueError, KeyError):  # all are there; some clusters leave RANK around
@@ -320,7 +321,7 @@ class Student:
         config = self.config
         x = self.ids(example.input, config.input_tokens)
         target = self.ids(example.label, config.label_tokens)
-        if config.method == "single":  # the rationale, cut first [ours], and the label [DSS]
+        if config.method == "single":  # rationale, "answer:", label [DSS, from memory; form: ours]
             longest = config.rationale_tokens + config.label_tokens
             label = self.ids(f"answer: {example.label}", longest)
             rationale = self.ids(S_pos[0] if S_pos else "")[:-1]
@@ -413,9 +414,9 @@ class Run:
 
 
 def past_student(run: Run, t: int) -> Student | None:
-    """Who writes negatives for iteration t: the student after t - j iterations [review], nobody
-    while t ≤ j [ours]; fixed [table], static [overview]: as it started, or --negative-model; sc,
-    none: nobody."""
+    """Who writes negatives for iteration t: the student after t - j iterations, nobody while t ≤ j
+    [review: of j before; so counted: ours]; fixed [table; in the review's text one trained with
+    DSS], static [overview]: as it started, or --negative-model; sc, none: nobody."""
     config = run.config
     past = copy.copy(run.student)
     if config.negative_source in ("fixed", "static"):
@@ -432,8 +433,8 @@ def temperature_of(config: Config, t: int) -> float:
     """τ of the student in iteration t: 1.5 [review], or on a line to another [overview]."""
     start = config.student_temperature
     end = config.student_temperature_end or start
-    part = min(1, (t - 1) / max(1, config.iterations - 1))
-    return start + part * (end - start)
+    progress = min(1, (t - 1) / max(1, config.iterations - 1))
+    return start + progress * (end - start)
 
 
 def add_past_negatives(run: Run, t: int, questions: list[Question]) -> None:
@@ -512,15 +513,15 @@ def L_D_ce(logits_pos: list[Tensor], logits_neg: list[Tensor]) -> Tensor:
 
 
 def L_D_of(logits_pos: list[Tensor], logits_neg: list[Tensor], config: Config) -> Tensor:
-    """L_D of each question's logits, in the form that --discriminator-loss names."""
+    """L_D as --discriminator-loss names it: eq. (2) of s, the CE of the logits [ours]."""
     if config.discriminator_loss == "ce":
         return L_D_ce(logits_pos, logits_neg)
     return L_D_eq2([x.sigmoid() for x in logits_pos], [x.sigmoid() for x in logits_neg])
 
 
 def corrupt(words: list[str], others: list[str], rng: np.random.Generator) -> str:
-    """A negative made of a positive: 30 % of its words, one at least, go or become words of other
-    rationales [review: masking and replacement; 30 %, and no mask symbol to give it away: ours]."""
+    """A negative made of a positive: 30 % of its words, one at least, go or become some of `others`
+    [review: masking and replacement; 30 %, and no mask symbol to give it away: ours]."""
     hit = rng.random(len(words)) < 0.3
     if not hit.any():
         hit[rng.integers(len(words))] = True
@@ -546,19 +547,38 @@ def balanced_sets(student: Student, q: Question, others: list[str], rng) -> tupl
 
 
 def updates_discriminator(config: Config, t: int) -> bool:
-    """Whether D is trained before iteration t: 1 + n, 1 + 2n, … [ours], after its pretraining."""
+    """Whether D is trained before iteration t, at regular intervals [review]: 1 + n, 1 + 2n, …
+    [ours]."""
     n = config.discriminator_every
     return n > 0 and t > 1 and (t - 1) % n == 0
+
+
+def alphas_of(config: Config, t: int) -> tuple[float, float, float]:
+    """α1, α2, α3 of iteration t: 0.5 each, α3 times 0.9 after each iteration [review]."""
+    if config.method in ("finetune", "single"):  # one target: L_pred alone
+        return 1.0, 0.0, 0.0
+    alpha_d = config.alpha_d * config.alpha_d_decay ** (t - 1) if config.discriminator else 0.0
+    return config.alpha_pred, config.alpha_cl, alpha_d
+
+
+def descend(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, lr: float) -> None:
+    """A step, the gradient's norm clipped at 1 [DSS]. The scaler acts under fp16 alone."""
+    (group,) = optimizer.param_groups
+    group["lr"] = lr
+    scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_(group["params"], 1.0)
+    scaler.step(optimizer)  # none where fp16's gradients overflowed
+    scaler.update()
 
 
 def train_discriminator(run: Run, t: int, questions: list[Question]) -> None:
     """Pretraining (t = 0) or the update before iteration t: D descends α3 · L_D [eq. 8], alike on
     every rank, with an AdamW of its own [ours], whose steps stay the same when the loss is
     multiplied by a constant: α3, which falls slowly, hardly acts. Its rate falls with the student's
-    to 0 [DSS: one schedule]; in pretraining, before its first step, it is constant [ours]."""
+    to 0; in pretraining, before its first step, it is constant [ours]."""
     config, student, D = run.config, run.student, run.discriminator
     steps = config.discriminator_steps if t else config.discriminator_pretrain
-    alpha_d = alphas_of(config, t)[2] if t else config.alpha_d or 1  # pretrained without α3, too
+    alpha_d = alphas_of(config, t)[2] if t else config.alpha_d or 1  # 0 stops the updates alone
     rate = config.discriminator_lr * (1 - run.step / config.steps)
     questions = [q for q in questions if q.S_pos]  # drawn with replacement [ours]
     run.L_D = 0.0
@@ -585,11 +605,10 @@ def train_discriminator(run: Run, t: int, questions: list[Question]) -> None:
         for parameter in D.parameters():
             dist.broadcast(parameter.data, 0)
     run.L_D = total.item() / max(1, steps)
+    require(math.isfinite(run.L_D), NOT_A_NUMBER)
 
 
 # -------------------------------------------------------------------------------------- 6. Loss
-
-NOT_A_NUMBER = "a loss became infinite or NaN; check --lr and the loss's weights, or --precision"
 
 
 @dataclass(eq=False)
@@ -606,7 +625,7 @@ class Candidate:
 def candidates_of(questions: list[Question], config: Config) -> list[Candidate]:
     """Each question's S_pos, then its S_neg as the loss sees it; none where it has no L_cl."""
     found: list[Candidate] = []
-    if not alphas_of(config, 1)[1]:
+    if not alphas_of(config, 1)[1]:  # α2, in every iteration
         return found
     for row, q in enumerate(questions):
         found += [Candidate(row, r, True, "teacher") for r in q.S_pos]
@@ -638,7 +657,7 @@ def pick(candidates: list[Candidate], questions: list[Question], config: Config,
     argmax over S_neg of ℓ [eq. 5], whose order the margin keeps; the first on a tie [ours]. maxmin
     and minmin likewise; sampling: one at random; mean, wmean: all [table: the names, but minmin's;
     what they mean: ours]."""
-    extremes = {"minmax": (min, max), "maxmin": (max, min), "minmin": (min, min)}
+    extremes = {"minmax": (min, max), "maxmin": (max, min), "minmin": (min, min)}  # S_pos, S_neg
     picks = []
     for (row, positive), members in by_set(candidates):
         if config.scheme in ("mean", "wmean"):
@@ -691,31 +710,24 @@ def shares_of(picks: list[Candidate], weight: Tensor, scheme: str) -> Tensor:
     """The factor that makes one term of a set's weighted terms, (P,): 1 for a single pick, 1/count
     under mean, 1/Σ weight under wmean, 0 where Σ weight = 0 [ours]."""
     amount = weight if scheme == "wmean" else torch.ones_like(weight)
-    parts = amount.split([len(members) for _, members in by_set(picks)])
-    total = [part.sum().expand(len(part)) for part in parts]
-    return torch.cat([torch.where(sums > 0, 1 / sums, 0.0) for sums in total] or [weight])
+    sizes = [len(members) for _, members in by_set(picks)]
+    total = torch.cat([weight[:0], *(part.sum().expand_as(part) for part in amount.split(sizes))])
+    return torch.where(total > 0, 1 / total, 0.0)
 
 
 def contrastive(losses: Tensor, s: Tensor | None, picks: list[Candidate], config: Config) -> Tensor:
     """What each pick adds to its question's part of L_cl [eq. 3], (P,)."""
     weight = weights_of(picks, s, losses.device)
     l_pos = weight * losses  # s(r⁺) · ℓ(r⁺) [eq. 6]
-    l_neg = weight * (losses - config.delta).clamp(max=0)  # with the negatives' margin δ [eq. 7]
+    l_neg = weight * (losses - config.delta).clamp(max=0)  # [eq. 7], margin δ [review]
     positive = positive_mask(picks, losses.device)
     terms = torch.where(positive, l_pos, -config.beta * l_neg)
     return shares_of(picks, weight, config.scheme) * terms
 
 
-def alphas_of(config: Config, t: int) -> tuple[float, float, float]:
-    """α1, α2, α3 of iteration t: 0.5 each, α3 times 0.9 after each iteration [review]."""
-    if config.method in ("finetune", "single"):  # one target: L_pred alone [DSS]
-        return 1.0, 0.0, 0.0
-    alpha_d = config.alpha_d * config.alpha_d_decay ** (t - 1) if config.discriminator else 0.0
-    return config.alpha_pred, config.alpha_cl, alpha_d
-
-
 def total_loss(alphas: tuple, L_pred: Any, L_cl: Any, L_D: Any) -> Any:
-    """L_total = α1 · L_pred + α2 · L_cl + α3 · L_D [eq. 8]."""
+    """L_total = α1 · L_pred + α2 · L_cl + α3 · L_D [eq. 8], as it is shown: the student descends
+    the first two terms, D the third [ours]."""
     return alphas[0] * L_pred + alphas[1] * L_cl + alphas[2] * L_D
 
 
@@ -723,7 +735,7 @@ def total_loss(alphas: tuple, L_pred: Any, L_cl: Any, L_D: Any) -> Any:
 
 
 def iterate(run: Run, t: int) -> None:
-    """Iteration t of QCRD, whole."""
+    """Iteration t of QCRD, whole: the negatives, then D, then the student [order: ours]."""
     config, student, D = run.config, run.student, run.discriminator
     α1, α2, _ = alphas_of(config, t)  # α3 is D's
     order = order_of(config, len(run.train), t)
@@ -756,14 +768,14 @@ def iterate(run: Run, t: int) -> None:
         run.step += 1
 
 
-def take_statistics(run: Run, part: float, picks: list, losses: Tensor, s, L_pred, L_cl) -> None:
-    """Adds to the sums and counts whose means the iteration's line holds. part: these questions' of
-    the batch. l_pos is the training pass's ℓ; l_neg and zero are of the pass that picked."""
+def take_statistics(run: Run, share: float, picks: list, losses: Tensor, s, L_pred, L_cl) -> None:
+    """Adds to the sums and counts whose means the iteration's line holds. share: these questions'
+    of the batch. l_pos is the training pass's ℓ; l_neg and zero are of the pass that picked."""
     positive = positive_mask(picks, losses.device)
     negatives = [c.loss for c in picks if not c.positive]
     k = len(negatives)
     m = len(picks) - k
-    found = {"L_pred": (L_pred.detach(), part), "L_cl": (L_cl.detach(), part)}
+    found = {"L_pred": (L_pred.detach(), share), "L_cl": (L_cl.detach(), share)}
     found["l_pos"] = (losses.detach() * positive).sum(), m
     found["l_neg"] = sum(negatives), k
     found["zero"] = sum(loss >= run.config.delta for loss in negatives), k
@@ -797,16 +809,6 @@ def micro_batches(batch: list[Question], config: Config) -> list[list[Question]]
     own = sorted(batch[RANK::WORLD], key=lambda q: sum(map(len, q.S_pos + q.minority)))
     size = config.micro_batch or (len(batch) if is_large(config.device) else 16)
     return [own[i : i + size] for i in range(0, len(own), size)]
-
-
-def descend(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, lr: float) -> None:
-    """A step, the gradient's norm clipped at 1 [DSS]. The scaler acts under fp16 alone."""
-    (group,) = optimizer.param_groups
-    group["lr"] = lr
-    scaler.unscale_(optimizer)
-    nn.utils.clip_grad_norm_(group["params"], 1.0)
-    scaler.step(optimizer)  # none where fp16's gradients overflowed
-    scaler.update()
 
 
 # ================================= THE RUN =================================
@@ -1271,6 +1273,7 @@ def report_data(run: Run) -> None:
     """What the data lose on the way in, an example each. What all questions lose is a warning, and
     so are test questions among them."""
     config, questions = run.config, run.train + run.valid
+    longest_prefix = len(run.student.explain_prefix)
     labels = collections.defaultdict(set)
     for q in questions:
         labels[q.example.input].add(q.example.label)
@@ -1280,7 +1283,7 @@ def report_data(run: Run) -> None:
     for q in questions:
         lengths = [len(r) for r in q.S_pos + q.minority]
         for what, lost in {
-            "reach --input-tokens": len(q.x) >= config.input_tokens,
+            "reach --input-tokens": longest_prefix + len(q.x) > config.input_tokens,
             "have labels that reach --label-tokens": len(q.target) >= long_label,
             "have rationales that reach --rationale-tokens": config.rationale_tokens in lengths,
             "hold what the student's vocabulary lacks": t5.UNK in q.x or t5.UNK in q.target,
@@ -1315,6 +1318,7 @@ def prepare(config: Config, task: Task, folder: Path) -> Run | None:
         student = Student(student_folder(config.model), config)
         run = Run(config, student, discriminator_of(student, config), folder)
         run.teacher = teacher
+        past_student(run, 1)  # reads --negative-model
     votes = votes_of(teacher, task, task.train + judged, ask)
     if any(vote.slots for vote in votes):
         report_votes(task, task.train, votes[: len(task.train)])
@@ -1534,10 +1538,11 @@ def metrics(run: Run, t: int, start: float) -> dict[str, Any]:
             total, count = map(sum, zip(*gather([[float(x) for x in sums]])))
             require(math.isfinite(total), NOT_A_NUMBER)
             line[name] = total / count if count else None
+        for weight in run.student.model.parameters():  # the last step's, that no loss has seen
+            require(bool(weight.isfinite().all()), NOT_A_NUMBER)
         line["L"] = total_loss(line["alphas"], line["L_pred"], line["L_cl"], run.L_D)
         questions = questions_of(run, order_of(run.config, len(run.train), t))
         from_past = [(q, run.student.tokenizer.decode(r)) for q in questions for r in q.from_past]
-        line["minor"] = mean([len(q.minority) for q in questions])
         line["past"] = len(from_past) / len(questions)
         line["right"] = mean([rationale_right(run, q, text) for q, text in from_past])
         if run.discriminator is not None:
@@ -1651,9 +1656,9 @@ def evaluate_file(folder: Path, config: Config, file: str) -> None:
         examples = fetch_data.load_task(config.task, config.answer).test
     rows = evaluate(run, [run.student.question(example) for example in examples])
     for row in rows:
-        print(json.dumps(row))
+        say(json.dumps(row))
     for name, value in accuracies(rows).items():
-        if value is not None:
+        if value is not None and RANK == 0:
             print(f"{name} {interval(value, len(rows))} on {len(rows)} questions", file=sys.stderr)
 
 
@@ -1671,7 +1676,7 @@ def audit(folder: Path, config: Config, count: int, as_json: bool) -> None:
         votes = votes_of(run.teacher, run.task, [q.example for q in questions])
         items = [audit_question(run, q, vote, t) for q, vote in zip(questions, votes)]
     if as_json:
-        return print(json.dumps(items, indent=1))
+        return say(json.dumps(items, indent=1))
     say(f"{folder}: student and D after {run.iteration} iterations, D before its next update, no")
     say("dropout. L_D is that of the candidates shown, without the fillers of training.")
     for item in items:
@@ -1742,10 +1747,10 @@ def audit_text(item: dict[str, Any]) -> None:
 # ----------------------------------------------------------------------------- 11. Command line
 
 EPILOG = f"""Teacher by default: OPENAI_BASE_URL and OPENAI_API_KEY, else palm, which is
-PaLM's published rationales. Negatives: snapshot, of the student j iterations
-ago; fixed, of the student at the start; static, its same samples each time; sc,
-of the vote alone; none at all. Methods: qcrd; dss, one rationale a question;
-single, one target of rationale and label; finetune, the label alone.
+PaLM's published rationales. Negatives: snapshot, of the student after t - j
+iterations; fixed, of the one at the start; static, its same samples each time;
+sc, of the vote alone; none at all. Methods: qcrd; dss, one rationale a
+question; single, one target of rationale and label; finetune, the label alone.
 D's encoder: T5-base's for t5-small and t5-base on CUDA [review], else a copy of
 the student's [ours]. QCRD_MIRROR: a folder or URL instead of https://.
 The demo sets {", ".join(f"{flag(k)} {v}" for k, v in list(DEMO.items())[:3])},
@@ -1795,6 +1800,8 @@ def resolve(config: Config, where: str = "") -> Config:
     require(fits, f"--iterations {config.iterations}: more than --steps {config.steps}")
     cuda = torch.cuda.is_available()
     require(cuda or config.device != "cuda", "--device cuda: there is none here; cpu works")
+    if not (cuda or config.device) and torch.version.cuda and shutil.which("nvidia-smi"):
+        say("warning: there is an NVIDIA driver, but torch cannot use it: too old? On the CPU now")
     config.device = config.device or ("cuda" if cuda else "cpu")
     if config.device == "cuda":
         local = int(os.environ.get("LOCAL_RANK", 0)) if WORLD > 1 else 0
@@ -1803,8 +1810,6 @@ def resolve(config: Config, where: str = "") -> Config:
         torch.cuda.set_device(local)
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         config.precision = config.precision or ("bfloat16" if bf16 else "float16")
-    elif torch.version.cuda and shutil.which("nvidia-smi") and not cuda:
-        say("warning: there is an NVIDIA driver, but torch cannot use it: too old? On the CPU now")
     config.precision = config.precision or "float32"
     large = "t5-base" if config.device == "cuda" else "t5-small"
     config.model = config.model or ("demo" if config.task == "demo" else large)
@@ -1842,6 +1847,8 @@ def contradictions(given: dict[str, Any]) -> None:
     unused = FOR_QCRD + [name for name in given if name.startswith("discriminator")]
     if method in ("single", "finetune"):
         unused += ["scheme", "alpha_pred", "alpha_cl"]
+    if method in ("single", "dss"):
+        unused += ["samples"]
     ignored = [flag(name) for name in unused if name in given]
     if method != "qcrd" and ignored:
         say(f"note: --method {method} does not use {', '.join(ignored)}")
@@ -1895,6 +1902,8 @@ def read_config(folder: Path, changes: dict[str, Any]) -> Config:
     require(path.is_file(), f"{folder}: no run, which is a folder like runs/demo-qcrd-0")
     with t5.reading(path, "not the settings of a run: {}"):
         config = Config(**json.loads(path.read_text("utf-8")) | changes)
+    if changes.get("device") == "cpu":
+        config.precision = "float32"  # whatever a GPU's was
     return resolve(config, f"{path}: ")
 
 

@@ -2007,6 +2007,7 @@ def test_kill_and_resume_ends_in_the_same_bytes():
 def test_a_folder_goes_from_teacher_to_student():
     with sums_home() as (flags, asked):
         flags[flags.index("number")] = "text"
+        flags[:0] = ["--samples", "5"]
         text = qcrd_main(*flags, "teacher", "--stage", "teacher")
         assert "to ask for: 80 samples of 16 questions" in text and text.count("to ask for") == 1
         assert "vote: 4.00 positives per question" in text and not Path("teacher").exists()
@@ -2020,6 +2021,7 @@ def test_a_folder_goes_from_teacher_to_student():
             )
             assert "minutes of optimizer steps to expect" in text and "checkpoints took" in text
             assert (f"note: --method {method} does not use --lag" in text) == (method != "qcrd")
+            assert ("--samples" in text) == (method in ("single", "dss"))
             (result,) = lines_of(f"{method}/result.json")
             assert (result["rationale_accuracy"] is None) == (method == "finetune")
             (item,) = json.loads(qcrd_main("--audit", method, 1, "--json"))
@@ -2135,6 +2137,9 @@ def test_settings_of_a_run_are_checked_like_flags():
         for text, words in product(texts, commands):
             path.write_text(text if isinstance(text, str) else json.dumps(good | text))
             assert str(path) in mistake(qcrd, *words), (text, words)
+        path.write_text(json.dumps(good | {"precision": "float16"}))
+        precisions = [qcrd.read_config(path.parent, x).precision for x in ({}, {"device": "cpu"})]
+        assert precisions == ["float16", "float32"]
         path.write_text(json.dumps(good))
         # without result.json a run goes on; with it, it is used
         files = (resume, "checkpoint.pt"), (resume, "result.json"), (ask, "task.json")
@@ -2157,6 +2162,9 @@ def test_a_loss_that_is_no_number_stops_the_run():
         for method in ("qcrd", "dss", "single", "finetune"):
             line = mistake(qcrd, *flags, method, "--method", method)
             assert line.startswith("error: a loss became infinite or NaN; check --lr"), line
+        last = ("--method", "dss", "--iterations", 1, "--steps", 1)  # its loss saw no bad weight
+        assert "became infinite or NaN" in mistake(qcrd, *flags, "last", *last)
+        assert not Path("last/checkpoint.pt").exists()
 
 
 def test_help_names_every_flag_with_mark_and_default():
@@ -2168,7 +2176,7 @@ def test_help_names_every_flag_with_mark_and_default():
         mark, words = setting.metadata["mark"], " ".join(setting.metadata["help"].split())
         shown = f"[{mark}]" if setting.default == "" else f"({setting.default}) [{mark}]"
         assert qcrd.flag(setting.name) in text and f"{words} {shown}" in text, setting.name
-        marks = "ours|DSS|review|abstract|overview|table|figure|eq. 2|eq. 4, 5"
+        marks = "ours|DSS|review(, ours)?|abstract|overview|table|figure|eq. 2|eq. 4, 5"
         assert re.fullmatch(marks, mark), setting.name
 
 

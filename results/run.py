@@ -104,7 +104,7 @@ values = {"DSS, 75 %": 62.16, "DSS, 100 %": 63.23, "QCRD, 75 %": 62.34, "QCRD, 1
 PAPER["cqa", "t5-base"]["fractions"] = values  # at 25 and 50 % its two lines cross
 
 # Kept of each iteration's line of metrics.jsonl: what plots and tables need.
-KEPT = "iteration L L_pred L_cl L_D l_pos l_neg zero s_pos s_neg pair pair_student minor past right"
+KEPT = "iteration L L_pred L_cl L_D l_pos l_neg zero s_pos s_neg pair pair_student past right"
 KEPT = f"{KEPT} valid valid_rationale s".split()
 SCORES = ("test_accuracy_last", "rationale_accuracy_last", "test_accuracy", "rationale_accuracy")
 TITLES = ("label, last", "rationale, last", "label, selected", "rationale, selected")

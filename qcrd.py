@@ -1273,7 +1273,7 @@ def report_data(run: Run) -> None:
     """What the data lose on the way in, an example each. What all questions lose is a warning, and
     so are test questions among them."""
     config, questions = run.config, run.train + run.valid
-    longest_prefix = len(run.student.explain_prefix)
+    longest_prefix = max(len(run.student.predict_prefix), len(run.student.explain_prefix))
     labels = collections.defaultdict(set)
     for q in questions:
         labels[q.example.input].add(q.example.label)

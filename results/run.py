@@ -7,7 +7,7 @@
     python results/run.py ablation --task svamp --teacher URL      # the paper's setting, on a GPU
 
 A finished run is a line of results/<table>.jsonl (with --task T: results/<table>-T.jsonl) and is
-skipped; one that was interrupted is resumed, by the same commit alone. A run takes one thread, so
+skipped; one that was interrupted is resumed, by the same code alone. A run takes one thread, so
 that the number of cores does not change its result and two processes can share a table; the demo's
 take half a minute to five minutes each, 6 to 50 of them a table. Accuracies are percentages: mean ±
 standard deviation over seeds. Compare the last iteration's: in brackets their paired difference
@@ -29,6 +29,8 @@ sys.path.insert(0, str(HERE.parent))
 import t5  # noqa: E402
 from t5 import InputError, require  # noqa: E402
 
+# The commit of what a run is made by; one that only records results is not named.
+CODE = "git log -1 --format=%h -- qcrd.py t5.py fetch_data.py weights".split()
 UNTRAINED = "--steps 0"  # the same for every seed
 DSS = "--method dss"
 ED = "--negative-source none --no-discriminator"  # extended and denoised positives
@@ -159,8 +161,7 @@ def run_cell(command: str, folder: Path) -> dict | None:
 def run_table(table: str, task: str, passed: list[str], seeds: int) -> None:
     """Runs what is missing, seed by seed, and records it."""
     path = path_of(table, task)
-    words = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(words, cwd=HERE, capture_output=True).stdout.decode().strip()
+    commit = subprocess.run(CODE, cwd=HERE.parent, capture_output=True).stdout.decode().strip()
     for seed, (cell, flags) in itertools.product(range(seeds), TABLES[table][2].items()):
         command = command_of(flags, seed, passed)
         if command in [run["command"] for run in records(path)] or (seed and flags == UNTRAINED):
@@ -198,8 +199,8 @@ def runs_of(table: str, task: str, passed: list[str]) -> dict[str, dict[int, dic
         wanted = range(1 if flags == UNTRAINED else seeds)
         every = [of_command.get(command_of(flags, seed, passed)) for seed in wanted]
         of[cell] = {seed: run for seed, run in enumerate(every) if run}
+    runs = [run for found in of.values() for run in found.values()]
     for key in ("teacher-model", "model", "device", "precision"):
-        runs = [run for found in of.values() for run in found.values()]
         values = sorted({str(run.get(key) or "") for run in runs} - {""})  # fine-tuning: no teacher
         where = f"{path_of(table, task)}: its runs have the {key}"
         require(len(values) < 2, f"{where} {' or '.join(values)}; a table is of one alone")
@@ -235,7 +236,7 @@ def print_table(table: str, task: str, passed: list[str]) -> None:
     if not of:
         return print(f"\n{table}: no run of these commands is recorded")
     runs = [run for found in of.values() for run in found.values()]
-    student = " or ".join({Path(run.get("model", "demo")).name for run in runs})
+    student = Path(runs[0].get("model", "demo")).name  # of all
     paper = PAPER.get((Path(task).name, student), {}).get(table, {})
     columns = 4 if table in WHOLE else 2
     names = [table, *TITLES[:columns]]
@@ -298,7 +299,7 @@ def run_command() -> None:
     parser.add_argument("--print", action="store_true", help="run nothing; flags as they ran")
     parser.add_argument("--paper", action="store_true", help="the paper's numbers, commands")
     parser.add_argument("--terms", action="store_true", help="the negative terms too")
-    how = {"type": int, "choices": range(1, 11), "metavar": "N"}
+    how = {"type": int, "choices": range(1, 11), "metavar": "N", "default": 10}
     parser.add_argument("--seeds", **how, help="fewer than the table's own number")
     for name in SETTING:
         parser.add_argument(f"--{name}", default="", help="passed on to qcrd.py")
@@ -313,7 +314,7 @@ def run_command() -> None:
     for table in args.tables:
         where = (table, args.task or "demo", passed + ([] if args.task else DEMO.get(table, [])))
         if not args.print:
-            run_table(*where, min(args.seeds or 10, TABLES[table][0]))
+            run_table(*where, min(args.seeds, TABLES[table][0]))
         print_table(*where)
         if args.terms:
             print_terms(*where)

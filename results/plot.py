@@ -111,6 +111,12 @@ def draw_scores(names: list[str], path: Path) -> None:
     axis.legend()
     where = f"{run.folder.name}: validation questions of {Path(run.config.task).name}"
     save(picture, path, f"{where}. The paper's figure: SVAMP's test set, T5-base")
+    # by rising s: the share of the wrong rationales that stand below a right one
+    rows = sorted(read_lines(run.folder / "predictions.jsonl"), key=lambda row: row["quality"])
+    right = np.array([row["rationale_right"] for row in rows])
+    order = (~right).cumsum()[right].mean() / (~right).sum()
+    ends = f"ten lowest {right[:10].mean():.0%} right, ten highest {right[-10:].mean():.0%}"
+    print(f"test rationales: right above wrong in {order:.1%} of the pairs; {ends}")
 
 
 # title -> {key of metrics.jsonl: (name, colour)}

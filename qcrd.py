@@ -1758,8 +1758,6 @@ The demo sets {", ".join(f"{flag(k)} {v}" for k, v in list(DEMO.items())[:3])},
 its student {", ".join(f"{flag(k)} {v}" for k, v in DEMO_STUDENT.items())};
 a folder as task: --steps for 20 passes, 200 to 10,000."""
 FREE_ON_RESUME = ("device", "concurrency", "micro_batch")
-FOR_QCRD = """lag student_temperature student_temperature_end student_samples negative_model
-delta beta alpha_d alpha_d_decay""".split()  # no other method uses them
 GROUPS = {"task": "task", "teacher": "teacher and vote", "method": "student"}
 GROUPS |= {"negative_source": "negatives from the student", "discriminator": "discriminator"}
 GROUPS |= {"scheme": "loss", "steps": "training"}
@@ -1839,19 +1837,30 @@ def load_task(config: Config) -> Task:
 
 
 def contradictions(given: dict[str, Any]) -> None:
-    """Refuses flags that the method's own values contradict; names those that it ignores."""
+    """Refuses flags that the method's own values contradict."""
     method = given.get("method", Config.method)
     for name, value in METHODS.get(method, {}).items():
         same = given.get(name, value) == value
         require(same, f"{flag(name)} {given.get(name)}: --method {method} has {value}")
-    unused = FOR_QCRD + [name for name in given if name.startswith("discriminator")]
-    if method in ("single", "finetune"):
-        unused += ["scheme", "alpha_pred", "alpha_cl"]
-    if method in ("single", "dss"):
-        unused += ["samples"]
-    ignored = [flag(name) for name in unused if name in given]
-    if method != "qcrd" and ignored:
-        say(f"note: --method {method} does not use {', '.join(ignored)}")
+
+
+def report_unused(config: Config, given: dict[str, Any]) -> None:
+    """Names the flags that do nothing beside the others."""
+    source, method = config.negative_source, config.method
+    idle = {  # how a flag's name begins
+        "samples": config.vote == "first",
+        "lag": source != "snapshot",
+        "negative_model": source not in ("fixed", "static"),
+        "student_": source in ("sc", "none"),
+        "delta|beta": source == "none",
+        "discriminator$": method != "qcrd",
+        "discriminator_|alpha_d": not config.discriminator,
+        "scheme|alpha_pred|alpha_cl": method in ("single", "finetune"),
+    }
+    pattern = "|".join(name for name, useless in idle.items() if useless) or "$"
+    unused = [flag(name) for name in given if re.match(pattern, name)]
+    if unused:
+        say(f"note: without effect beside the other flags: {', '.join(unused)}")
 
 
 def settings_of(given: dict[str, Any]) -> Config:
@@ -1865,6 +1874,7 @@ def settings_of(given: dict[str, Any]) -> Config:
         if given.get(path) and given[path] not in (*fetch_data.TASKS, *models):
             given[path] = str(Path(given[path]).resolve())  # a run works from other folders too
     config = resolve(Config(**defaults | given))
+    report_unused(config, given)
     if config.negative_source == "snapshot" and config.iterations <= config.lag:
         say("note: --iterations is not above --lag: the past student writes no negatives")
     for model in {config.model, config.negative_model, config.discriminator_model} - {"", *models}:

@@ -2020,8 +2020,9 @@ def test_a_folder_goes_from_teacher_to_student():
                 "warning: 1 of 16 questions are test questions too, as 'What is 0 plus 0?'" in text
             )
             assert "minutes of optimizer steps to expect" in text and "checkpoints took" in text
-            assert (f"note: --method {method} does not use --lag" in text) == (method != "qcrd")
-            assert ("--samples" in text) == (method in ("single", "dss"))
+            (unused,) = re.findall("note: without effect.*", text) or [""]
+            assert ("--lag" in unused) == (method != "qcrd")
+            assert ("--samples" in unused) == (method in ("single", "dss"))
             (result,) = lines_of(f"{method}/result.json")
             assert (result["rationale_accuracy"] is None) == (method == "finetune")
             (item,) = json.loads(qcrd_main("--audit", method, 1, "--json"))
@@ -2115,6 +2116,11 @@ def test_wrong_use_gets_one_line():
         assert "none: no run" in mistake(qcrd, "--resume", "none")
         assert "one at a time" in mistake(qcrd, "--resume", "none", "--ask", "none")
         # what is unusual but allowed
+        no_D = ["--discriminator-lr", 1, "--alpha-d", 1, "--no-discriminator", "--show-prompt"]
+        text = qcrd_main(*flags, "new", *no_D, "--negative-source", "static", "--lag", 2)
+        unused = re.search("note: without effect .* flags: (.*)", text)[1].split(", ")
+        assert {"--discriminator-lr", "--alpha-d", "--lag"} <= set(unused), text
+        assert not {"--beta", "--student-samples", "--no-discriminator", "--run"} & set(unused)
         large = ["--lag", 10**5, "--discriminator-every", 10**9, "--seed", 10**9]
         for name, count, steps in (("large", 4, []), ("none", 1, ["--steps", 0])):
             qcrd_main(*flags, name, *large, *steps)

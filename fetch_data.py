@@ -226,10 +226,8 @@ def write_lines(path: Path, records: Iterable[dict]) -> None:
 
 
 def palm_samples(name: str, archive: str | Path = "") -> Path:
-    """data/<name>/teacher-palm.jsonl: PaLM-540B's published texts, raw, one a question. InputError.
-
-    Lines {"question", "slot": 0, "text", "finish": "stop"} for training and validation questions.
-    """
+    """data/<name>/teacher-palm.jsonl, lines {"question", "slot": 0, "text", "finish": "stop"}:
+    PaLM-540B's published texts, raw, one a training and validation question. InputError."""
     path = root() / "data" / name / "teacher-palm.jsonl"
     if path.is_file():
         return path
@@ -901,9 +899,11 @@ def complete(request: dict, problems: dict[str, "Problem"]) -> dict:
     seed = random.randrange(2**62) if seed is None else seed
     if not (n in range(1, 129) and limit > 0 and 0 <= temperature <= 2 and type(seed) is int):
         raise ValueError("n: 1 to 128, temperature: 0 to 2, max_tokens: from 1, seed: an integer")
+    if not known:
+        raise ValueError("this teacher answers the demo's questions alone")
     choices, written, read = [], 0, len(prompt.split())
     for i in range(n):
-        text = teacher_answer(problems[known], seed + i, temperature) if known else "Unknown."
+        text = teacher_answer(problems[known], seed + i, temperature)
         tokens = list(re.finditer(r"\w+|[^\w\s]", text))
         finish = "stop" if len(tokens) <= limit else "length"
         message = {"role": "assistant", "content": text[: tokens[:limit][-1].end()]}

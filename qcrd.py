@@ -148,8 +148,8 @@ class Config:
 
 
 # Set instead by the demo and its student of 1M parameters [ours], and by a method [DSS, ours].
-DEMO = dict(steps=200, iterations=10, batch=32, rationale_tokens=56, discriminator_pretrain=100)
-DEMO_STUDENT = {"lr": 1e-3, "discriminator_lr": 3e-4}
+DEMO = {"steps": 200, "iterations": 10, "batch": 32, "rationale_tokens": 56}
+DEMO_STUDENT = {"lr": 1e-3, "discriminator_lr": 3e-4, "discriminator_pretrain": 100}
 METHODS: dict[str, dict[str, Any]] = {
     "qcrd": {},
     "dss": {"vote": "first", "scheme": "mean", "negative_source": "none"},  # mean: of one
@@ -926,7 +926,7 @@ class Teacher:
             body["seed"] = derive_seed(name) % 2**30 + slots[0]
             body = {k: v for k, v in (body | self.fields).items() if v is not None}
             status, answer, said, wait = self.request("/chat/completions", body)
-            kept = self.keep(name, slots, answer) if status == 200 else 0
+            kept = self.keep(job, slots, answer) if status == 200 else 0
             slots = slots[kept:]
             if kept:
                 self.choices = choices  # one by one, where that was what helped
@@ -942,11 +942,14 @@ class Teacher:
             else:
                 return self.refuse(status, said, body)
 
-    def keep(self, name: str, slots: list[int], answer: Any) -> int:
+    def keep(self, job: tuple, slots: list[int], answer: Any) -> int:
         """Fills the lowest slots with the choices that hold text, in one write -> how many."""
+        name, messages, _ = job
+        question = messages[-1]["content"]  # for who reads the file
         lines = []
         for slot, (text, finish) in zip(slots, texts_of(answer)):
-            sample = {"key": name, "slot": slot, "text": text[:200_000], "finish": finish}
+            sample = {"key": name, "question": question, "slot": slot}
+            sample |= {"text": text[:200_000], "finish": finish}
             lines.append(json.dumps(sample) + "\n")
         if lines:
             try:
@@ -1096,8 +1099,10 @@ def ask_teacher(teacher: Teacher, prompts: dict[str, list[dict]]) -> dict:
         say(f"teacher: {teacher.config.teacher_model} at {teacher.url}")
         say(f"  samples kept in {teacher.cache}")
         say(f"  to ask for: {total} samples of {len(jobs)} questions, roughly {tokens:,} k tokens")
-        with open(teacher.cache, "ab") as file:
-            file.write(b"\n")  # ends a line that a crash tore
+        with open(teacher.cache, "ab+") as file:
+            file.seek(max(0, file.tell() - 1))
+            if file.read() not in (b"", b"\n"):
+                file.write(b"\n")  # ends a line that a crash tore
         if any(name in kept for name in prompts):  # what was refused before is asked for in a row
             teacher.tolerance = teacher.allowed = max(5, len(prompts) // 5)
         try:
@@ -1605,7 +1610,9 @@ def result_text(folder: Path, result: dict[str, Any]) -> str:
             last = f"last student {result[f'{name}_last']:.1%}"
             lines.append(f"  {name:18s} {interval(result[name], n)}, {last}")
     lines += [f"run folder: {folder}", f'  python qcrd.py --ask {folder} "a question"']
-    return "\n".join([*lines, f"  python qcrd.py --audit {folder} 1"])
+    if t and result["rationale_accuracy"] is not None:
+        lines.append(f"  python qcrd.py --audit {folder} 1")
+    return "\n".join(lines)
 
 
 def interval(p: float, n: int) -> str:
@@ -1753,8 +1760,7 @@ sc, of the vote alone; none at all. Methods: qcrd; dss, one rationale a
 question; single, one target of rationale and label; finetune, the label alone.
 D's encoder: T5-base's for t5-small and t5-base on CUDA [review], else a copy of
 the student's [ours]. QCRD_MIRROR: a folder or URL instead of https://.
-The demo sets {", ".join(f"{flag(k)} {v}" for k, v in list(DEMO.items())[:3])},
-{", ".join(f"{flag(k)} {v}" for k, v in list(DEMO.items())[3:])};
+The demo sets {", ".join(f"{flag(k)} {v}" for k, v in DEMO.items())};
 its student {", ".join(f"{flag(k)} {v}" for k, v in DEMO_STUDENT.items())};
 a folder as task: --steps for 20 passes, 200 to 10,000."""
 FREE_ON_RESUME = ("device", "concurrency", "micro_batch")
@@ -1773,7 +1779,7 @@ def parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add("--resume", nargs=1, metavar="RUN", help="go on after a crash or Ctrl-C")
     add("--ask", nargs="+", metavar=("RUN", "QUESTION"), help="label, rationale, quality")
-    add("--audit", nargs=2, metavar=("RUN", "N"), help="N questions: votes, ℓ, s, picks, sums")
+    add("--audit", nargs=2, metavar=("RUN", "N"), help="the next iteration's first N questions")
     add("--eval", nargs="+", metavar=("RUN", "FILE"), help="accuracies on a JSONL file or the test")
     add("--json", action="store_true", help="with --audit: data instead of text")
     add("--show-prompt", action="store_true", help="what the teacher would be asked")
@@ -1795,7 +1801,7 @@ def resolve(config: Config, where: str = "") -> Config:
     check(config, where)
     require(config.batch >= WORLD, f"--batch {config.batch}: fewer questions than ranks")
     fits = config.iterations <= config.steps or not config.steps
-    require(fits, f"--iterations {config.iterations}: more than --steps {config.steps}")
+    require(fits, f"--iterations {config.iterations}: at most one a step, --steps {config.steps}")
     cuda = torch.cuda.is_available()
     require(cuda or config.device != "cuda", "--device cuda: there is none here; cpu works")
     if not (cuda or config.device) and torch.version.cuda and shutil.which("nvidia-smi"):

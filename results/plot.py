@@ -1,8 +1,8 @@
 """Pictures of runs and tables, and the audit as a page to look at.
 
-    python results/plot.py scores RUN                densities of s(x, r) -> results/scores.png
-    python results/plot.py rationales [FILE]         right rationales by iteration -> rationales.png
-    python results/plot.py curves RUN [RUN ...]      training curves -> results/curves.png
+    python results/plot.py scores RUN                densities of s(x, r) -> RUN/scores.png
+    python results/plot.py rationales [FILE]         by iteration -> results/rationales.png
+    python results/plot.py curves RUN [RUN ...]      training curves -> the first RUN/curves.png
     python results/plot.py audit RUN N               N questions of --audit -> RUN/audit.html
 
 `scores` needs a run with a discriminator and lets its student write. `rationales` reads run.py's
@@ -323,7 +323,7 @@ def run_command() -> None:
         command.add_argument("names", nargs=count, help="RUN or FILE; for audit RUN and N")
         command.add_argument("--out", type=Path, help="the file to write")
     args = parser.parse_args()
-    folder = Path(*args.names[:1]) if args.what == "audit" else HERE
+    folder = Path(args.names[0]) if args.names and Path(args.names[0]).is_dir() else HERE
     suffix = "html" if args.what == "audit" else "png"
     COMMANDS[args.what][0](args.names, args.out or folder / f"{args.what}.{suffix}")
 

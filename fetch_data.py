@@ -882,8 +882,8 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200, {"object": "list", "data": [{"id": "demo-teacher", "object": "model"}]})
 
     def do_POST(self) -> None:
-        raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         try:
+            raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             self.reply(200, complete(json.loads(raw), self.server.problems))
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             self.reply(400, {"error": {"message": f"{type(error).__name__} {error}"}})
@@ -921,7 +921,7 @@ def demo_teacher(port: int = 0) -> tuple[str, ThreadingHTTPServer]:
         server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     except (OSError, OverflowError) as error:
         raise InputError(f"port {port} cannot be used ({error}); choose another --port") from None
-    server.daemon_threads = True
+    server.handle_error = lambda *_: None  # a client that went away
     server.problems = {fold(p.text): p for split in SPLITS for p in demo_problems(split)}
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return f"http://127.0.0.1:{server.server_port}/v1", server

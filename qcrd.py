@@ -816,6 +816,7 @@ def micro_batches(batch: list[Question], config: Config) -> list[list[Question]]
 
 BACKOFF = 0.5  # seconds before the first repetition; doubled for each further one, up to 30
 REPETITIONS = 7  # of a request that the server is too busy for
+IN_A_ROW = 5  # refusals that end the asking; 3 before the first answer
 PATIENCE = 300  # seconds; a server that asks for a longer pause ends the run
 QUIET = 10  # seconds without an answer after which the user reads what is waited for
 TIMED_OUT, NO_ANSWER = -1, 0  # in place of a status
@@ -849,8 +850,9 @@ class Teacher:
         self.requests = 0
         self.filled = 0  # slots
         self.refusals: collections.Counter[str] = collections.Counter()  # the server's words
-        self.tolerance = 3  # refusals in a row that end the asking
-        self.allowed = 5  # what it is after an answer
+        self.tolerance = 3  # further refusals in a row that end the asking
+        self.refused: set[str] = set()  # in an earlier run: questions that alone were refused
+        self.border = b""  # a line's end, where the last write may have torn a line
         self.progress = t5.Progress("  teacher", 0)
         self.trouble: dict[str, str] = {}  # a question's, while it waits to be asked again
         with t5.reading("--teacher-fields", """no JSON object like '{"seed": null}'"""):
@@ -881,16 +883,11 @@ class Teacher:
             if "Read timed out" in str(error):
                 return TIMED_OUT, None, f"no answer in {self.config.teacher_timeout:g} s", 0
             return NO_ANSWER, None, type(error).__name__, 0
-        content = reply.content
-        if self.api_key:
-            content = content.replace(self.api_key.encode(), b"***")
-        try:
-            answer = json.loads(content)
-        except (ValueError, RecursionError):
-            answer = content.decode("utf-8", "replace")
+        words = answer = self.hide(reply.content.decode("utf-8-sig", "replace"))
+        with contextlib.suppress(ValueError, RecursionError):
+            words = answer = json.loads(answer)
         wait = reply.headers.get("Retry-After", "")
         wait = float(wait) if wait.isdecimal() else 0
-        words = answer
         with contextlib.suppress(TypeError, KeyError):
             words = answer["error"]
             words = words["message"]
@@ -898,8 +895,12 @@ class Teacher:
         words = fetch_data.fold(re.sub(r"<[^>]*>", " ", words[:20_000]))[:200]
         said = f"status {reply.status_code}, {words}" + (f" (wait {wait:.0f} s)" if wait else "")
         if reply.is_redirect:
-            said += f" (to {reply.headers['Location'][:200]})"
+            said += f" (to {self.hide(reply.headers['Location'])[:200]})"
         return reply.status_code, answer, said, wait
+
+    def hide(self, text: str) -> str:
+        """What a server said, without the key."""
+        return text.replace(self.api_key, "***") if self.api_key else text
 
     def fill_or_stop(self, job: tuple[str, list[dict], list[int]]) -> None:
         """`fill`; whatever it raises ends the asking of all threads."""
@@ -940,37 +941,46 @@ class Teacher:
                 del self.trouble[name]
                 repetition += 1
             else:
-                return self.refuse(status, said, body)
+                return self.refuse(job, status, said, body)
 
     def keep(self, job: tuple, slots: list[int], answer: Any) -> int:
-        """Fills the lowest slots with the choices that hold text, in one write -> how many."""
-        name, messages, _ = job
-        question = messages[-1]["content"]  # for who reads the file
-        lines = []
-        for slot, (text, finish) in zip(slots, texts_of(answer)):
-            sample = {"key": name, "question": question, "slot": slot}
-            sample |= {"text": text[:200_000], "finish": finish}
-            lines.append(json.dumps(sample) + "\n")
-        if lines:
-            try:
-                with self.lock, open(self.cache, "ab", buffering=0) as file:
-                    file.write("".join(lines).encode())
-                    self.filled += len(lines)
-                    self.progress.update(self.filled)
-                    self.tolerance = self.allowed
-            except OSError as error:
-                raise InputError(f"{self.cache}: {error.strerror}; the answer is lost") from None
-        return len(lines)
+        """Fills the lowest slots with the choices that hold text -> how many."""
+        found = [(slot, *sample) for slot, sample in zip(slots, texts_of(answer))]
+        if found:
+            with self.lock:
+                self.write(job, found)
+                self.filled += len(found)
+                self.progress.update(self.filled)
+                self.tolerance = IN_A_ROW
+        return len(found)
 
-    def refuse(self, status: int, said: str, body: dict) -> None:
-        """Leaves a question out that alone is refused. Raises InputError for what would meet every
-        question."""
+    def write(self, job: tuple, samples: list[tuple[int, str, str]]) -> None:
+        """Adds slot, text and finish_reason of a question's samples to the file. InputError."""
+        name, messages, _ = job
+        prompt = messages[-1]["content"][:200_000]  # for who reads the file
+        lines, self.border = self.border, b"\n"
+        for slot, text, finish in samples:
+            sample = {"key": name, "prompt": prompt, "slot": slot}
+            sample |= {"text": text[:200_000], "finish": finish}
+            lines += json.dumps(sample).encode() + b"\n"
+        try:
+            with open(self.cache, "ab") as file:
+                file.write(lines)
+        except OSError as error:
+            raise InputError(f"{self.cache}: {error.strerror}; the answer is lost") from None
+        self.border = b""
+
+    def refuse(self, job: tuple, status: int, said: str, body: dict) -> None:
+        """Leaves a question out that alone is refused, and keeps that as its slot -1. Raises
+        InputError for what would meet every question."""
         if status in (200, 400, 413, 422):
             with self.lock:
                 self.refusals[said] += 1
+                if job[0] in self.refused:
+                    return
                 self.tolerance -= 1
                 if self.tolerance > 0:
-                    return
+                    return self.write(job, [(-1, said, "refused")])
         optional = [name for name in body if name not in ("model", "messages", "n")]
         named = [name for name in optional if re.search(rf"\b{re.escape(name)}\b", said)]
         if status in (400, 422) and named:
@@ -1103,8 +1113,9 @@ def ask_teacher(teacher: Teacher, prompts: dict[str, list[dict]]) -> dict:
             file.seek(max(0, file.tell() - 1))
             if file.read() not in (b"", b"\n"):
                 file.write(b"\n")  # ends a line that a crash tore
-        if any(name in kept for name in prompts):  # what was refused before is asked for in a row
-            teacher.tolerance = teacher.allowed = max(5, len(prompts) // 5)
+        teacher.refused = {name for name in prompts if -1 in kept.get(name, {})}
+        if any(name in kept for name in prompts):
+            teacher.tolerance = IN_A_ROW
         try:
             run_jobs(teacher, jobs, total)
         finally:
@@ -1859,7 +1870,8 @@ def report_unused(config: Config, given: dict[str, Any]) -> None:
         "negative_model": source not in ("fixed", "static"),
         "student_": source in ("sc", "none"),
         "delta|beta": source == "none",
-        "discriminator$": method != "qcrd",
+        "student_temperature_end": source == "static",
+        "discriminator$": method != "qcrd" and bool(given.get("discriminator")),
         "discriminator_|alpha_d": not config.discriminator,
         "scheme|alpha_pred|alpha_cl": method in ("single", "finetune"),
     }

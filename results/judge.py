@@ -79,7 +79,7 @@ def ask(judge: qcrd.Teacher, prompts: list[list[dict]]) -> list[str]:
     judge.cache = fetch_data.root() / "data/judge/answers.jsonl"
     names = [judge.sample_id(prompt) for prompt in prompts]
     kept = qcrd.ask_teacher(judge, dict(zip(names, prompts)))
-    return [kept[name][0][0] if name in kept else "" for name in names]
+    return [kept.get(name, {}).get(0, ("", ""))[0] for name in names]
 
 
 def verdict(answer: str) -> str | None:
@@ -128,9 +128,8 @@ def run_command() -> None:
     judge = qcrd.connect_teacher(qcrd.Config("judge", teacher_temperature=0.0, **given))
     counts = compare(args.runs, judge, args.questions, tau, args.seed)
     good = counts["both"] + counts["by order"]
-    print(f"{task}, τ = {tau:g}, {judge.config.teacher_model}: ", end="")
-    print(f"{first.name} better {counts['first']} / both good {good} / ", end="")
-    print(f"{second.name} better {counts['second']}")
+    print(f"{task}, τ = {tau:g}, {judge.config.teacher_model}: {first.name} better ", end="")
+    print(f"{counts['first']} / both good {good} / {second.name} better {counts['second']}")
     print(f"  both good by order alone: {counts['by order']}; unreadable: {counts['unreadable']}")
     if paper := PAPER.get(tau, {}).get(task):
         print("  the paper, 50 questions, GPT-3.5: {} / {} / {}".format(*paper))

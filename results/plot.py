@@ -91,10 +91,9 @@ def score_sets(run: qcrd.Run) -> dict[str, list[float]]:
     pairs["teacher's negatives"] = [(q.x, r) for q in questions for r in q.minority]
     for tau in (1.5, 2.0):
         seeds = [qcrd.derive_seed(config.seed, "score figure", tau, q.place) for q in questions]
-        written = student.write(
-            student.explain_prefix, questions, config.rationale_tokens, tau, seeds
-        )
-        pairs[f"student's samples, τ = {tau}"] = [(q.x, r) for q, r in zip(questions, written)]
+        limit = config.rationale_tokens
+        texts = student.write(student.explain_prefix, questions, limit, tau, seeds)
+        pairs[f"student's samples, τ = {tau}"] = [(q.x, r) for q, r in zip(questions, texts)]
     return {name: D.score(of).tolist() for name, of in pairs.items()}
 
 
@@ -111,12 +110,13 @@ def draw_scores(names: list[str], path: Path) -> None:
     axis.legend()
     where = f"{run.folder.name}: validation questions of {Path(run.config.task).name}"
     save(picture, path, f"{where}. The paper's figure: SVAMP's test set, T5-base")
-    # by rising s: the share of the wrong rationales that stand below a right one
-    rows = sorted(read_lines(run.folder / "predictions.jsonl"), key=lambda row: row["quality"])
-    right = np.array([row["rationale_right"] for row in rows])
-    order = (~right).cumsum()[right].mean() / (~right).sum()
-    ends = f"ten lowest {right[:10].mean():.0%} right, ten highest {right[-10:].mean():.0%}"
-    print(f"test rationales: right above wrong in {order:.1%} of the pairs; {ends}")
+    rows = read_lines(run.folder / "predictions.jsonl")
+    s, right = (np.array([row[key] for row in rows]) for key in ("quality", "rationale_right"))
+    above = np.sign(np.subtract.outer(s[right], s[~right]))
+    if above.size:  # a pair is a right rationale and a wrong one; a tie is a half
+        rising = right[np.argsort(s)]
+        ends = f"ten lowest {rising[:10].mean():.0%} right, ten highest {rising[-10:].mean():.0%}"
+        print(f"test: right above wrong in {0.5 + above.mean() / 2:.1%} of the pairs; {ends}")
 
 
 # title -> {key of metrics.jsonl: (name, colour)}
@@ -188,8 +188,7 @@ def draw_curves(names: list[str], path: Path) -> None:
 
 def draw_rationales(names: list[str], path: Path) -> None:
     """What DSS, several positives and QCRD teach the student to explain, from row zero on."""
-    table = Path(*names or [HERE / "ablation.jsonl"])
-    runs = read_lines(table)
+    runs = read_lines(Path(*names or [HERE / "ablation.jsonl"]))
     picture, ((axis,),) = figure(1, 1, 3.2)
     shown = {"none": ("DSS", BLUE), "ED": ("several positives (ED)", GREEN)}
     for cell, (name, colour) in (shown | {"ED + NK + QJ": ("QCRD", ORANGE)}).items():
@@ -197,8 +196,7 @@ def draw_rationales(names: list[str], path: Path) -> None:
         if found:
             accuracy = 100 * series(found, "valid_rationale")
             band(axis, series(found, "iteration")[0], accuracy, name, colour)
-    axis.set(xlabel="iteration (0: before training)", ylim=(0, None))
-    axis.set(ylabel="right rationales, %")
+    axis.set(xlabel="iteration (0: before training)", ylabel="right rationales, %", ylim=(0, None))
     axis.legend()
     seeds = 1 + max(run["seed"] for run in runs)
     task = Path(runs[0].get("task", "demo")).name
@@ -325,7 +323,11 @@ def run_command() -> None:
     args = parser.parse_args()
     folder = Path(args.names[0]) if args.names and Path(args.names[0]).is_dir() else HERE
     suffix = "html" if args.what == "audit" else "png"
-    COMMANDS[args.what][0](args.names, args.out or folder / f"{args.what}.{suffix}")
+    try:
+        COMMANDS[args.what][0](args.names, args.out or folder / f"{args.what}.{suffix}")
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        where = " ".join(args.names)
+        raise InputError(f"{where}: not what {args.what} is drawn from ({error!r})") from None
 
 
 if __name__ == "__main__":

@@ -9,10 +9,9 @@
 A finished run is a line of results/<table>.jsonl (with --task T: results/<table>-T.jsonl) and is
 skipped; one that was interrupted is resumed, by the same code alone. A run takes one thread, so
 that the number of cores does not change its result and two processes can share a table; the demo's
-take half a minute to five minutes each, 6 to 50 of them a table. Accuracies are percentages: mean ±
-standard deviation over seeds. Compare the last iteration's: in brackets their paired difference
-from the table's reference, with p of an exact sign-flip test where there are six pairs or more. It
-covers the student's randomness alone: all have the same samples.
+take up to five minutes each. Accuracies are percentages: mean ± standard deviation over seeds.
+Compare the last iteration's: in brackets their paired difference from the table's reference, with p
+of an exact sign-flip test of six pairs or more. It covers the student's randomness alone.
 """
 
 import argparse

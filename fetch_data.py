@@ -227,7 +227,7 @@ def write_lines(path: Path, records: Iterable[dict]) -> None:
 
 def palm_samples(name: str, archive: str | Path = "") -> Path:
     """data/<name>/teacher-palm.jsonl, lines {"question", "slot": 0, "text", "finish": "stop"}:
-    PaLM-540B's published texts, raw, one a training and validation question. InputError."""
+    PaLM-540B's published texts, raw, one a question of training and validation. InputError."""
     path = root() / "data" / name / "teacher-palm.jsonl"
     if path.is_file():
         return path

@@ -852,7 +852,6 @@ class Teacher:
         self.refusals: collections.Counter[str] = collections.Counter()  # the server's words
         self.tolerance = 3  # further refusals in a row that end the asking
         self.refused: set[str] = set()  # in an earlier run: questions that alone were refused
-        self.border = b""  # a line's end, where the last write may have torn a line
         self.progress = t5.Progress("  teacher", 0)
         self.trouble: dict[str, str] = {}  # a question's, while it waits to be asked again
         with t5.reading("--teacher-fields", """no JSON object like '{"seed": null}'"""):
@@ -958,17 +957,18 @@ class Teacher:
         """Adds slot, text and finish_reason of a question's samples to the file. InputError."""
         name, messages, _ = job
         prompt = messages[-1]["content"][:200_000]  # for who reads the file
-        lines, self.border = self.border, b"\n"
+        lines = b""
         for slot, text, finish in samples:
             sample = {"key": name, "prompt": prompt, "slot": slot}
             sample |= {"text": text[:200_000], "finish": finish}
             lines += json.dumps(sample).encode() + b"\n"
         try:
-            with open(self.cache, "ab") as file:
-                file.write(lines)
+            with open(self.cache, "ab+") as file:
+                file.seek(max(0, file.tell() - 1))
+                torn = file.read() not in (b"", b"\n")  # by a crash or a full disk
+                file.write(b"\n" * torn + lines)
         except OSError as error:
             raise InputError(f"{self.cache}: {error.strerror}; the answer is lost") from None
-        self.border = b""
 
     def refuse(self, job: tuple, status: int, said: str, body: dict) -> None:
         """Leaves a question out that alone is refused, and keeps that as its slot -1. Raises
@@ -1109,10 +1109,7 @@ def ask_teacher(teacher: Teacher, prompts: dict[str, list[dict]]) -> dict:
         say(f"teacher: {teacher.config.teacher_model} at {teacher.url}")
         say(f"  samples kept in {teacher.cache}")
         say(f"  to ask for: {total} samples of {len(jobs)} questions, roughly {tokens:,} k tokens")
-        with open(teacher.cache, "ab+") as file:
-            file.seek(max(0, file.tell() - 1))
-            if file.read() not in (b"", b"\n"):
-                file.write(b"\n")  # ends a line that a crash tore
+        open(teacher.cache, "ab").close()  # where it cannot be written, nothing is asked
         teacher.refused = {name for name in prompts if -1 in kept.get(name, {})}
         if any(name in kept for name in prompts):
             teacher.tolerance = IN_A_ROW
@@ -1524,6 +1521,11 @@ def accuracies(rows: list[dict]) -> dict[str, float | None]:
     return {name: mean([row[k] for row in rows if k in row]) for name, k in names.items()}
 
 
+def in_order(above: list[float], below: list[float]) -> list[float]:
+    """Of each pair: 1 where the first is the higher one, 0.5 where they are equal, else 0."""
+    return [(a > b) + 0.5 * (a == b) for a, b in itertools.product(above, below)]
+
+
 def judge_validation(run: Run) -> dict[str, Any]:
     """What D makes of validation questions: mean s of the teacher's positives and negatives and of
     the student's samples, and how often a positive scores above a negative of its question."""
@@ -1538,8 +1540,7 @@ def judge_validation(run: Run) -> dict[str, Any]:
         for kind in s:
             s[kind] += own[kind]
         for kind in above:
-            both = itertools.product(own["positives"], own[kind])
-            above[kind] += [(a > b) + 0.5 * (a == b) for a, b in both]
+            above[kind] += in_order(own["positives"], own[kind])
     means = {kind: mean(values) for kind, values in s.items()}
     return {"s": means, "pair": mean(above["teacher"]), "pair_student": mean(above["student"])}
 
@@ -1790,7 +1791,7 @@ def parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add("--resume", nargs=1, metavar="RUN", help="go on after a crash or Ctrl-C")
     add("--ask", nargs="+", metavar=("RUN", "QUESTION"), help="label, rationale, quality")
-    add("--audit", nargs=2, metavar=("RUN", "N"), help="the next iteration's first N questions")
+    add("--audit", nargs=2, metavar=("RUN", "N"), help="the next N questions: votes, ℓ, s, picks")
     add("--eval", nargs="+", metavar=("RUN", "FILE"), help="accuracies on a JSONL file or the test")
     add("--json", action="store_true", help="with --audit: data instead of text")
     add("--show-prompt", action="store_true", help="what the teacher would be asked")
@@ -1871,7 +1872,7 @@ def report_unused(config: Config, given: dict[str, Any]) -> None:
         "student_": source in ("sc", "none"),
         "delta|beta": source == "none",
         "student_temperature_end": source == "static",
-        "discriminator$": method != "qcrd" and bool(given.get("discriminator")),
+        "discriminator$": method != "qcrd" and given.get("discriminator"),
         "discriminator_|alpha_d": not config.discriminator,
         "scheme|alpha_pred|alpha_cl": method in ("single", "finetune"),
     }

@@ -89,9 +89,9 @@ def score_sets(run: qcrd.Run) -> dict[str, list[float]]:
         questions.append(student.question(examples[i], f"valid {i}", S_pos, minority))
     pairs = {"teacher's positives": [(q.x, r) for q in questions for r in q.S_pos]}
     pairs["teacher's negatives"] = [(q.x, r) for q in questions for r in q.minority]
+    limit = config.rationale_tokens
     for tau in (1.5, 2.0):
         seeds = [qcrd.derive_seed(config.seed, "score figure", tau, q.place) for q in questions]
-        limit = config.rationale_tokens
         texts = student.write(student.explain_prefix, questions, limit, tau, seeds)
         pairs[f"student's samples, τ = {tau}"] = [(q.x, r) for q, r in zip(questions, texts)]
     return {name: D.score(of).tolist() for name, of in pairs.items()}
@@ -110,13 +110,13 @@ def draw_scores(names: list[str], path: Path) -> None:
     axis.legend()
     where = f"{run.folder.name}: validation questions of {Path(run.config.task).name}"
     save(picture, path, f"{where}. The paper's figure: SVAMP's test set, T5-base")
-    rows = read_lines(run.folder / "predictions.jsonl")
-    s, right = (np.array([row[key] for row in rows]) for key in ("quality", "rationale_right"))
-    above = np.sign(np.subtract.outer(s[right], s[~right]))
-    if above.size:  # a pair is a right rationale and a wrong one; a tie is a half
-        rising = right[np.argsort(s)]
-        ends = f"ten lowest {rising[:10].mean():.0%} right, ten highest {rising[-10:].mean():.0%}"
-        print(f"test: right above wrong in {0.5 + above.mean() / 2:.1%} of the pairs; {ends}")
+    rows = sorted(read_lines(run.folder / "predictions.jsonl"), key=lambda row: row["quality"])
+    right = [row["rationale_right"] for row in rows]
+    s_right = [row["quality"] for row in rows if row["rationale_right"]]
+    s_wrong = [row["quality"] for row in rows if not row["rationale_right"]]
+    if above := qcrd.in_order(s_right, s_wrong):
+        ends = f"ten lowest {np.mean(right[:10]):.0%} right, ten highest {np.mean(right[-10:]):.0%}"
+        print(f"test: right above wrong in {np.mean(above):.1%} of the pairs; {ends}")
 
 
 # title -> {key of metrics.jsonl: (name, colour)}
